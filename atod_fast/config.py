@@ -1,0 +1,138 @@
+"""The configuration: one typed tree, every key with its default, range and meaning.
+
+Defaults are the embedded demo's (`presets/demo.toml` is empty but for a comment). Loading is in `cli.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Student(Section):
+    path: str = Field("demo:student", description="Hugging Face model folder or hub name; demo:student is the shipped tiny one")
+    compute_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="forward and backward precision; masters are always fp32; auto = bf16 on CUDA, fp32 on a CPU")
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field("auto", description="auto = flash_attention_2 where flash-attn is installed and CUDA present, else sdpa")
+    gradient_checkpointing: bool = Field(False, description="recompute activations of each block in the backward pass")
+    liger: Literal["auto", "on", "off"] = Field("auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto = on CUDA where installed")
+
+
+class Teacher(Section):
+    path: str = Field("demo:teacher", description="Hugging Face model folder or hub name; demo:teacher is the shipped tiny one")
+    compute_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="as student.compute_dtype")
+    offload: bool = Field(False, description="keep the teacher's sharded weights in CPU memory between uses")
+
+
+class Env(Section):
+    name: str = Field("alfworld", description="alfworld | webshop | searchqa, an entry point of group atod_fast.envs, or module:Class")
+    max_turns: int = Field(12, ge=1, description="turns after which an episode is cut off")
+    options: dict[str, Any] = Field({}, description="options of both splits, passed to atod_fast.envs.make")
+    train: dict[str, Any] = Field({"generate": 1500, "seed": 0}, description="options of the training tasks")
+    eval: dict[str, Any] = Field({"generate": 2400, "seed": 1}, description="options of the held-out tasks")
+    workers: int = Field(8, ge=1, description="threads for environments that do not answer at once")
+    step_timeout: float = Field(60.0, gt=0, description="seconds an environment may take for one step; then its trajectory ends as failed")
+
+
+class Rollout(Section):
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto = vllm on CUDA where installed, else transformers")
+    context: Literal["window", "full"] = Field("full", description="window: each turn is a fresh prompt holding the last `history` turns, one training row a turn (the paper); full: a trajectory is one growing sequence, one row")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; all log-probs and divergences are taken at it")
+    prompt_tokens: int = Field(384, ge=8, description="longest prompt (context full: longest sequence) in tokens")
+    response_tokens: int = Field(9, ge=1, description="longest response of one turn in tokens")
+    history: int = Field(2, ge=0, description="turns of history shown with rollout.context=window")
+    thinking: bool = Field(False, description="let a model that can think do so, and require <think>...</think>")
+    concurrency: int = Field(64, ge=1, description="trajectories in flight on one rank")
+    kv_cache_gib: float = Field(8.0, gt=0, description="memory of the vLLM engine's KV cache per GPU, GiB")
+
+
+class Eval(Section):
+    every: int = Field(20, ge=0, description="steps between evaluations; 0 = only first and last")
+    tasks: int = Field(400, ge=1, description="held-out tasks, one episode each")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy")
+
+
+class Train(Section):
+    steps: int = Field(200, ge=1, description="optimisation steps (rollout + update)")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    learning_rate: float = Field(7e-4, ge=0, description="peak AdamW learning rate")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    final_learning_rate: float = Field(0.2, ge=0, le=1, description="fraction of the peak reached linearly at the last step; 1 = constant")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    tasks_per_step: int = Field(8, ge=1, description="tasks a step, over all ranks; the number of ranks must divide it")
+    group_size: int = Field(8, ge=1, description="trajectories a task")
+    minibatch_rows: int = Field(16, ge=0, description="rows an optimiser update, over all ranks; 0 = all rows in one update")
+    epochs: int = Field(1, ge=1, description="passes over a step's rows")
+    microbatch_tokens: int = Field(4096, ge=16, description="most tokens one forward pass holds on a rank; a longer row goes alone")
+
+
+class Objective(Section):
+    preset: Literal["paper", "exact", "opd", "grpo", "fixed", "sequential"] = Field("paper", description="named starting point of objective.*, schedule.* and turns.*; explicit keys of the same or a later level win")
+    divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"] = Field("k1", description="k1: sampled reverse KL as an advantage (paper); k2, k3: sampled, as a loss (k3's on-policy gradient is the forward KL's); others: full vocabulary, as a loss")
+    alpha: float = Field(0.5, ge=0, le=1, description="mixture weight of jsd and the skewed divergences")
+    log_ratio_clip: float = Field(0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)")
+    advantage: Literal["grpo", "rloo", "gigpo"] = Field("grpo", description="reinforcement-learning advantage")
+    normalise_std: bool = Field(True, description="divide by the group's standard deviation")
+    std_epsilon: float = Field(1e-6, gt=0, description="added to that standard deviation")
+    baseline: Literal["trajectory", "rows"] = Field("rows", description="group statistics over trajectories or over their turns' rewards after the invalid-action penalty (verl-agent)")
+    gigpo_omega: float = Field(1.0, ge=0, description="weight of GiGPO's step-level advantage")
+    gigpo_gamma: float = Field(0.95, gt=0, le=1, description="discount of GiGPO's step returns")
+    invalid_penalty: float = Field(0.1, ge=0, description="taken from the reward of a turn whose action is invalid")
+    clip: float = Field(0.2, gt=0, description="PPO clip range")
+    dual_clip: float = Field(3.0, ge=0, description="dual clip bound for negative advantages; 0 = off")
+    entropy_bonus: float = Field(0.001, ge=0, description="coefficient of the entropy bonus")
+    aggregation: Literal["token", "trajectory", "turn"] = Field("token", description="what the loss is a mean over; trajectory and turn: of their token means")
+    tis_cap: float = Field(0.0, ge=0, description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine); 0 = off")
+
+
+class Slide(Section):
+    kind: Literal["linear", "cosine", "exponential", "step", "constant", "adaptive"] = Field("linear", description="shape; adaptive (kappa only): 1 - success of student / teacher, never rising")
+    start: float = Field(1.0, ge=0, description="value before the slide")
+    end: float = Field(0.1, ge=0, description="value after it")
+    horizon: int = Field(106, ge=1, description="steps the slide takes; step: when it jumps")
+    hold: int = Field(0, ge=0, description="steps at `start` before the slide begins")
+
+
+class Schedule(Section):
+    kappa: Slide = Field(Slide(start=1.0, end=0.1), description="weight of imitation")
+    rho: Slide = Field(Slide(start=1.0, end=2.0), description="weight of reward")
+
+
+class Turns(Section):
+    disagreement: Literal["sampled", "exact"] = Field("sampled", description="d: mean |log pi_old - log pi_T| (paper), or mean full-vocabulary KL")
+    uncertainty: Literal["sampled", "exact"] = Field("sampled", description="h: mean negative log-likelihood (paper), or mean entropy")
+    normalise: Literal["minmax", "rank", "none"] = Field("minmax", description="how each signal is brought to [0, 1]")
+    fuse: Literal["softor", "mean", "max", "product", "disagreement", "uncertainty", "uniform", "shuffled"] = Field("softor", description="how the two make one weight")
+    scope: Literal["trajectory", "batch"] = Field("trajectory", description="the turns that are compared with each other")
+    budget: Literal["raw", "mean1"] = Field("raw", description="raw (paper), or scaled and clipped to [0.5, 2] so that the token-weighted mean is 1")
+    min_turns: int = Field(3, ge=1, description="trajectories with fewer turns keep weight 1")
+    min_disagreement: float = Field(0.01, ge=0, description="trajectories whose largest d is below keep weight 1")
+
+
+class Checkpoint(Section):
+    every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end or when interrupted")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class Guard(Section):
+    logprob_gap: float = Field(0.0, ge=0, description="largest mean |rollout - trainer log-prob| tolerated; 0 = by dtype: 1e-3 fp32, 0.05 bf16")
+
+
+class Config(Section):
+    student: Student = Field(Student(), description="the model that acts and learns")
+    teacher: Teacher = Field(Teacher(), description="the frozen model that scores")
+    env: Env = Field(Env(), description="the world")
+    rollout: Rollout = Field(Rollout(), description="how the student acts")
+    eval: Eval = Field(Eval(), description="success on held-out tasks")
+    train: Train = Field(Train(), description="optimisation")
+    objective: Objective = Field(Objective(), description="what is optimised")
+    schedule: Schedule = Field(Schedule(), description="from imitation to reward")
+    turns: Turns = Field(Turns(), description="T-DUR turn weights")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="saving")
+    guard: Guard = Field(Guard(), description="when to stop a run that has gone wrong")

@@ -1,0 +1,13 @@
+"""The errors a user can cause or must act on; `train.main` prints their message on one line and exits with their code."""
+
+
+class UserError(Exception):
+    """Bad usage, configuration or input. The message names the key, the value and the remedy."""
+
+    exit_code = 2
+
+
+class GuardError(Exception):
+    """A run-time guard stopped the run: a non-finite loss, or rollout and trainer log-probs that disagree."""
+
+    exit_code = 3

@@ -1,0 +1,132 @@
+"""The data that flows: what an agent did, as token ids that were sampled and never re-encoded.
+
+Rollouts make trajectories; the objective reads a table with one line a turn; the policy trains on rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Turn:
+    """One exchange: what the agent was shown, what it said, what the world made of it."""
+
+    prompt: list[int]  # context `window`: the whole prompt; `full`: the tokens added since the previous action
+    action: list[int]  # ids as sampled, the stop token included when one was sampled
+    logprobs: list[float]  # the rollout engine's log-probs of `action` at the rollout temperature
+    observation: str  # text shown before this action
+    text: str  # decoded action
+    command: str  # what was sent to the environment
+    valid: bool  # the response had the required form and the environment accepted it
+    reward: float = 0.0
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One episode of one task."""
+
+    task: int  # index of the task in its environment
+    group: int  # the tasks of a step are numbered 0..tasks_per_step-1; trajectories of one group share a task
+    member: int  # 0..group_size-1
+    context: str  # "window" | "full"
+    turns: list[Turn] = field(default_factory=list)
+    success: bool = False
+    truncated: bool = False  # ended by the turn or token limit
+    failure: str | None = None  # the environment raised or hung: why
+    task_id: str = ""
+    task_type: str = ""
+
+    @property
+    def reward(self) -> float:
+        """Sum of the rewards of its turns."""
+        return sum(turn.reward for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnTable:
+    """All turns of a step over all ranks, in trajectory order. N trajectories, K turns; CPU tensors.
+
+    Everything the objective may look at: it never sees tokens, models or process groups.
+    """
+
+    disagreement: Tensor  # [K] fp32, d_k
+    uncertainty: Tensor  # [K] fp32, h_k
+    length: Tensor  # [K] int64, action tokens
+    valid: Tensor  # [K] bool
+    turn_reward: Tensor  # [K] fp32
+    anchor: Tensor  # [K] int64, equal iff the observations before the action are equal (step-level groups of GiGPO)
+    offsets: Tensor  # [N+1] int64, turns of trajectory n are offsets[n]:offsets[n+1]
+    reward: Tensor  # [N] fp32, trajectory reward
+    success: Tensor  # [N] bool
+    group: Tensor  # [N] int64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training sequence: a turn with its prompt (`window`) or a whole trajectory (`full`)."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]  # action token ranges in `ids`, one per turn, ascending; none starts at 0
+    turns: list[int]  # index of each span's turn in the step's TurnTable
+    logprobs: list[float]  # rollout engine's, all spans concatenated
+
+    @property
+    def action_tokens(self) -> int:
+        return len(self.logprobs)
+
+
+def rows(trajectories: Sequence[Trajectory]) -> list[Row]:
+    """Training rows of a step's trajectories, in trajectory order; turns are numbered as in the TurnTable.
+
+    A turn without action tokens adds nothing to learn from and yields no span (but keeps its number).
+    """
+    out: list[Row] = []
+    number = 0
+    for trajectory in trajectories:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        turns: list[int] = []
+        logprobs: list[float] = []
+        for turn in trajectory.turns:
+            if trajectory.context == "window":
+                ids, spans, turns, logprobs = [], [], [], []
+            ids = ids + turn.prompt
+            if turn.action:
+                spans.append((len(ids), len(ids) + len(turn.action)))
+                turns.append(number)
+                logprobs.extend(turn.logprobs)
+            ids = ids + turn.action
+            number += 1
+            if trajectory.context == "window" and spans:
+                out.append(Row(ids, spans, turns, logprobs))
+        if trajectory.context == "full" and spans:
+            out.append(Row(ids, spans, turns, logprobs))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of rows, right-padded or packed. B x L token grid, A action tokens.
+
+    Packed: B = 1, rows end to end, `position_ids` restart at 0 for each. Padded: one row a line, pads at the end
+    (causal attention never lets an action token see them).
+    """
+
+    input_ids: Tensor  # [B, L] int64
+    position_ids: Tensor  # [B, L] int64
+    index: Tensor  # [A] int64, flat index into B*L of the position that predicts each action token
+    target: Tensor  # [A] int64, the action tokens
+    turn: Tensor  # [A] int64, turn of each action token in the TurnTable
+    rollout_logp: Tensor  # [A] fp32, the rollout engine's log-probs
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
