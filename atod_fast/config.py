@@ -1,13 +1,15 @@
 """The configuration: one typed tree, every key with its default, range and meaning.
 
-Defaults are the embedded demo's (`presets/demo.toml` is empty but for a comment). Loading is in `cli.py`.
+Defaults are the embedded demo's. `settings.py` makes a Config of presets, files and overrides; `--help` prints the keys.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -16,8 +18,12 @@ class Section(BaseModel):
 
 class Student(Section):
     path: str = Field("demo:student", description="Hugging Face model folder or hub name; demo:student is the shipped tiny one")
-    compute_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="forward and backward precision; masters are always fp32; auto = bf16 on CUDA, fp32 on a CPU")
-    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field("auto", description="auto = flash_attention_2 where flash-attn is installed and CUDA present, else sdpa")
+    compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="forward and backward precision; masters are always fp32; auto = bf16 on CUDA, fp32 on a CPU"
+    )
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto", description="auto = flash_attention_2 where flash-attn is installed and CUDA present, else sdpa"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations of each block in the backward pass")
     liger: Literal["auto", "on", "off"] = Field("auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto = on CUDA where installed")
 
@@ -40,7 +46,10 @@ class Env(Section):
 
 class Rollout(Section):
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto = vllm on CUDA where installed, else transformers")
-    context: Literal["window", "full"] = Field("full", description="window: each turn is a fresh prompt holding the last `history` turns, one training row a turn (the paper); full: a trajectory is one growing sequence, one row")
+    context: Literal["window", "full"] = Field(
+        "full",
+        description="window: each turn is a fresh prompt holding the last `history` turns, one training row a turn (the paper); full: a trajectory is one growing sequence, one row",
+    )
     temperature: float = Field(1.0, gt=0, description="sampling temperature; all log-probs and divergences are taken at it")
     prompt_tokens: int = Field(384, ge=8, description="longest prompt (context full: longest sequence) in tokens")
     response_tokens: int = Field(9, ge=1, description="longest response of one turn in tokens")
@@ -49,11 +58,26 @@ class Rollout(Section):
     concurrency: int = Field(64, ge=1, description="trajectories in flight on one rank")
     kv_cache_gib: float = Field(8.0, gt=0, description="memory of the vLLM engine's KV cache per GPU, GiB")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training row, which is also the longest sequence an engine must hold."""
+        return self.prompt_tokens if self.context == "full" else self.prompt_tokens + self.response_tokens
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> Rollout:
+        if self.longest <= self.response_tokens:
+            raise ValueError(
+                f"rollout.response_tokens={self.response_tokens} leaves no room in rollout.prompt_tokens={self.prompt_tokens}, "
+                "which with rollout.context=full is the whole sequence; raise rollout.prompt_tokens"
+            )
+        return self
+
 
 class Eval(Section):
     every: int = Field(20, ge=0, description="steps between evaluations; 0 = only first and last")
     tasks: int = Field(400, ge=1, description="held-out tasks, one episode each")
     temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy")
+    teacher: bool = Field(True, description="also evaluate the teacher, once, before training; schedule.kappa.kind=adaptive needs it")
 
 
 class Train(Section):
@@ -63,7 +87,8 @@ class Train(Section):
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
     final_learning_rate: float = Field(0.2, ge=0, le=1, description="fraction of the peak reached linearly at the last step; 1 = constant")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    # A TOML array arrives as a list, which strict mode would refuse.
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="AdamW betas")
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     tasks_per_step: int = Field(8, ge=1, description="tasks a step, over all ranks; the number of ranks must divide it")
     group_size: int = Field(8, ge=1, description="trajectories a task")
@@ -73,14 +98,21 @@ class Train(Section):
 
 
 class Objective(Section):
-    preset: Literal["paper", "exact", "opd", "grpo", "fixed", "sequential"] = Field("paper", description="named starting point of objective.*, schedule.* and turns.*; explicit keys of the same or a later level win")
-    divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"] = Field("k1", description="k1: sampled reverse KL as an advantage (paper); k2, k3: sampled, as a loss (k3's on-policy gradient is the forward KL's); others: full vocabulary, as a loss")
+    preset: Literal["paper", "exact", "opd", "grpo", "fixed", "sequential"] = Field(
+        "paper", description="named starting point of objective.*, schedule.* and turns.*; explicit keys of the same or a later level win"
+    )
+    divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"] = Field(
+        "k1",
+        description="k1: sampled reverse KL as an advantage (paper); k2, k3: sampled, as a loss (k3's on-policy gradient is the forward KL's); others: full vocabulary, as a loss",
+    )
     alpha: float = Field(0.5, ge=0, le=1, description="mixture weight of jsd and the skewed divergences")
     log_ratio_clip: float = Field(0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)")
     advantage: Literal["grpo", "rloo", "gigpo"] = Field("grpo", description="reinforcement-learning advantage")
     normalise_std: bool = Field(True, description="divide by the group's standard deviation")
     std_epsilon: float = Field(1e-6, gt=0, description="added to that standard deviation")
-    baseline: Literal["trajectory", "rows"] = Field("rows", description="group statistics over trajectories or over their turns' rewards after the invalid-action penalty (verl-agent)")
+    baseline: Literal["trajectory", "rows"] = Field(
+        "rows", description="group statistics over trajectories or over their turns' rewards after the invalid-action penalty (verl-agent)"
+    )
     gigpo_omega: float = Field(1.0, ge=0, description="weight of GiGPO's step-level advantage")
     gigpo_gamma: float = Field(0.95, gt=0, le=1, description="discount of GiGPO's step returns")
     invalid_penalty: float = Field(0.1, ge=0, description="taken from the reward of a turn whose action is invalid")
@@ -90,25 +122,57 @@ class Objective(Section):
     aggregation: Literal["token", "trajectory", "turn"] = Field("token", description="what the loss is a mean over; trajectory and turn: of their token means")
     tis_cap: float = Field(0.0, ge=0, description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine); 0 = off")
 
+    @model_validator(mode="after")
+    def _bounds(self) -> Objective:
+        # At these ends the mixture is one of the two models and the divergence is identically 0.
+        if self.divergence == "jsd" and self.alpha in (0, 1):
+            raise ValueError(
+                f"objective.alpha={self.alpha:g} makes objective.divergence=jsd 0 everywhere; use a value between 0 and 1, or reverse_kl or forward_kl"
+            )
+        if self.divergence.startswith("skew") and self.alpha == 1:
+            raise ValueError(f"objective.alpha=1 makes objective.divergence={self.divergence} 0 everywhere; use a value below 1")
+        for key in ("dual_clip", "tis_cap"):
+            if 0 < getattr(self, key) < 1:
+                raise ValueError(f"objective.{key}={getattr(self, key):g} would cut tokens on which nothing has changed; use 1 or more, or 0 for none")
+        return self
+
 
 class Slide(Section):
-    kind: Literal["linear", "cosine", "exponential", "step", "constant", "adaptive"] = Field("linear", description="shape; adaptive (kappa only): 1 - success of student / teacher, never rising")
+    kind: Literal["linear", "cosine", "exponential", "step", "constant", "adaptive"] = Field(
+        "linear", description="shape; adaptive (kappa only): 1 - success of student / teacher, never rising"
+    )
     start: float = Field(1.0, ge=0, description="value before the slide")
-    end: float = Field(0.1, ge=0, description="value after it")
-    horizon: int = Field(106, ge=1, description="steps the slide takes; step: when it jumps")
+    end: float = Field(0.1, ge=0, description="value after it; constant and adaptive do not use it")
+    horizon: int = Field(106, ge=1, description="steps the slide takes; step: the step at which it jumps, after `hold`")
     hold: int = Field(0, ge=0, description="steps at `start` before the slide begins")
+
+    @property
+    def always_zero(self) -> bool:
+        return self.start == 0 and (self.kind in ("constant", "adaptive") or self.end == 0)
 
 
 class Schedule(Section):
     kappa: Slide = Field(Slide(start=1.0, end=0.1), description="weight of imitation")
     rho: Slide = Field(Slide(start=1.0, end=2.0), description="weight of reward")
 
+    @model_validator(mode="after")
+    def _kinds(self) -> Schedule:
+        if self.rho.kind == "adaptive":
+            raise ValueError("schedule.rho.kind=adaptive follows the gap to the teacher, which only kappa can; use another kind for rho")
+        for name in ("kappa", "rho"):
+            slide: Slide = getattr(self, name)
+            if slide.kind == "exponential" and 0 in (slide.start, slide.end):
+                raise ValueError(f"schedule.{name}.kind=exponential never reaches 0; raise schedule.{name}.start and end above 0, or use cosine")
+        return self
+
 
 class Turns(Section):
     disagreement: Literal["sampled", "exact"] = Field("sampled", description="d: mean |log pi_old - log pi_T| (paper), or mean full-vocabulary KL")
     uncertainty: Literal["sampled", "exact"] = Field("sampled", description="h: mean negative log-likelihood (paper), or mean entropy")
     normalise: Literal["minmax", "rank", "none"] = Field("minmax", description="how each signal is brought to [0, 1]")
-    fuse: Literal["softor", "mean", "max", "product", "disagreement", "uncertainty", "uniform", "shuffled"] = Field("softor", description="how the two make one weight")
+    fuse: Literal["softor", "mean", "max", "product", "disagreement", "uncertainty", "uniform", "shuffled"] = Field(
+        "softor", description="how the two make one weight"
+    )
     scope: Literal["trajectory", "batch"] = Field("trajectory", description="the turns that are compared with each other")
     budget: Literal["raw", "mean1"] = Field("raw", description="raw (paper), or scaled and clipped to [0.5, 2] so that the token-weighted mean is 1")
     min_turns: int = Field(3, ge=1, description="trajectories with fewer turns keep weight 1")
@@ -118,6 +182,10 @@ class Turns(Section):
 class Checkpoint(Section):
     every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end or when interrupted")
     keep: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class Observe(Section):
+    trajectories_every: int = Field(10, ge=0, description="steps between trajectory files; 0 = none")
 
 
 class Guard(Section):
@@ -135,4 +203,15 @@ class Config(Section):
     schedule: Schedule = Field(Schedule(), description="from imitation to reward")
     turns: Turns = Field(Turns(), description="T-DUR turn weights")
     checkpoint: Checkpoint = Field(Checkpoint(), description="saving")
+    observe: Observe = Field(Observe(), description="what is written down")
     guard: Guard = Field(Guard(), description="when to stop a run that has gone wrong")
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Config:
+        if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
+            raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
+        if self.schedule.kappa.kind == "adaptive" and not self.eval.teacher:
+            raise ValueError("schedule.kappa.kind=adaptive measures the student against the teacher, which eval.teacher=false leaves out; set it to true")
+        if self.train.group_size == 1 and not self.schedule.rho.always_zero:
+            raise ValueError("train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd")
+        return self

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -64,6 +65,28 @@ class TurnTable:
     reward: Tensor  # [N] fp32, trajectory reward
     success: Tensor  # [N] bool
     group: Tensor  # [N] int64
+
+
+def turn_table(trajectories: Sequence[Trajectory], disagreement: Tensor, uncertainty: Tensor) -> TurnTable:
+    """The table of a step's trajectories and its turns' signals, [K] fp32 each."""
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    return TurnTable(
+        disagreement=disagreement,
+        uncertainty=uncertainty,
+        length=torch.tensor([len(turn.action) for turn in turns]),
+        valid=torch.tensor([turn.valid for turn in turns]),
+        turn_reward=torch.tensor([turn.reward for turn in turns], dtype=torch.float32),
+        anchor=torch.tensor([_anchor(turn.observation) for turn in turns]),
+        offsets=torch.tensor([0, *(len(t.turns) for t in trajectories)]).cumsum(0),
+        reward=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
+        success=torch.tensor([t.success for t in trajectories]),
+        group=torch.tensor([t.group for t in trajectories]),
+    )
+
+
+def _anchor(observation: str) -> int:
+    """63 bits that do not change from run to run, as Python's own hash of a string does."""
+    return int.from_bytes(blake2b(observation.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,59 @@
+"""Worlds for agents to act in. `make` finds one by name."""
+
+from __future__ import annotations
+
+import inspect
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from atod_fast.envs.protocol import Environment
+from atod_fast.errors import UserError
+
+GROUP = "atod_fast.envs"  # entry points by which other packages offer their worlds
+BUILT_IN = {"alfworld": "atod_fast.envs.alfworld.env:AlfWorld"}
+NOT_YET = ("webshop", "searchqa")
+
+
+def make(name: str, **options: Any) -> Environment:
+    """The environment `name` with its options.
+
+    `name`: alfworld, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option.
+    """
+    if name in NOT_YET:
+        raise UserError(f"env.name={name!r} is not in this version; use alfworld or your own module:Class")
+    factory = _find(name)
+    parameters = inspect.signature(factory).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                near = get_close_matches(option, parameters, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(parameters) or 'none'}"
+                raise UserError(f"env.name={name!r} has no option {option!r}; {hint}")
+    return factory(**options)
+
+
+def _find(name: str) -> Any:
+    if name in BUILT_IN:
+        return _load(BUILT_IN[name], name)
+    offered = {point.name: point for point in entry_points(group=GROUP)}
+    if name in offered:
+        return _load(offered[name].value, name)
+    if ":" in name:
+        return _load(name, name)
+    known = [*BUILT_IN, *offered]
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, or module:Class"
+    raise UserError(f"env.name={name!r} is not known; {hint}")
+
+
+def _load(target: str, name: str) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        found = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"env.name={name!r} cannot be loaded: {error}") from error
+    return found

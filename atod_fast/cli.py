@@ -1,0 +1,114 @@
+"""The command line: arguments to Options, and `--help`, which documents every key. Needs neither torch nor a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from atod_fast.config import Config
+from atod_fast.errors import UserError
+from atod_fast.settings import FIELDS, PRESETS, defaults, expected, is_section, load, nearest, preset_summary, show
+
+WIDTH = 100
+_OVERRIDE = re.compile(r"\s*[\w-]+(\.[\w-]+)*\s*=")
+_NOTES = """\
+Settings come from the defaults (the demo preset), then --preset, then CONFIG.toml, then the
+overrides; a later one wins. objective.preset sets objective.*, schedule.* and turns.* first at its
+own level: it replaces what an earlier level said about them, and a key given beside it or later
+wins. An override's value is TOML, or else plain text. A table of options in a file replaces the
+earlier one; section.table.option=value sets a single option. Another env.name drops the options of
+the environment before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What one invocation asks for."""
+
+    config: Config
+    name: str  # of the run: the CONFIG file's stem, else the preset's name
+    run_dir: Path | None
+    dry_run: bool
+    resume: str | None  # "auto", a path, or None
+
+
+def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
+    """Read the arguments after the program's name.
+
+    Raises:
+        UserError: bad usage or configuration, in one line.
+        SystemExit: with code 0, after printing what `--help` or `--list-presets` asked for.
+    """
+    parser = _parser(program)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise UserError(_unknown_option(unknown[0], parser))
+    if arguments.list_presets:
+        print("\n".join(f"{name:15} {preset_summary(name)}" for name in PRESETS))
+        raise SystemExit(0)
+    overrides = [argument for argument in arguments.settings if _OVERRIDE.match(argument)]
+    files = [Path(argument) for argument in arguments.settings if not _OVERRIDE.match(argument)]
+    for file in files:
+        if str(file) in FIELDS:
+            raise UserError(f"{file} has no value; write {file}=VALUE")
+    if len(files) > 1:
+        raise UserError(f"one CONFIG file at most, got {' and '.join(map(str, files))}; an override is written section.key=value")
+    file = files[0] if files else None
+    return Options(
+        config=load(arguments.preset, file, overrides),
+        name=file.stem if file else arguments.preset or "demo",
+        run_dir=arguments.run_dir,
+        dry_run=arguments.dry_run,
+        resume=arguments.resume,
+    )
+
+
+def key_help() -> str:
+    """Every key by section: its default, what it takes and what it means."""
+    lines: list[str] = []
+    default = defaults()
+    for key, field in FIELDS.items():
+        if is_section(field):
+            lines += ["", f"{key}: {field.description}"]
+            continue
+        lines.append(f"  {key} = {show(default[key])}")
+        lines += textwrap.wrap(f"{expected(field)}: {field.description}", WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines[1:])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _parser(program: str) -> _Parser:
+    parser = _Parser(
+        prog=f"python -m {program}",
+        usage="%(prog)s [CONFIG.toml] [--preset NAME] [section.key=value ...] [options]",
+        description=_NOTES,
+        epilog=f"keys, with their defaults:\n\n{key_help()}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
+        allow_abbrev=False,
+    )
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.toml | key=value", help="a file of settings; single settings")
+    parser.add_argument("--preset", metavar="NAME", help=f"named settings: {', '.join(PRESETS)}")
+    parser.add_argument("--run-dir", metavar="PATH", type=Path, help="folder of this run (default: one under runs/, named after CONFIG.toml or the preset)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what a step takes in tokens and memory, then stop")
+    parser.add_argument("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the newest of the run folder, or start if there is none")
+    parser.add_argument("--list-presets", action="store_true", help="print the presets and stop")
+    return parser
+
+
+def _unknown_option(option: str, parser: _Parser) -> str:
+    name = option.partition("=")[0].lstrip("-")
+    flags = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+    if near := difflib.get_close_matches(name, flags, 1):
+        return f"{option} is not an option (see --help); did you mean --{near[0]}?"
+    if near := nearest(name, FIELDS):
+        return f"{option} is not an option (see --help); a setting is written without dashes: {near}=VALUE"
+    return f"{option} is not an option (see --help)"

@@ -1,0 +1,195 @@
+"""Rebuild the demo's models from nothing: python -m atod_fast.demo.build [--out DIR] [--seed N]
+
+A scripted expert plays generated games; two small Qwen3 models learn its actions (and, at a tenth of the weight, what
+the world answers). The teacher sees more of it than the student, and both see what follows a bad action, whose own
+tokens weigh nothing: a teacher that never had to recover cannot tell a straying student what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from atod_fast.config import Config, Eval, Student
+from atod_fast.demo.expert import TREATMENT, Step, trace
+from atod_fast.demo.rendering import CompactRenderer
+from atod_fast.demo.tokenizer import build_tokenizer, vocabulary
+from atod_fast.envs.alfworld.game import Game
+from atod_fast.envs.alfworld.generator import Spec, generate
+from atod_fast.models import DEMO_WEIGHTS, load_tokenizer
+from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.trajectory import Turn
+
+POSITIONS = 512
+GAMES = 1500  # the training games of the default configuration
+MAX_TURNS = 12
+JUNK_RATES = (0.0, 0.15, 0.15, 0.3)  # of a trace, equally likely
+OBSERVATION_WEIGHT = 0.1
+BATCH = 24
+MUON_RATE, ADAM_RATE, WARMUP_STEPS, FINAL_RATE = 0.02, 4e-3, 20, 0.03
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much supervision a model gets."""
+
+    traces: int  # of each game
+    tokens: int  # trained on, over all epochs
+    seed: int
+
+
+RECIPES = {"teacher": Recipe(traces=2, tokens=500_000, seed=0), "student": Recipe(traces=1, tokens=400_000, seed=1)}
+
+
+@dataclass(frozen=True)
+class Example:
+    ids: list[int]
+    weight: list[float]  # of predicting ids[i]
+
+
+def encode(steps: Sequence[Step], renderer: CompactRenderer) -> Example:
+    """A trace as the agent loop would lay it out."""
+    turns: list[Turn] = []
+    ids: list[int] = []
+    weight: list[float] = []
+    for step in steps:
+        prompt, action = renderer.prompt(turns, step.observation, {}), renderer.action(step.command)
+        turns.append(Turn(prompt, action, [], step.observation, step.command, step.command, valid=not step.junk))
+        ids += prompt + action
+        weight += [OBSERVATION_WEIGHT] * len(prompt) + [0.0 if step.junk else 1.0] * len(action)
+    return Example(ids, weight)
+
+
+def examples(games: Sequence[Game], renderer: CompactRenderer, recipe: Recipe) -> list[Example]:
+    rng = Random(recipe.seed)
+    return [encode(trace(game, rng, rng.choice(JUNK_RATES), MAX_TURNS)[0], renderer) for game in games for _ in range(recipe.traces)]
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
+    """About 0.2M parameters. Matrices start larger than transformers' 0.02, which is meant for wide models."""
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=32,  # vLLM's kernels take no smaller one
+        max_position_embeddings=POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        dtype="float32",
+        **special,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.05 if "embed" in name else 0.6 / math.sqrt(parameter.shape[1]))
+    model.generation_config = GenerationConfig(do_sample=True, **special)
+    return model
+
+
+def batches(data: Sequence[Example], rng: Random) -> Iterator[list[Example]]:
+    """Endless; each epoch shuffled anew, with examples of like length together."""
+    while True:
+        order = rng.sample(data, len(data))
+        epoch: list[list[Example]] = []
+        for start in range(0, len(order), 12 * BATCH):
+            pool = sorted(order[start : start + 12 * BATCH], key=lambda example: len(example.ids))
+            epoch += [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
+        rng.shuffle(epoch)
+        yield from epoch
+
+
+def collate(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
+    """ids [B, L] int64, right-padded, and weight [B, L] fp32."""
+    length = max(len(example.ids) for example in batch)
+    ids = torch.tensor([example.ids + [pad] * (length - len(example.ids)) for example in batch])
+    return ids, torch.tensor([example.weight + [0.0] * (length - len(example.weight)) for example in batch])
+
+
+def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, label: str) -> None:
+    """Train until `recipe.tokens` tokens were seen: Muon for the matrices, AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    seen = 0
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / WARMUP_STEPS) * max(FINAL_RATE, 1 - seen / recipe.tokens)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    model.train()
+    start = time.perf_counter()
+    for step, batch in enumerate(batches(data, Random(recipe.seed)), 1):
+        ids, weight = collate(batch, model.config.pad_token_id)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        token_loss = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * weight[:, 1:]
+        actions = weight[:, 1:] == 1
+        (token_loss.sum() / actions.sum()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        seen += sum(len(example.ids) for example in batch)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        done = seen >= recipe.tokens
+        if done or step % 40 == 0:
+            loss = (token_loss * actions).sum() / actions.sum()
+            print(f"{label}: step {step}, {seen:,} of {recipe.tokens:,} tokens, action loss {loss:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+        if done:
+            return
+
+
+def success(folder: Path, tasks: int, temperature: float) -> float:
+    """Share of the demo's first `tasks` held-out games that the model in `folder` wins."""
+    config = Config(student=Student(path=str(folder)), eval=Eval(tasks=tasks, temperature=temperature))
+    engine = make_engine(config, config.student.path, torch.device("cpu"))
+    played = Actor(config, load_tokenizer(config.student.path), rank=0, ranks=1).evaluate(engine)
+    return sum(trajectory.success for trajectory in played) / len(played)
+
+
+def build(out: Path, seed: int = 0, games: int = GAMES, share: float = 1.0) -> None:
+    """Write `out`/teacher and `out`/student; `share` scales the supervision. One thread, so that a seed gives one result."""
+    torch.set_num_threads(1)
+    spec = Spec(seed=0, task_types=tuple(TREATMENT))
+    worlds = [Game.parse(data, name) for name, data in (generate(spec, i) for i in range(games))]
+    tokenizer = build_tokenizer(vocabulary(worlds), POSITIONS)
+    renderer = CompactRenderer(tokenizer)
+    for name, recipe in RECIPES.items():
+        recipe = Recipe(recipe.traces, int(recipe.tokens * share), recipe.seed + 1000 * seed)
+        model = new_model(tokenizer, recipe.seed)
+        supervise(model, examples(worlds, renderer, recipe), recipe, name)
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m atod_fast.demo.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DEMO_WEIGHTS, help="folder for teacher/ and student/ (default: those of the package)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, traces and order (default 0, the shipped models)")
+    options = parser.parse_args(arguments)
+    build(options.out, options.seed)
+    for name in RECIPES:
+        shares = ", ".join(f"{label} {success(options.out / name, 400, t):.3f}" for label, t in (("T = 1", 1.0), ("T = 0.5", 0.5), ("greedy", 0.0)))
+        print(f"{name}: success on 400 held-out games: {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""How the demo's word-level models are shown a game: one growing sequence of compacted text.
+
+    <bos> cabinet 1 countertop 1 ... task put mug shelf <act> go to countertop 1 <eoa> countertop 1 mug 1 <act> take ...
+
+Context `full` only. Actions are free text, as the model wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from atod_fast.demo.tokenizer import ACT, BOS, CUT, EOA, PAD, UNK, compact
+from atod_fast.envs.protocol import Info
+from atod_fast.trajectory import Turn
+
+OBSERVATION_TOKENS = 60  # a longer observation is cut there and ends in CUT
+
+
+class CompactRenderer:
+    """The `Renderer` of tokenizers built by `atod_fast.demo.tokenizer`."""
+
+    stop_ids: tuple[int, ...]
+    valid_columns: Tensor | None  # bool [V]: False for the tokens that no action may hold
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._ids = tokenizer.get_vocab()
+        self._words = {i: word for word, i in self._ids.items()}
+        self.stop_ids = (self._ids[EOA],)
+        self.valid_columns = torch.ones(len(self._ids), dtype=torch.bool)
+        self.valid_columns[[self._ids[token] for token in (PAD, ACT, BOS, UNK, CUT)]] = False
+
+    def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
+        """Tokens since the previous action; the first prompt begins with <bos>, and an action cut off is closed first."""
+        ids = [self._ids.get(word, self._ids[UNK]) for word in compact(observation)]
+        if len(ids) > OBSERVATION_TOKENS:
+            ids = [*ids[: OBSERVATION_TOKENS - 1], self._ids[CUT]]
+        if not turns:
+            ids = [self._ids[BOS], *ids]
+        elif tuple(turns[-1].action[-1:]) != self.stop_ids:
+            ids = [*self.stop_ids, *ids]
+        return [*ids, self._ids[ACT]]
+
+    def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
+        """The words of the action are the command, whether or not it was finished; an empty or unfinished one is malformed."""
+        words = [self._words[i] for i in ids if i not in self.stop_ids]
+        command = " ".join(words)
+        return command, command, stopped and bool(words)
+
+    def action(self, command: str) -> list[int]:
+        """Ids of a command as the model should write it, closed; the inverse of `parse`."""
+        return [*(self._ids.get(word, self._ids[UNK]) for word in command.split()), *self.stop_ids]

@@ -1,0 +1,153 @@
+"""ALFWorld as an `Environment`: official or generated games, the fast engine or TextWorld, rewards after verl-agent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any, Protocol
+
+from atod_fast.envs.alfworld.engine import FastAlfWorld
+from atod_fast.envs.alfworld.game import Game
+from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec
+from atod_fast.envs.alfworld.generator import generate as generate_game
+from atod_fast.envs.alfworld.loader import SPLITS, find_games, playable, read_file, split_folder, task_id
+from atod_fast.envs.alfworld.textworld import TextWorldEngine
+from atod_fast.envs.protocol import Info
+from atod_fast.errors import UserError
+
+CACHED_GAMES = 256  # parsed games kept, about 100 kB each
+
+
+class Engine(Protocol):
+    """What plays a game: `FastAlfWorld`, or `TextWorldEngine` on top of the original."""
+
+    admissible: list[str]
+    won: bool
+
+    def reset(self) -> str: ...
+
+    def step(self, command: str) -> tuple[str, bool]: ...
+
+
+class Games:
+    """A fixed list of games, parsed (or generated) when first played. Shared by all clones and threads."""
+
+    def __init__(self, count: int, load: Any) -> None:
+        self.count = count
+        self.get = lru_cache(maxsize=CACHED_GAMES)(load)
+
+
+class AlfWorld:
+    """ALFWorld text games.
+
+    Where the games come from (exactly one):
+      generate: number of generated games, with seed, scene ("small" | "full") and, for small scenes, the most receptacles
+        and objects. Even and odd seeds share no game.
+      split: "train", "valid_seen" or "valid_unseen" of the official data below `data` or $ALFWORLD_DATA.
+      games: paths of game files or of folders with such.
+    task_types: only these of the six types; by default all, but in small scenes the four that a kitchen with one thing of
+      each type allows.
+    engine: "fast" (pure Python, the default) or "textworld" (the original; needs `pip install alfworld==0.4.2`).
+    reward: given once, when the goal is reached.
+    """
+
+    def __init__(
+        self,
+        *,
+        generate: int | None = None,
+        seed: int = 0,
+        task_types: Sequence[str] = (),
+        scene: str = "small",
+        receptacles: int = 6,
+        objects: int = 6,
+        split: str | None = None,
+        data: str | None = None,
+        games: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+        engine: str = "fast",
+        reward: float = 10.0,
+    ) -> None:
+        if sum(source is not None for source in (generate, split, games)) != 1:
+            raise UserError("alfworld takes exactly one of generate=N, split=train|valid_seen|valid_unseen and games=<paths>")
+        _choice("engine", engine, ("fast", "textworld"))
+        for kind in task_types:
+            _choice("task_types", kind, TASK_TYPES)
+        types = tuple(dict.fromkeys(task_types)) or (SMALL_TASK_TYPES if generate is not None and scene == "small" else TASK_TYPES)
+        if generate is not None:
+            _choice("scene", scene, ("small", "full"))
+            for name, value, least in (("generate", generate, 1), ("seed", seed, 0), ("receptacles", receptacles, 4), ("objects", objects, 3)):
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
+            self._games = _generated(Spec(seed, types, scene, receptacles, objects), generate)
+        else:
+            self._games = _official(split, data, games, types)
+        self.instant = engine == "fast"
+        self._reward = float(reward)
+        self.engine: Engine | None = None
+        self.game: Game | None = None
+
+    def __len__(self) -> int:
+        return self._games.count
+
+    def reset(self, seed: int, task: int) -> tuple[str, Info]:
+        """Start game `task`. ALFWorld has no randomness of its own: `seed` changes nothing."""
+        if not 0 <= task < len(self):
+            raise IndexError(f"task {task} of {len(self)} games")
+        self.game = self._games.get(task)
+        if self.instant:
+            self.engine = FastAlfWorld(self.game)
+        else:
+            self.engine = self.engine or TextWorldEngine()
+            self.engine.load(self.game)
+        return self.engine.reset(), self._info(True)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        if self.engine is None:
+            raise RuntimeError("step before reset")
+        observation, accepted = self.engine.step(action)
+        won = self.engine.won
+        return observation, self._reward if won else 0.0, won, False, self._info(accepted)
+
+    def clone(self) -> AlfWorld:
+        other = object.__new__(AlfWorld)
+        other.__dict__.update(self.__dict__, engine=None, game=None)
+        return other
+
+    def close(self) -> None:
+        if isinstance(self.engine, TextWorldEngine):
+            self.engine.close()
+        self.engine = self.game = None
+
+    def _info(self, accepted: bool) -> Info:
+        return Info(
+            won=self.engine.won,
+            admissible_actions=self.engine.admissible,
+            is_action_valid=accepted,
+            task_type=self.game.task.type,
+            task_id=self.game.task_id,
+        )
+
+
+def _generated(spec: Spec, count: int) -> Games:
+    def load(index: int) -> Game:
+        name, data = generate_game(spec, index)
+        return Game.parse(data, name)
+
+    return Games(count, load)
+
+
+def _official(split: str | None, data: str | None, games: Any, task_types: tuple[str, ...]) -> Games:
+    if isinstance(games, str) and games in SPLITS and not os.path.exists(games):
+        split = games
+    if split is not None:
+        games = split_folder(split, data)
+    paths = [games] if isinstance(games, str | os.PathLike) else games
+    files = playable(find_games(paths), task_types)
+    return Games(len(files), lambda index: Game.parse(read_file(files[index]), task_id(files[index])))
+
+
+def _choice(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        near = get_close_matches(str(value), known, n=1)
+        raise UserError(f"{option}={value!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))

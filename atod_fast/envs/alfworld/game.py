@@ -1,0 +1,145 @@
+"""A game file, parsed once and shared by all episodes that play it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from atod_fast.envs.alfworld import grammar, pddl
+from atod_fast.envs.alfworld.goal import Goal, Task, compile_goal, describe
+from atod_fast.envs.alfworld.pddl import Domain, GameError, Row
+
+# Predicates that a step can change and that texts, goals or preconditions look at.
+FLUENTS = frozenset("atlocation inreceptacle objectatlocation opened holds holdsany isclean ishot iscool istoggled issliced".split())
+# Facts that are negated explicitly, as TextWorld adds them when an action deletes; nothing ever deletes istoggled.
+DENIALS = frozenset(("not_inreceptacle", "not_istoggled"))
+
+_STATIC = frozenset(
+    "receptacleatlocation receptacletype objecttype cancontain openable pickupable cleanable heatable coolable toggleable sliceable "
+    "isreceptacleobject inreceptacleobject".split()
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Game:
+    """Read-only facts of one game. Ids are the PDDL's (lower case); `names` holds what the texts call them ("mug 2").
+
+    Kinds are types without the suffix: "mug", "sinkbasin".
+    """
+
+    task_id: str
+    task: Task
+    data: Mapping[str, object]  # the game file: pddl_domain, grammar, pddl_problem
+    domain: Domain
+    texts: grammar.Grammar
+    names: dict[str, str]
+    goal: Goal
+    agent: str
+    static: dict[str, frozenset[Row]]  # predicate -> rows that never change
+    initial: dict[str, frozenset[Row]]  # fluent -> rows true at the start
+    receptacles: tuple[str, ...]  # that can be gone to, sorted
+    location: dict[str, str]  # receptacle -> location
+    at: dict[str, tuple[str, ...]]  # location -> receptacles there, sorted
+    kind: dict[str, str]  # object or receptacle -> kind
+    accepts: dict[str, frozenset[str]]  # receptacle -> objects that may be put in or on it
+    tools: dict[str, frozenset[str]]  # action -> receptacles (for sliceobject: knives) it works with
+    properties: dict[str, frozenset[str]]  # openable, pickupable, cleanable, heatable, coolable, toggleable, sliceable -> ids
+    travel: dict[str, str]  # "go to ..." command -> receptacle
+
+    @classmethod
+    def parse(cls, data: Mapping[str, object], task_id: str) -> Game:
+        """Read a game file's content. GameError names what is damaged or not modelled."""
+        try:
+            return cls._parse(data, task_id)
+        except GameError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise GameError(f"malformed ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _parse(cls, data: Mapping[str, object], task_id: str) -> Game:
+        for key in ("pddl_domain", "grammar", "pddl_problem"):
+            if not isinstance(data.get(key), str):
+                raise GameError(f"the game has no {key}")
+        domain = pddl.domain(data["pddl_domain"])
+        problem = pddl.problem(data["pddl_problem"])
+        texts = grammar.parse(data["grammar"], domain.actions)
+        _check_predicates(texts, problem)
+
+        facts = problem.facts
+        location = dict(facts.get("receptacleatlocation", []))
+        if len(location) != len(set(facts.get("receptacleatlocation", []))):
+            raise GameError("a receptacle is at several locations")
+        agents = facts.get("atlocation", [])
+        if len(agents) != 1 or facts.get("holds"):
+            raise GameError("the agent does not start empty-handed at one place")
+        at: dict[str, list[str]] = defaultdict(list)
+        for receptacle in sorted(location):
+            at[location[receptacle]].append(receptacle)
+        receptacle_types, object_types = _sets(facts.get("receptacletype", [])), _sets(facts.get("objecttype", []))
+        room_for = _sets(facts.get("cancontain", []))
+        names = _names({name for rows in facts.values() for row in rows for name in row})
+
+        def objects_of(kinds: set[str] | frozenset[str]) -> frozenset[str]:
+            return frozenset(name for name, types in object_types.items() if types & kinds)
+
+        return cls(
+            task_id=task_id,
+            task=describe(problem.goal),
+            data=data,
+            domain=domain,
+            texts=texts,
+            names=names,
+            goal=compile_goal(problem, FLUENTS),
+            agent=agents[0][0],
+            static={name: frozenset(rows) for name, rows in facts.items() if name not in FLUENTS},
+            initial={name: frozenset(facts.get(name, [])) for name in FLUENTS},
+            receptacles=tuple(sorted(location)),
+            location=location,
+            at={place: tuple(there) for place, there in at.items()},
+            kind={name: min(types).removesuffix("type") for name, types in (object_types | receptacle_types).items()},
+            accepts={r: objects_of({t for kind in receptacle_types.get(r, ()) for t in room_for.get(kind, ())}) for r in location},
+            tools={
+                action: objects_of(kinds) if action == "sliceobject" else frozenset(r for r in location if receptacle_types.get(r, set()) & kinds)
+                for action, kinds in domain.tools.items()
+            },
+            properties={
+                name: frozenset(row[0] for row in facts.get(name, []))
+                for name in ("openable", "pickupable", "cleanable", "heatable", "coolable", "toggleable", "sliceable")
+            },
+            travel={texts.commands["gotolocation"].format(r=names[r]): r for r in sorted(location)},
+        )
+
+
+def _sets(rows: list[Row]) -> dict[str, set[str]]:
+    out: dict[str, set[str]] = defaultdict(set)
+    for key, value in rows:
+        out[key].add(value)
+    return out
+
+
+def _names(ids: set[str]) -> dict[str, str]:
+    """Display names after ALFWorld's demangler: per kind, numbers fall as ids rise; ids without coordinates keep a trailing blank."""
+    kinds = {name: name.split("_bar_", 1)[0] + ("basin" if "basin" in name else "") for name in ids if "_bar_" in name}
+    left = Counter(kinds.values())
+    names = {}
+    for name in sorted(ids):
+        kind = kinds.get(name)
+        if kind is None:
+            names[name] = f"{name} "
+        else:
+            names[name] = f"{kind} {left[kind]}"
+            left[kind] -= 1
+    return names
+
+
+def _check_predicates(texts: grammar.Grammar, problem: pddl.Problem) -> None:
+    """Refuse a grammar that asks for facts the engine does not keep; it would silently read as false."""
+    known = FLUENTS | DENIALS | problem.facts.keys() | _STATIC
+    for sides in texts.rules.values():
+        for side in sides:
+            for query in (side.condition, *(piece.query for piece in side.pieces)):
+                for predicate, _ in query:
+                    if predicate not in known:
+                        raise GameError(f"the grammar asks for {predicate}, which the fast engine does not keep")

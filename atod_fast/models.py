@@ -1,0 +1,76 @@
+"""Checkpoints by name: what is loaded from where, in which precision. Shared by the trainer and the rollout engines."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from atod_fast.errors import UserError
+
+logging.disable_progress_bar()  # the run has a progress bar of its own
+
+DEMO_WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
+
+
+def resolve(path: str) -> str:
+    """Model folder of a `student.path` or `teacher.path`: `demo:NAME` is a shipped model, others are left as they are."""
+    if path.startswith("demo:"):
+        folder = DEMO_WEIGHTS / path.removeprefix("demo:")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model path {path!r} names no shipped model; use demo:student or demo:teacher, or run python -m atod_fast.demo.build")
+        return str(folder)
+    if (Path(path).is_absolute() or path.startswith((".", "~"))) and not (Path(path).expanduser() / "config.json").is_file():
+        raise UserError(f"model path {path!r} holds no config.json; give a Hugging Face model folder or a hub name")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on an accelerator and fp32 on a CPU, where bf16 GEMMs are slower."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def attention_of(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    return "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def _from_hub(loader, path: str, **options):
+    """One clear line where a hub name cannot be had."""
+    try:
+        return loader.from_pretrained(resolve(path), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model path {path!r} cannot be loaded ({reason}); give a Hugging Face model folder or a reachable hub name") from None
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    return _from_hub(AutoTokenizer, path)
+
+
+def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """The checkpoint's CausalLM on the CPU, every weight in `dtype`."""
+    return _from_hub(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention)
+
+
+def load_config(path: str):
+    """The checkpoint's transformers configuration."""
+    return _from_hub(AutoConfig, path)
+
+
+def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse models whose ids mean different tokens: every id both know, special tokens included."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differing = {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)}
+    if differing:
+        first = min(differing, key=lambda token: ours.get(token, theirs.get(token, 0)))
+        raise UserError(
+            f"student.path and teacher.path have different tokenizers: {len(differing)} tokens differ, first {first!r} "
+            f"(student id {ours.get(first)}, teacher id {theirs.get(first)}); use a teacher of the student's family"
+        )

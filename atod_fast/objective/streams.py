@@ -1,0 +1,122 @@
+"""The paper's equation, token by token, as streams that the loss reads without knowing what they mean.
+
+    A_t = kappa(s) * w_k(t) * [log pi_T(a_t) - log pi_old(a_t)]  +  rho(s) * A_RL
+
+The bracket is the sampled-token estimate of the reverse KL (k1), used as an advantage and so without gradient: as a loss
+it would teach nothing of the teacher. T-DUR weights w touch this term alone. The other divergences are losses D:
+
+    L = rho * L_clip(A_RL)  +  kappa * sum_t m_t w_k(t) D_t / sum_t m_t
+
+where rho is folded into the advantage (the clipped surrogate is homogeneous) and kappa * w is the divergence weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from atod_fast.config import Objective
+from atod_fast.trajectory import TurnTable
+
+# These need the teacher's whole distribution at each token; k1, k2 and k3 the log-prob of the sampled one.
+FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Per-token constants of an update, all [A], fp32 or wider, without gradient."""
+
+    advantage: Tensor  # the hybrid A_t (k1), or rho * A_RL
+    reward_advantage: Tensor  # rho * A_RL, the part of `advantage` that is not imitation; only diagnostics read it
+    entropy_weight: Tensor  # coefficient of the entropy bonus
+    old_logp: Tensor  # log-probs before the step's first update
+    policy_weight: Tensor  # truncated importance weight of trainer against rollout engine, on the policy term only
+    weight: Tensor  # aggregation: the loss is the plain sum over the mini-batch's tokens of weight * token loss
+    divergence_weight: Tensor | None = None  # kappa * w; None where the divergence is no loss (k1) or kappa is 0
+    teacher_logp: Tensor | None = None  # for k2 and k3
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The streams in use by name: the `inputs` of `atod_kernels.linear_token_loss`; `Streams(**tensors)` restores."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@torch.no_grad()
+def make_streams(
+    objective: Objective,
+    kappa: float,
+    rho: float,
+    turn: Tensor,
+    old_logp: Tensor,
+    teacher_logp: Tensor | None,
+    rollout_logp: Tensor,
+    turn_weight: Tensor,
+    rl_advantage: Tensor,
+    token_weight: Tensor,
+) -> Streams:
+    """Streams of A action tokens, in the dtype and on the device of `old_logp`.
+
+    turn [A] int64 (number in the TurnTable); old_logp, rollout_logp, token_weight [A]; turn_weight, rl_advantage [K], on
+    any device. teacher_logp [A] is needed for k1, k2 and k3 while kappa > 0. ValueError for log-probs below fp32.
+    """
+    if old_logp.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"old_logp is {old_logp.dtype}: ratios of log-probs need fp32, score in fp32")
+    imitate = kappa > 0
+    if imitate and objective.divergence not in FULL_VOCABULARY and teacher_logp is None:
+        raise ValueError(f"teacher_logp is None, but objective.divergence={objective.divergence} reads it while kappa > 0 (kappa={kappa:g})")
+
+    reward_advantage = rho * rl_advantage.to(old_logp)[turn]
+    advantage, divergence_weight = reward_advantage, None
+    if imitate:
+        imitation = kappa * turn_weight.to(old_logp)[turn]
+        if objective.divergence == "k1":
+            log_ratio = teacher_logp - old_logp
+            if objective.log_ratio_clip > 0:
+                log_ratio = log_ratio.clamp(-objective.log_ratio_clip, objective.log_ratio_clip)
+            advantage = imitation * log_ratio + reward_advantage
+        else:
+            divergence_weight = imitation
+
+    policy_weight = torch.ones_like(old_logp)
+    if objective.tis_cap > 0:
+        policy_weight = (old_logp - rollout_logp).exp().clamp(max=objective.tis_cap)
+    return Streams(
+        advantage=advantage,
+        reward_advantage=reward_advantage,
+        entropy_weight=torch.full_like(old_logp, objective.entropy_bonus),
+        old_logp=old_logp,
+        policy_weight=policy_weight,
+        weight=token_weight.to(old_logp),
+        divergence_weight=divergence_weight,
+        teacher_logp=teacher_logp if imitate and objective.divergence in ("k2", "k3") else None,
+    )
+
+
+def token_weights(aggregation: str, turn: Tensor, table: TurnTable, minibatch_turns: Tensor) -> Tensor:
+    """What each action token counts, so that a plain sum over a mini-batch's tokens is its mean. [A] fp32, on turn's device.
+
+    token       1 / tokens of the mini-batch
+    turn        1 / (turns * tokens of the token's turn)
+    trajectory  1 / (trajectories * tokens of the token's trajectory), as far as they are in the mini-batch: with
+                rollout.context=window it may hold only some of a trajectory's turns
+
+    turn [A] are this rank's tokens, minibatch_turns [M] the turns of the whole mini-batch over all ranks and
+    micro-batches: the weights of all of them sum to 1. A token whose turn is not among them weighs 0.
+    """
+    length = torch.zeros(len(table.length), dtype=torch.float64)  # tokens of each turn that are in the mini-batch
+    minibatch_turns = minibatch_turns.cpu()
+    length[minibatch_turns] = table.length[minibatch_turns].double()
+    match aggregation:
+        case "token":
+            tokens, units = length.sum().expand_as(length), 1
+        case "turn":
+            tokens, units = length, (length > 0).sum()
+        case "trajectory":
+            trajectory = torch.repeat_interleave(torch.arange(len(table.reward)), table.offsets.diff())
+            per_trajectory = torch.bincount(trajectory, length, minlength=len(table.reward))
+            tokens, units = per_trajectory[trajectory], (per_trajectory > 0).sum()
+        case _:
+            raise ValueError(f"aggregation={aggregation!r} is not token, trajectory or turn")
+    weight = torch.where(length > 0, 1 / (units * tokens), 0.0)  # [K]
+    return weight.float().to(turn.device)[turn]

@@ -1,0 +1,60 @@
+"""What a person sees: one line a step, a progress bar while the agents act. Rank 0 speaks, the others are silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+COLUMNS = (  # heading, metric, format
+    ("step", "step", "{:>5d}"),
+    ("success", "train/success", "{:>7.1%}"),
+    ("kappa", "schedule/kappa", "{:>6.3f}"),
+    ("rho", "schedule/rho", "{:>5.2f}"),
+    ("d", "turns/disagreement", "{:>6.3f}"),
+    ("h", "turns/uncertainty", "{:>6.3f}"),
+    ("w", "turns/weight_mean", "{:>5.2f}"),
+    ("loss", "loss/total", "{:>8.4f}"),
+    ("entropy", "policy/entropy", "{:>7.3f}"),
+    ("gap", "sync/logprob_gap", "{:>7.0e}"),
+    ("tok/s", "perf/tokens_per_second", "{:>6.0f}"),
+    ("s", "time/step", "{:>5.2f}"),
+)
+
+
+class Console:
+    def __init__(self, speaks: bool):
+        self.rich = RichConsole(quiet=not speaks, highlight=False)
+        self.speaks = speaks
+        self.lines = 0
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.rich.print(text, style=style, markup=False, soft_wrap=True)
+
+    def step(self, metrics: dict[str, float]) -> None:
+        """The step's line, under a heading every 20 lines."""
+        if self.lines % 20 == 0:
+            self.say(" ".join(heading.rjust(_width(form)) for heading, _, form in COLUMNS), style="dim")
+        self.lines += 1
+        self.say(" ".join(form.format(metrics[key]) if key in metrics else "-".rjust(_width(form)) for _, key, form in COLUMNS))
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Callable[[int, int, int, int], None]]:
+        """A bar that vanishes when done; yields `update(finished, total, turns, tokens)`. Only on a terminal."""
+        if not (self.speaks and self.rich.is_terminal):
+            yield lambda finished, total, turns, tokens: None
+            return
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()
+        with Progress(*columns, console=self.rich, transient=True) as bar:
+            task = bar.add_task(label, total=None, detail="")
+
+            def update(finished: int, total: int, turns: int, tokens: int) -> None:
+                bar.update(task, completed=finished, total=total, detail=f"{turns} turns, {tokens} tokens")
+
+            yield update
+
+
+def _width(form: str) -> int:
+    return len(form.format(0)) if "d" in form else len(form.format(0.0))

@@ -1,0 +1,45 @@
+"""The run's curves as one PNG: success, schedule, turn signals, policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first: there may be no display)
+
+
+def draw(lines: list[dict], path: Path) -> None:
+    """`lines` are the objects of metrics.jsonl."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+
+    def series(axis, key: str, label: str, **style) -> None:
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+
+    success, schedule, signals, policy = axes.flat
+    series(success, "train/success", "student, training tasks", alpha=0.35, linewidth=1)
+    series(success, "eval/success", "student, held-out tasks", marker="o", markersize=4)
+    teacher = [line["eval/teacher_success"] for line in lines if line.get("eval/teacher_success") is not None]
+    if teacher:
+        success.axhline(teacher[0], color="black", linestyle="--", linewidth=1, label="teacher, held-out tasks")
+    success.set(title="success", ylim=(0, 1))
+    series(schedule, "schedule/kappa", "kappa (imitation)")
+    series(schedule, "schedule/rho", "rho (reward)")
+    schedule.set(title="schedule")
+    series(signals, "turns/disagreement", "disagreement d")
+    series(signals, "turns/uncertainty", "uncertainty h")
+    series(signals, "turns/weight_mean", "weight w, mean")
+    signals.set(title="turns")
+    series(policy, "policy/entropy", "entropy (nats)")
+    series(policy, "policy/clip_fraction", "clipped share")
+    policy.set(title="policy")
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,238 @@
+"""`--dry-run`: the resolved settings, and what a step takes in tokens and in memory, from config.json files alone.
+
+The output is TOML, the plan its comments: `--dry-run > my.toml` is a start for a file of one's own. Memory is an upper
+bound by formula (each stated where it is computed), without allocator slack, CUDA context and kernels' workspaces.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from atod_kernels.torch_backend import TILE
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atod_fast.config import Config
+from atod_fast.errors import UserError
+from atod_fast.models import dtype_of, load_config, resolve
+from atod_fast.objective import FULL_VOCABULARY
+from atod_fast.policy.sharding import RESHARD_PARAMETERS
+from atod_fast.settings import check_model, check_world, to_toml
+
+PHASES = ("teacher's eval", "rollout", "score", "update")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one causal language model. Parameters are counted once where they are shared."""
+
+    parameters: int
+    block: int  # parameters of the largest block
+    root: int  # parameters outside the blocks: embedding, last norm, head
+    layers: int
+    hidden: int
+    intermediate: int  # of the feed-forward parts one token passes through
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Upper bounds of one training step over all ranks."""
+
+    trajectories: int
+    turns: int
+    rows: int
+    tokens: int
+    action_tokens: int
+    updates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Memory of one rank, and when it is held."""
+
+    name: str
+    size: float  # bytes
+    phases: tuple[str, ...]
+
+
+def describe(config: Config, ranks: int) -> str:
+    """The text of `--dry-run` for a run of `ranks` processes on this machine's kind of device.
+
+    Raises:
+        UserError: settings that cannot run with so many ranks or with these models, a model folder that is not there.
+    """
+    check_world(config, ranks)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [f"plan for {ranks} {'rank' if ranks == 1 else 'ranks'} on {device.type}, at most:"]
+    shapes = {}
+    for role, path in (("student", config.student.path), ("teacher", config.teacher.path)):
+        shapes[role] = load_shape(config, path)
+        if shapes[role] is None:
+            lines.append(f"{role} {path}: no folder here and not in the Hugging Face cache; its config.json is needed: hf download {path} config.json")
+        else:
+            lines.append(f"{role} {path}: {shapes[role].parameters:,} parameters")
+    step = step_bounds(config)
+    lines += [
+        f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = {step.trajectories:,} trajectories, {step.turns:,} turns, {step.rows:,} rows",
+        f"        {step.tokens:,} tokens, {step.action_tokens:,} of them actions, in {step.updates:,} updates",
+    ]
+    if all(shapes.values()):
+        lines += ["", *_table(list(memory(config, shapes["student"], shapes["teacher"], ranks, device)))]
+    else:
+        lines.append("memory: known once both config.json files are here")
+    return to_toml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+def load_shape(config: Config, path: str) -> Shape | None:
+    """Shape of the model at `path`, built on the meta device; None for a hub name whose config.json is not on this machine."""
+    folder = resolve(path)
+    if Path(folder).is_dir():
+        model_config = load_config(path)
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", folder):
+        try:
+            model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except OSError:
+            return None
+    else:
+        raise UserError(f"model path {path!r} is neither a folder with a config.json nor a hub name")
+    check_model(config, path, model_config.to_dict())
+    return shape_of(path, model_config)
+
+
+def shape_of(path: str, config) -> Shape:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
+    except (ValueError, AttributeError):
+        raise UserError(f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model") from None
+    text = config.get_text_config(decoder=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    experts = getattr(text, "num_experts_per_tok", None)
+    return Shape(
+        parameters=parameters,
+        block=max(blocks),
+        root=parameters - sum(blocks),
+        layers=len(blocks),
+        hidden=text.hidden_size,
+        intermediate=experts * text.moe_intermediate_size if experts else text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocabulary=text.vocab_size,
+    )
+
+
+def step_bounds(config: Config) -> Step:
+    """Every trajectory plays all its turns, every prompt and response is as long as allowed."""
+    train, rollout = config.train, config.rollout
+    trajectories = train.tasks_per_step * train.group_size
+    turns = trajectories * config.env.max_turns
+    rows = turns if rollout.context == "window" else trajectories
+    tokens = rows * rollout.longest
+    updates = -(-rows // train.minibatch_rows) if train.minibatch_rows else 1
+    return Step(trajectories, turns, rows, tokens, min(tokens, turns * rollout.response_tokens), updates * train.epochs)
+
+
+def block_activations(shape: Shape, bytes_: int) -> int:
+    """Bytes one block keeps for its backward pass, per token, after transformers' Qwen3 block without liger.
+
+    With c bytes an element, H hidden, I intermediate, N + K query and key heads of D:
+
+        2 H (4 + 2c)          two RMSNorms: input in fp32, normalised, scaled
+        (N + K) D (4 + 3c)    query and key norm likewise, rotated; attention's output and value
+        4 c I                 gate, its SiLU, up, their product
+        4 (2N + K + 2)        the norms' and the softmax's fp32 normalisers
+    """
+    heads, kv = shape.heads, shape.kv_heads
+    return 2 * shape.hidden * (4 + 2 * bytes_) + (heads + kv) * shape.head_dim * (4 + 3 * bytes_) + 4 * bytes_ * shape.intermediate + 4 * (2 * heads + kv + 2)
+
+
+def activations(shape: Shape, bytes_: int, checkpointing: bool) -> int:
+    """Bytes a forward pass keeps per token: all blocks, or with checkpointing each block's input and one block; the last norm."""
+    block = block_activations(shape, bytes_)
+    kept = shape.layers * bytes_ * shape.hidden + block if checkpointing else shape.layers * block
+    return kept + shape.hidden * (4 + 2 * bytes_)
+
+
+def gathered(shape: Shape, bytes_: int) -> int:
+    """Bytes of parameters that FSDP2 holds whole: root and head, the block in use and the next; small models entirely."""
+    whole = shape.parameters if shape.parameters <= RESHARD_PARAMETERS else min(shape.parameters, shape.root + 2 * shape.block)
+    return whole * bytes_
+
+
+def cache_line(shape: Shape, bytes_: int) -> int:
+    """Bytes of key/value cache a token takes: key and value of every layer."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_
+
+
+def head_tiles(shape: Shape, mixture: bool, device: torch.device) -> int:
+    """Bytes of logits at one time: four fp32 tiles, and for a mixture divergence a chunk of both models' whole rows."""
+    rows, columns = TILE["cpu" if device.type == "cpu" else "accelerator"]
+    return 4 * (4 * rows * min(columns, shape.vocabulary) + 2 * rows * shape.vocabulary * mixture)
+
+
+def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: torch.device) -> Iterator[Item]:
+    """What a rank holds and when. P parameters and c bytes an element of student or teacher, W ranks.
+
+    Masters 4P/W, gradients 4P/W, AdamW 8P/W; the frozen teacher cP/W. The head's op adds the fp32 gradients of the
+    hidden states [A, H] and of its weight [V, H] to its tiles, A being the action tokens of a micro-batch.
+    """
+    c, ct = (dtype_of(part.compute_dtype, device).itemsize for part in (config.student, config.teacher))
+    step, rollout, objective = step_bounds(config), config.rollout, config.objective
+    exact_loss = objective.divergence in FULL_VOCABULARY
+    exact = exact_loss or config.turns.disagreement == "exact"
+    mixture = objective.divergence in ("jsd", "skew_reverse_kl", "skew_forward_kl")
+    share = -(-step.action_tokens // ranks)
+    micro = min(max(config.train.microbatch_tokens, rollout.longest), -(-step.tokens // ranks))
+    learning = PHASES[1:]
+
+    yield Item("student, fp32 masters", 4 * student.parameters / ranks, PHASES)
+    yield Item("student, AdamW moments", 8 * student.parameters / ranks, learning)
+    yield Item("student, gradients", 4 * student.parameters / ranks, ("update",))
+    yield Item("student, gathered", gathered(student, c), ("score", "update"))
+    yield Item("student, gradients to reduce", min(student.parameters, student.root + student.block) * c, ("update",))
+    if not config.teacher.offload:
+        yield Item("teacher, shard", ct * teacher.parameters / ranks, PHASES)
+    yield Item("teacher, gathered", gathered(teacher, ct), ("score",))
+    if exact_loss:
+        yield Item("teacher, head", teacher.root * ct, ("update",))
+    if exact:
+        yield Item("teacher, final hidden states", share * teacher.hidden * ct, ("score", "update") if exact_loss else ("score",))
+
+    if rollout.engine == "vllm" or (rollout.engine == "auto" and device.type == "cuda" and importlib.util.find_spec("vllm")):
+        yield Item("rollout engine, weights", student.parameters * c, ("rollout",))
+        yield Item("rollout engine, KV cache", rollout.kv_cache_gib * 2**30, ("rollout",))
+    else:
+        slots = rollout.concurrency * rollout.longest
+        held = PHASES if device.type == "cpu" else PHASES[:2]  # the CPU's engine never sleeps
+        yield Item("rollout engine, weights", student.parameters * c, PHASES)
+        yield Item("rollout engine, KV cache", slots * cache_line(student, c), held)
+        if config.eval.teacher:
+            yield Item("teacher as a player", teacher.parameters * c + slots * cache_line(teacher, c), PHASES[:1])
+
+    yield Item("activations", micro * block_activations(student, c), ("score",))
+    yield Item("activations", micro * activations(student, c, config.student.gradient_checkpointing), ("update",))
+    yield Item("head, logit tiles", head_tiles(student, mixture, device), ("score", "update"))
+    yield Item("head, fp32 gradients", 4 * student.hidden * (student.vocabulary + min(micro, share)), ("update",))
+
+
+def _table(items: list[Item]) -> Iterator[str]:
+    """One line a name, one column a phase."""
+    cells: dict[str, dict[str, float]] = {}
+    for item in items:
+        for phase in item.phases:
+            cells.setdefault(item.name, {})[phase] = item.size
+    cells["total"] = {phase: sum(line.get(phase, 0.0) for line in cells.values()) for phase in PHASES}
+    unit, name = (2**30, "GiB") if max(cells["total"].values()) >= 2**30 else (2**20, "MiB")
+    yield f"{f'memory of a rank, {name}':30}" + "".join(f"{phase:>16}" for phase in PHASES)
+    for title, line in cells.items():
+        yield f"{title:30}" + "".join(f"{line[phase] / unit:16.2f}" if phase in line else " " * 16 for phase in PHASES)

@@ -1,0 +1,83 @@
+"""Saving and resuming with torch.distributed.checkpoint, and the final Hugging Face export."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from atod_fast import ranks
+from atod_fast.errors import UserError
+from atod_fast.policy.model import CausalPolicy
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = [p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and (p / "state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+
+
+def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, state: dict, *, keep: int) -> Path:
+    """Write step's checkpoint beside its final name and rename it when whole; then drop the oldest beyond `keep`.
+
+    `state` is JSON-serialisable. Collective.
+    """
+    final = folder(run_dir, step)
+    partial = final.with_name(final.name + ".partial")
+    if ranks.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    model, optim = get_state_dict(policy, optimizer)
+    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial, no_dist=ranks.world_size() == 1)
+    if ranks.rank() == 0:
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        complete = sorted(p for p in final.parent.glob("step_*") if (p / "state.json").is_file() and p.suffix != ".partial")
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
+    ranks.barrier()
+    return final
+
+
+def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
+    """Fill policy and optimiser in place; returns the saved `state`. Collective."""
+    if not (path / "state.json").is_file():
+        raise UserError(f"--resume {path} holds no complete checkpoint (state.json is missing); give a folder checkpoints/step_NNNNNN of a run")
+    model, optim = get_state_dict(policy, optimizer)
+    try:
+        dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path, no_dist=ranks.world_size() == 1)
+    except (dcp.api.CheckpointException, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"--resume {path} does not fit student.path or is damaged ({reason}); resume with the run's own config.toml") from None
+    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+    return json.loads((path / "state.json").read_text())
+
+
+def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A folder that transformers and vLLM load: safetensors in the source checkpoint's dtype, config, tokenizer. Collective."""
+    whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if ranks.rank() == 0:
+        dtype = policy.config.dtype or torch.float32
+        # A gathered tensor may be a view of a padded buffer, which safetensors refuses.
+        weights = {name: tensor.to(dtype).clone() for name, tensor in whole.items() if not (policy.tied and name == "lm_head.weight")}
+        path.mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(weights, str(path))
+        policy.config.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        if policy.generation_config is not None:
+            policy.generation_config.save_pretrained(path)
+    ranks.barrier()

@@ -1,0 +1,171 @@
+"""Scoring and learning over a step's rows: tokens and weight streams, nothing of turns, rewards or schedules.
+
+A step's rows are planned once into mini-batches and micro-batches. The same micro-batches are scored by the teacher,
+scored by the student and then learnt from, so what scoring keeps lies beside the tokens it belongs to. FSDP gathers a
+unit whenever any rank uses it, so every rank runs the same number of micro-batches, empty ones included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from atod_kernels import turn_reduce
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from atod_fast import ranks
+from atod_fast.config import Config
+from atod_fast.errors import GuardError
+from atod_fast.models import attention_of, dtype_of
+from atod_fast.objective import FULL_VOCABULARY, Streams, diagnostics, token_loss, token_signals
+from atod_fast.policy.model import HeadJob, build_student
+from atod_fast.policy.packing import collate, plan
+from atod_fast.policy.sharding import reshard, shard
+from atod_fast.policy.teacher import Teacher, TeacherHead
+from atod_fast.trajectory import Batch, Row
+
+
+@dataclass(slots=True)
+class Scored:
+    """A micro-batch and what the frozen passes found out about its A action tokens; fp32."""
+
+    batch: Batch
+    logp: Tensor | None = None  # [A] log pi_old, the trainer's own
+    entropy: Tensor | None = None  # [A] of pi_old
+    teacher_logp: Tensor | None = None  # [A]; None: this step does without the teacher
+    divergence: Tensor | None = None  # [A] full-vocabulary divergence between pi_old and the teacher
+    teacher_hidden: Tensor | None = None  # [A, H_t], where the whole distribution of the teacher is needed
+
+
+MiniBatches = list[list[Scored]]  # [mini-batch][micro-batch] of this rank
+
+
+class Learner:
+    """The student, its frozen teacher and the optimiser over the mesh."""
+
+    def __init__(self, config: Config, mesh: DeviceMesh, device: torch.device, valid_columns: Tensor | None):
+        self.config, self.device = config, device
+        self.student = shard(build_student(config.student, device).to(device), mesh, dtype_of(config.student.compute_dtype, device))
+        assert all(p.dtype == torch.float32 for p in self.student.parameters()), "AdamW needs fp32 masters"
+        self.teacher = Teacher(config, mesh, device)
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
+        )
+        self.valid_columns = None if valid_columns is None else valid_columns.to(device)
+        self.packed = attention_of(config.student.attention, device) == "flash_attention_2"
+        # The loss, or only the turn signal, may need the teacher's whole distribution; the signal is the reverse KL then.
+        self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
+        self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
+
+    def plan(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[list[int]]]:
+        """This rank's micro-batches, and the row numbers of each whole mini-batch."""
+        train = self.config.train
+        rng = np.random.default_rng([train.seed, step])
+        whole = plan(rows, ranks=ranks.world_size(), minibatch_rows=train.minibatch_rows, budget=train.microbatch_tokens, packed=self.packed, rng=rng)
+        mine = [[collate([rows[r] for r in micro], packed=self.packed) for micro in minibatch[ranks.rank()]] for minibatch in whole]
+        members = [[r for rank in minibatch for micro in rank for r in micro] for minibatch in whole]
+        return [[Scored(batch.to(self.device)) for batch in minibatch] for minibatch in mine], members
+
+    def _job(self, scored: Scored, divergence: str | None, head: TeacherHead | None) -> HeadJob:
+        job = HeadJob(scored.batch.target, self.config.rollout.temperature, self.valid_columns)
+        if divergence is None:
+            return job
+        return job._replace(
+            divergence=divergence,
+            alpha=self.config.objective.alpha,
+            teacher_hidden=scored.teacher_hidden,
+            teacher_weight=head.weight,
+            teacher_bias=head.bias,
+            teacher_softcap=head.softcap,
+        )
+
+    def score_teacher(self, minibatches: MiniBatches) -> None:
+        """The teacher's backbone once a step. What is kept: log-probs, or final hidden states for exact divergences."""
+        for scored in (s for minibatch in minibatches for s in minibatch):
+            if self.score_divergence is None:
+                scored.teacher_logp = self.teacher.logp(scored.batch, self._job(scored, None, None))
+            else:
+                scored.teacher_hidden = self.teacher.hidden(scored.batch)
+        reshard(self.teacher.policy)
+
+    @torch.no_grad()
+    def score_student(self, minibatches: MiniBatches, *, with_teacher: bool) -> None:
+        """log pi_old, its entropy and, with the teacher's hidden states, the exact divergence."""
+        divergence = self.score_divergence if with_teacher else None
+        with self.teacher.head() if divergence else nullcontext() as head:
+            for scored in (s for minibatch in minibatches for s in minibatch):
+                out = self.student(scored.batch, self._job(scored, divergence, head))
+                scored.logp, scored.entropy = out.logp, out.entropy
+                if divergence:
+                    scored.divergence, scored.teacher_logp = out.divergence, out.teacher_logp
+                    if self.loss_divergence is None:
+                        scored.teacher_hidden = None
+
+    def turn_signals(self, minibatches: MiniBatches, turns: int) -> tuple[Tensor, Tensor]:
+        """Disagreement d and uncertainty h of every turn over all ranks, [K] fp32 on the CPU; 0 for turns without tokens.
+
+        A turn's tokens lie in one row, so in one micro-batch of one rank: the sum over ranks adds zeros to its mean.
+        """
+        signals = torch.zeros(2, turns)
+        for scored in (s for minibatch in minibatches for s in minibatch):
+            teacher_logp = scored.logp if scored.teacher_logp is None else scored.teacher_logp
+            divergence = torch.zeros_like(scored.logp) if scored.divergence is None else scored.divergence
+            numbers, counts = torch.unique_consecutive(scored.batch.turn, return_counts=True)
+            offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+            for line, values in enumerate(token_signals(self.config.turns, scored.logp, teacher_logp, scored.entropy, divergence)):
+                if len(numbers):
+                    signals[line, numbers.cpu()] = turn_reduce(values, offsets, "mean").cpu()
+        return tuple(ranks.total(signals))
+
+    def logprob_gap(self, minibatches: MiniBatches) -> tuple[float, float]:
+        """Mean and largest |rollout engine's - trainer's log-prob| of the sampled tokens over all ranks.
+
+        Both are at the rollout temperature and, before the first update, of the same weights: more than rounding means
+        that the engine does not hold what the trainer holds.
+        """
+        gaps = [(s.batch.rollout_logp - s.logp).abs() for minibatch in minibatches for s in minibatch]
+        gap = torch.cat(gaps).double().cpu()
+        summed, count = ranks.total(torch.stack([gap.sum(), torch.tensor(float(len(gap)), dtype=torch.float64)])).tolist()
+        return summed / count, ranks.largest(float(gap.max()) if len(gap) else 0.0)
+
+    def update(self, minibatches: MiniBatches, streams: Sequence[Sequence[Streams]], learning_rate: float) -> dict[str, float]:
+        """One optimiser step a mini-batch, `train.epochs` times, towards what `streams`, one a micro-batch, asks for.
+
+        Returns means over the mini-batches: loss, the objective's diagnostics, gradient norm before clipping.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums: dict[str, float] = {}
+        norms: list[float] = []
+        self.student.train()
+        # pi_theta is compared with a teacher only where a stream asks for it.
+        exact = self.loss_divergence is not None and minibatches[0][0].teacher_hidden is not None
+        with self.teacher.head() if exact else nullcontext() as head:
+            for _ in range(self.config.train.epochs):
+                for minibatch, wanted in zip(minibatches, streams, strict=True):
+                    self.optimizer.zero_grad(set_to_none=True)
+                    for scored, stream in zip(minibatch, wanted, strict=True):
+                        out = self.student(scored.batch, self._job(scored, self.loss_divergence if exact else None, head))
+                        losses = token_loss(out.logp, out.entropy, out.divergence, stream, self.config.objective)
+                        # FSDP2 averages gradients over ranks; the streams' weights already divide by the whole mini-batch.
+                        (losses.sum() * ranks.world_size()).backward()
+                        with torch.no_grad():
+                            found = diagnostics(out.logp, out.entropy, out.divergence, stream, self.config.objective) | {"loss": losses.sum()}
+                        for key, value in found.items():
+                            sums[key] = sums.get(key, 0.0) + float(value)
+                    norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip)
+                    norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+                    if not np.isfinite(norms[-1]):
+                        raise GuardError(
+                            f"gradient norm is {norms[-1]} in update {len(norms)} of the step: the loss is not finite. It was not applied; "
+                            "resume from the last checkpoint with a lower train.learning_rate or a bound in objective.log_ratio_clip"
+                        )
+                    self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        names = sorted(sums)
+        totals = ranks.total(torch.tensor([sums[name] for name in names], dtype=torch.float64)).tolist()
+        return {name: value / len(norms) for name, value in zip(names, totals, strict=True)} | {"grad_norm": sum(norms) / len(norms)}

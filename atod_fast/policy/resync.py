@@ -1,0 +1,36 @@
+"""Trained weights to the rollout engine: one all-gather an FSDP unit, the next one under way meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from atod_fast.policy.model import CausalPolicy
+from atod_fast.policy.sharding import units
+
+
+@torch.no_grad()
+def stream_weights(policy: CausalPolicy) -> Iterator[tuple[str, Tensor]]:
+    """Yield (checkpoint name, full tensor in compute precision) of every parameter, tied head included.
+
+    Collective: every rank must exhaust it, and gets the names in the same order. A tensor is valid until the next
+    one is asked for: the consumer copies it.
+    """
+    pending = units(policy)
+    names = {module: prefix for prefix, module in policy.named_modules()}
+    seen: set[str] = set()
+    handle = pending[0][0].unshard(async_op=True)
+    for number, unit in enumerate(pending):
+        if handle is not None:
+            handle.wait()
+        handle = pending[number + 1][0].unshard(async_op=True) if number + 1 < len(pending) else None
+        for module in unit:
+            # remove_duplicate=False: a tied head is sent under its own name too.
+            for name, parameter in module.named_parameters(prefix=names[module], remove_duplicate=False):
+                if name not in seen and not isinstance(parameter, DTensor):
+                    seen.add(name)
+                    yield name, parameter.detach()
+        unit[0].reshard()

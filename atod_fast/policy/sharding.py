@@ -1,0 +1,46 @@
+"""FSDP2 applied from outside: the model file stays a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from atod_fast.policy.model import CausalPolicy
+
+# Below this, gathering a block again for the backward pass costs more than keeping it.
+RESHARD_PARAMETERS = 50_000_000
+
+
+def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False) -> CausalPolicy:
+    """Shard every block, the untied embedding and the head, and the root, in place.
+
+    Tied embedding and head stay together in the root unit. The head's unit is kept unsharded between forward and
+    backward: it is used last and first. `cast_forward_inputs` is off because FSDP would round fp32 streams to bf16.
+    """
+    parameters = sum(p.numel() for p in policy.parameters())
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    reshard = parameters > RESHARD_PARAMETERS
+    for block in policy.model.layers:
+        fully_shard(block, reshard_after_forward=reshard, **options)
+    if not policy.tied:
+        fully_shard(policy.model.embed_tokens, reshard_after_forward=reshard, **options)
+        fully_shard([policy.model.norm, policy.lm_head], reshard_after_forward=False, **options)
+    return fully_shard(policy, reshard_after_forward=False, **options)
+
+
+def units(policy: CausalPolicy) -> list[list[nn.Module]]:
+    """What is gathered together, in order of use, the root last; the first module of each speaks for the unit."""
+    own = [] if policy.tied else [[policy.model.embed_tokens], [policy.model.norm, policy.lm_head]]
+    return own[:1] + [[block] for block in policy.model.layers] + own[1:] + [[policy]]
+
+
+def reshard(policy: CausalPolicy) -> None:
+    """Free every unsharded parameter: after a forward pass the root and the head stay unsharded."""
+    for unit in units(policy):
+        unit[0].reshard()

@@ -1,0 +1,127 @@
+"""Processes: one under plain `python -m`, N under torchrun; the same code path for both."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from atod_fast.trajectory import Trajectory, Turn
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start() -> tuple[torch.device, DeviceMesh]:
+    """Device of this rank and the mesh of all ranks: nccl on CUDA, gloo on a CPU; a process alone is a group of one."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks, on the CPU."""
+    values = values.detach().cpu()
+    dist.all_reduce(values)
+    return values
+
+
+def largest(value: float) -> float:
+    """The largest of the ranks' values; NaN if one is NaN."""
+    return max(_everyone(value), key=lambda v: (v != v, v))
+
+
+def _everyone(value: float) -> list[float]:
+    values = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+    values[dist.get_rank()] = value
+    return total(values).tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank iff `flag` is on one."""
+    return bool(total(torch.tensor(int(flag))))
+
+
+def barrier() -> None:
+    """All ranks wait for each other (an all-reduce on the CPU: nccl's own barrier would pick a device)."""
+    any_rank(False)
+
+
+def from_first(text: str) -> str:
+    """Rank 0's text on every rank."""
+    return _all_gather_bytes(text.encode())[0].decode()
+
+
+def gather_trajectories(mine: Sequence[Trajectory]) -> list[Trajectory]:
+    """Every rank's trajectories on every rank, ordered by group and member; nothing is pickled."""
+    header, tokens, logprobs = _pack(mine)
+    parts = [_all_gather_bytes(array.tobytes()) for array in (header, tokens, logprobs)]
+    everyone: list[Trajectory] = []
+    for head, ids, values in zip(*parts, strict=True):
+        everyone.extend(_unpack(json.loads(head), np.frombuffer(ids, np.int32).tolist(), np.frombuffer(values, np.float32).tolist()))
+    return sorted(everyone, key=lambda t: (t.group, t.member))
+
+
+def _pack(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Facts as JSON; ids and log-probs end to end, their lengths in the JSON."""
+    facts, tokens, logprobs = [], [], []
+    for trajectory in trajectories:
+        fact = asdict(trajectory)
+        for turn in fact["turns"]:
+            prompt, action, values = turn.pop("prompt"), turn.pop("action"), turn.pop("logprobs")
+            turn["lengths"] = len(prompt), len(action)
+            tokens += prompt + action
+            logprobs += values
+        facts.append(fact)
+    return np.frombuffer(json.dumps(facts).encode(), np.uint8), np.array(tokens, np.int32), np.array(logprobs, np.float32)
+
+
+def _unpack(facts: list[dict], tokens: list[int], logprobs: list[float]) -> list[Trajectory]:
+    out, at, scored = [], 0, 0
+    for fact in facts:
+        turns = []
+        for turn in fact.pop("turns"):
+            prompt, action = turn.pop("lengths")
+            turns.append(Turn(tokens[at : at + prompt], tokens[at + prompt : at + prompt + action], logprobs[scored : scored + action], **turn))
+            at, scored = at + prompt + action, scored + action
+        out.append(Trajectory(turns=turns, **fact))
+    return out
+
+
+def _all_gather_bytes(data: bytes) -> list[bytes]:
+    size = torch.tensor([len(data)])
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    most = max(int(s) for s in sizes)
+    mine = torch.zeros(most, dtype=torch.uint8)
+    if data:
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    everyone = [torch.zeros(most, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(everyone, mine)
+    return [part[: int(s)].numpy().tobytes() for part, s in zip(everyone, sizes, strict=True)]

@@ -1,0 +1,88 @@
+"""An agent in its worlds: environments and renderer put together once, then asked for trajectories with some engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from atod_fast.config import Config
+from atod_fast.envs import make
+from atod_fast.envs.protocol import Environment
+from atod_fast.errors import UserError
+from atod_fast.models import dtype_of, load_model
+from atod_fast.rollout.agent import Episode, rollout
+from atod_fast.rollout.engine import Engine
+from atod_fast.rollout.prompts import prompt_for
+from atod_fast.rollout.rendering import ChatRenderer, Renderer
+from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.trajectory import Trajectory
+
+Progress = Callable[[int, int, int, int], None]  # finished, total, turns, tokens
+
+EVALUATION = 0xE7A1  # head of the seeds of evaluation episodes: equal for every run, so that runs can be paired game by game
+
+
+class Actor:
+    """This rank's share of every rollout. Group g and held-out task t belong to rank g or t modulo the number of ranks."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, *, rank: int, ranks: int):
+        self.config, self.rank, self.ranks = config, rank, ranks
+        self.training = make(config.env.name, **(config.env.options | config.env.train))
+        self.heldout = make(config.env.name, **(config.env.options | config.env.eval))
+        if len(self.heldout) < config.eval.tasks:
+            raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {len(self.heldout)} held-out tasks of env.eval; lower it or give more")
+        self.renderer = make_renderer(config, tokenizer, self.training)
+
+    def train(self, engine: Engine, step: int, progress: Progress | None = None) -> list[Trajectory]:
+        """Groups of a step (counted from 1). Tasks come in a seeded order, each once an epoch; a pure function of the step."""
+        train = self.config.train
+        episodes = []
+        for group in range(self.rank, train.tasks_per_step, self.ranks):
+            epoch, place = divmod((step - 1) * train.tasks_per_step + group, len(self.training))
+            task = int(np.random.default_rng([train.seed, epoch]).permutation(len(self.training))[place])
+            world = _seed(train.seed, step, group)
+            episodes += [Episode(task, group, member, seed=_seed(train.seed, step, group, member), env_seed=world) for member in range(train.group_size)]
+        return self._play(engine, self.training, episodes, self.config.rollout.temperature, progress)
+
+    def evaluate(self, engine: Engine, progress: Progress | None = None) -> list[Trajectory]:
+        """One episode of each of the first `eval.tasks` held-out tasks, with seeds that no run's seed changes."""
+        mine = range(self.rank, self.config.eval.tasks, self.ranks)
+        episodes = [Episode(task, task, 0, seed=_seed(EVALUATION, task), env_seed=_seed(EVALUATION, task)) for task in mine]
+        return self._play(engine, self.heldout, episodes, self.config.eval.temperature, progress)
+
+    def _play(self, engine: Engine, env: Environment, episodes: list[Episode], temperature: float, progress: Progress | None) -> list[Trajectory]:
+        return rollout(engine, env, self.renderer, episodes, self.config, temperature=temperature, progress=progress)
+
+
+def _seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env) -> Renderer:
+    """Chat messages for a model with a chat template; the demo's compacted text for its word-level tokenizer."""
+    if "<act>" in tokenizer.get_vocab() and tokenizer.chat_template is None:
+        from atod_fast.demo.rendering import CompactRenderer
+
+        if config.rollout.context != "full":
+            raise UserError(f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full")
+        return CompactRenderer(tokenizer)
+    prompt = prompt_for(config.env.name, env, thinking=config.rollout.thinking, history=config.rollout.history)
+    return ChatRenderer(
+        tokenizer,
+        prompt,
+        context=config.rollout.context,
+        thinking=config.rollout.thinking,
+        prompt_tokens=config.rollout.prompt_tokens,
+    )
+
+
+def make_engine(config: Config, model_path: str, device: torch.device) -> Engine:
+    """The engine of `rollout.engine`, holding the checkpoint at `model_path`."""
+    if config.rollout.engine == "vllm":
+        raise UserError("rollout.engine='vllm' is not in this version; use rollout.engine=transformers")
+    dtype = dtype_of(config.student.compute_dtype, device)
+    model = load_model(model_path, dtype).to(device)
+    return TransformersEngine(model, slots=config.rollout.concurrency, max_model_len=config.rollout.longest, device=device)

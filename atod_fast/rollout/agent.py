@@ -1,0 +1,144 @@
+"""The agent loop: a model acts in its worlds until every episode is over.
+
+    world answers -> renderer: prompt -> engine: tokens -> renderer: command -> world
+
+Trajectories go their own ways: as soon as a world has answered, its next request joins the engine's running batch.
+Training and evaluation play alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from atod_fast.config import Config
+from atod_fast.envs.protocol import Environment
+from atod_fast.errors import UserError
+from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
+from atod_fast.rollout.pool import Answer, Pool
+from atod_fast.rollout.rendering import Renderer
+from atod_fast.trajectory import Trajectory, Turn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One trajectory to play."""
+
+    task: int
+    group: int
+    member: int
+    seed: int  # of what the model samples: each turn draws from a stream of (seed, turn) alone
+    env_seed: int  # of the world
+
+
+def rollout(
+    engine: Engine,
+    env: Environment,
+    renderer: Renderer,
+    episodes: Sequence[Episode],
+    config: Config,
+    *,
+    temperature: float | None = None,
+    progress: Callable[[int, int, int, int], None] | None = None,
+) -> list[Trajectory]:
+    """Play `episodes` in clones of `env`; trajectories come in their order.
+
+    config.rollout and config.env say how, `temperature` replaces rollout.temperature. A trajectory ends when the world
+    says so, `truncated` after env.max_turns turns or where the next turn might not fit rollout.prompt_tokens, and with
+    its `failure` set where its world raised or hung, which ends no other.
+    `progress` is told (episodes finished, episodes, turns taken, tokens sampled).
+    Raises UserError where a first prompt does not fit, or the engine is too short for the configuration.
+    """
+    how = config.rollout
+    if engine.max_model_len < how.longest:
+        raise UserError(f"rollout.prompt_tokens={how.prompt_tokens}: sequences of {how.longest} tokens, the engine holds {engine.max_model_len}; lower it")
+    engine.begin(Sampling(how.temperature if temperature is None else temperature, how.response_tokens, renderer.stop_ids, renderer.valid_columns))
+    plays = [_Play(key, episode, renderer, config) for key, episode in enumerate(episodes)]
+    waiting = deque(plays)
+    live = asked = finished = tokens = 0
+    with closing(Pool(env, workers=config.env.workers, timeout=config.env.step_timeout)) as pool:
+        while waiting or live:
+            while waiting and live < how.concurrency:
+                play = waiting.popleft()
+                pool.reset(play.key, play.episode.env_seed, play.episode.task)
+                live += 1
+            for answer in pool.ready(wait=not asked):
+                request = plays[answer.key].next(answer)
+                if request is not None:
+                    engine.add(request)
+                    asked += 1
+                else:
+                    engine.release(answer.key)
+                    pool.release(answer.key)
+                    live -= 1
+                    finished += 1
+            completions = engine.step() if asked else []
+            for completion in completions:
+                pool.step(completion.key, plays[completion.key].act(completion))
+                asked -= 1
+                tokens += len(completion.ids)
+            if progress is not None:
+                progress(finished, len(plays), sum(len(play.trajectory.turns) for play in plays), tokens)
+    return [play.trajectory for play in plays]
+
+
+@dataclass(slots=True)
+class _Play:
+    """A trajectory under way."""
+
+    key: int
+    episode: Episode
+    renderer: Renderer
+    config: Config
+    trajectory: Trajectory = field(init=False)
+    sequence: list[int] = field(default_factory=list)  # context `full`: all tokens so far
+    prompt: list[int] = field(default_factory=list)  # of the action that is being sampled
+    observation: str = ""
+
+    def __post_init__(self) -> None:
+        self.trajectory = Trajectory(self.episode.task, self.episode.group, self.episode.member, self.config.rollout.context)
+
+    def next(self, answer: Answer) -> Request | None:
+        """Take in what the world answered; the request for the next action, None where the trajectory is over."""
+        trajectory, how = self.trajectory, self.config.rollout
+        turns = trajectory.turns
+        if answer.failure is not None:
+            trajectory.failure = answer.failure
+            logger.warning("task %d, turn %d: the environment failed: %s", trajectory.task, len(turns), answer.failure)
+        if turns:
+            turns[-1].reward = answer.reward
+            turns[-1].valid &= answer.failure is None and answer.info.get("is_action_valid", True)
+        else:
+            trajectory.task_id, trajectory.task_type = answer.info.get("task_id", ""), answer.info.get("task_type", "")
+        trajectory.success = answer.info.get("won", False)
+        if answer.failure is not None or answer.terminated:
+            return None
+        if answer.truncated or len(turns) == self.config.env.max_turns:
+            trajectory.truncated = True
+            return None
+        self.observation = answer.observation
+        self.prompt = self.renderer.prompt(turns, answer.observation, answer.info)
+        ids = self.sequence + self.prompt
+        room = how.longest - how.response_tokens
+        if len(ids) <= room:
+            seed = np.random.SeedSequence((self.episode.seed, len(turns))).generate_state(1, np.uint64)[0] >> 1
+            return Request(self.key, ids, int(seed))
+        if not turns:
+            raise UserError(f"rollout.prompt_tokens={how.prompt_tokens}: task {trajectory.task} begins with {len(ids)} tokens, room is for {room}; raise it")
+        trajectory.truncated = True
+        return None
+
+    def act(self, completion: Completion) -> str:
+        """Take in what the model said; the command for the world."""
+        text, command, well_formed = self.renderer.parse(completion.ids, completion.stopped)
+        self.trajectory.turns.append(Turn(self.prompt, completion.ids, completion.logprobs, self.observation, text, command, well_formed))
+        if self.trajectory.context == "full":
+            self.sequence = self.sequence + self.prompt + completion.ids
+        return command

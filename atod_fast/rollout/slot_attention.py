@@ -1,0 +1,112 @@
+"""Attention of a packed pass over trajectories that each own a slot of the key/value cache.
+
+A pass holds the next tokens of many rows end to end, [1, N]: one token of a row that is being decoded, a stretch of
+prompt of a row that is being filled. Everything but attention is token-wise and never sees padding. Attention runs
+once per group of rows with similarly many tokens:
+
+    q of a group   [R, kv_heads, G*n, dim]   n tokens a row, padded; the G query heads of a key head lie along n
+    k, v           [R, kv_heads, L, dim]     the first L columns of the rows' slots
+
+so grouped-query models never repeat their keys. Registered with transformers as attention "atod_slots"; the model's
+forward hands its argument `slots` through to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+_WIDTHS = (2, 17, 129, 1025)  # rows with 1, 2-16, 17-128, ... tokens are attended together
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """R rows of n tokens."""
+
+    slots: slice | Tensor  # the rows' slots; a slice is read in place, an index [R] copies
+    source: Tensor  # [R*n] int64, place of each token in the pass; padding repeats the first
+    target: Tensor  # [R*n] int64, the same, but N for padding
+    visible: Tensor  # [R, 1, n, L] additive mask
+
+
+class Slots:
+    """Keys and values of S slots of T columns: a pair of [S, kv_heads, T, dim] a layer, made at the first pass."""
+
+    def __init__(self, slots: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape = slots, columns
+        self._dtype, self._device = dtype, device
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def place(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Set up the next pass: row r fills columns starts[r] : starts[r] + counts[r] of slots[r] (ascending). Returns their columns [N]."""
+        firsts = counts.cumsum() - counts
+        columns = np.arange(counts.sum()) + np.repeat(starts - firsts, counts)
+        self._lines = self._tensor(np.repeat(slots, counts)), slice(None), self._tensor(columns)
+        kinds = np.digitize(counts, _WIDTHS)
+        alike = [kinds == kind for kind in np.unique(kinds)]
+        self._groups = [self._group(slots[rows], starts[rows], counts[rows], firsts[rows], columns.size) for rows in alike]
+        return columns
+
+    def _group(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, firsts: np.ndarray, total: int) -> _Group:
+        low, span, width = int(slots[0]), int(slots[-1] - slots[0]) + 1, counts.max()
+        # An idle slot between decoding rows costs one wasted query; copying those rows' cache costs more unless they are few.
+        if span == slots.size or (width == 1 and span <= 2 * slots.size):
+            spread = np.zeros((3, span), np.int64)
+            spread[:, slots - low] = starts, counts, firsts
+            (starts, counts, firsts), place = spread, slice(low, low + span)
+        else:
+            place = self._tensor(slots)
+        steps = np.arange(width)
+        real = steps < counts[:, None]
+        tokens = firsts[:, None] + steps
+        source, target = np.where(real, tokens, 0).reshape(-1), np.where(real, tokens, total).reshape(-1)
+        # Padding sees the first column, so that no softmax is empty; what it computes goes nowhere.
+        last = self._tensor(np.where(real, starts[:, None] + steps, 0))
+        hidden = torch.arange(int((starts + counts).max()), device=self._device) > last[:, None, :, None]
+        visible = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+        return _Group(place, self._tensor(source), self._tensor(target), visible)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Store key, value [1, kv_heads, N, dim] of the pass, attend query [1, heads, N, dim]; returns [1, N, heads, dim]."""
+        (_, heads, total, dim), kv_heads = query.shape, key.shape[1]
+        ratio = heads // kv_heads
+        if layer not in self._layers:
+            # Zeros: a masked column still enters a product, and must be finite.
+            slots, columns = self._shape
+            self._layers[layer] = key.new_zeros(slots, kv_heads, columns, dim), value.new_zeros(slots, kv_heads, columns, value.shape[3])
+        keys, values = self._layers[layer]
+        keys[self._lines] = key[0].transpose(0, 1)
+        values[self._lines] = value[0].transpose(0, 1)
+        packed = query[0].transpose(0, 1)
+        out = query.new_empty(total + 1, heads, value.shape[3])
+        for group in self._groups:
+            rows, _, width, length = group.visible.shape
+            q = packed.index_select(0, group.source).view(rows, width, kv_heads, ratio, dim).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, ratio * width, dim)
+            k, v = (_take(state[:, :, :length], group.slots) for state in (keys, values))
+            mask = group.visible if ratio == 1 or width == 1 else group.visible.repeat(1, 1, ratio, 1)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).view(rows, kv_heads, ratio, width, -1)
+            out.index_copy_(0, group.target, attended.permute(0, 3, 1, 2, 4).reshape(rows * width, heads, -1))
+        return out[None, :total]
+
+    def free(self) -> None:
+        """Give the memory back: every slot is empty then."""
+        self._layers = {}
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _take(state: Tensor, slots: slice | Tensor) -> Tensor:
+    return state[slots] if isinstance(slots, slice) else state.index_select(0, slots)
+
+
+def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float, slots: Slots, **kwargs: object):
+    return slots.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register("atod_slots", _attention)

@@ -1,0 +1,220 @@
+"""The rollout engine for any machine: a transformers model with a decode loop of its own over a slot cache.
+
+Each trajectory owns a slot of the key/value cache until it is released, so a growing sequence (or a prompt with an
+unchanged head) costs only its uncached suffix. A step is one packed forward pass: one token of every row that is
+being decoded, and the prompt tokens of those that just joined; every row whose prompt is complete draws a token.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from itertools import chain, takewhile
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atod_fast.errors import GuardError, UserError
+from atod_fast.rollout.engine import Completion, Request, Sampling
+from atod_fast.rollout.slot_attention import Slots
+
+
+def draw(logits: Tensor, temperature: float, banned: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample one token a row by the inverse of its cumulative distribution.
+
+    logits [n, V] fp32 (overwritten); temperature 0 = greedy; banned bool [V], never sampled and left out of the softmax;
+    uniform [n] fp64 in [0, 1). Returns ids [n] int64 and their log-probs [n] fp32: of softmax(logits / temperature), at
+    temperature 0 of softmax(logits).
+    """
+    if temperature not in (0, 1):
+        logits = logits.div_(temperature)
+    if banned is not None:
+        logits = logits.masked_fill_(banned, -torch.inf)
+    logp = logits.log_softmax(-1)
+    if temperature == 0:
+        ids = logp.argmax(-1, keepdim=True)
+    else:
+        cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+        total = cdf[:, -1:]
+        # Below the total even after rounding: the first column above the target then has a probability above 0.
+        target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+        ids = torch.searchsorted(cdf, target, right=True).clamp_(max=logits.shape[1] - 1)
+    return ids[:, 0], logp.gather(1, ids)[:, 0]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that `a` and `b` share."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+class TransformersEngine:
+    """An `Engine` around a transformers causal LM with full causal attention (Qwen3, Qwen2, Llama, ...).
+
+    The engine owns `model` and its config: a replica beside the trainer's, set to evaluation, slot attention and no
+    gradients. At most `slots` trajectories hold a cache at a time; requests of others wait until one is released.
+    A pass holds at most `pass_tokens` tokens (or one a running slot, where those are more): longer prompts take several.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, slots: int, max_model_len: int, device: torch.device | str, pass_tokens: int = 4096) -> None:
+        config = model.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None) or max_model_len
+        if max_model_len > limit:
+            raise UserError(f"rollout.prompt_tokens: sequences of {max_model_len} tokens exceed the model's {limit} positions; lower it")
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"])
+        if kinds != {"full_attention"}:
+            raise UserError(f"rollout.engine=transformers: a {config.model_type} model has layers of {', '.join(sorted(kinds))}; use rollout.engine=vllm")
+        self.max_model_len = max_model_len
+        self._device = torch.device(device)
+        self._model = model.to(self._device).eval().requires_grad_(False)
+        self._model.set_attn_implementation("atod_slots")
+        self._pass_tokens = pass_tokens
+        self._slots = Slots(slots, max_model_len, model.dtype, self._device)
+        self._cached = np.zeros(slots, np.int64)  # tokens of each slot whose keys and values are cached
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # at least those tokens: the slot's prompt, then its response
+        self._reset()
+
+    def _reset(self) -> None:
+        slots = len(self._held)
+        self._waiting: list[Request] = []
+        self._slot_of: dict[int, int] = {}
+        self._free = list(range(slots))  # a heap: low slots first keeps the rows of a pass close together
+        self._busy: dict[int, Request] = {}  # by slot
+        self._filling: list[int] = []  # slots whose prompt is not cached yet, in order of arrival
+        self._running = np.zeros(slots, bool)
+        self._count = np.zeros(slots, np.int64)  # tokens sampled so far
+        self._token = np.zeros(slots, np.int64)  # the token to feed next
+
+    def begin(self, sampling: Sampling) -> None:
+        vocabulary = self._model.get_output_embeddings().weight.shape[0]
+        valid = sampling.valid_columns
+        if valid is not None and (valid.shape != (vocabulary,) or not valid.any()):
+            raise ValueError(f"valid_columns: {int(valid.sum())} true in shape {tuple(valid.shape)}; the model has {vocabulary} columns")
+        self._reset()
+        self._sampling = sampling
+        self._banned = None if valid is None or valid.all() else ~valid.to(self._device)
+        self._stops = np.zeros(vocabulary, bool)
+        self._stops[list(sampling.stop_ids)] = True
+        shape = len(self._held), sampling.max_tokens
+        self._uniform, self._ids, self._logprobs = np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+
+    def add(self, request: Request) -> None:
+        room = self.max_model_len - self._sampling.max_tokens
+        if not 0 < len(request.prompt) <= room:
+            raise UserError(f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; raise it or show less")
+        if self._slot_of.get(request.key) in self._busy or any(request.key == other.key for other in self._waiting):
+            raise ValueError(f"request {request.key} is still being answered")
+        self._waiting.append(request)
+
+    def release(self, key: int) -> None:
+        self._waiting = [request for request in self._waiting if request.key != key]
+        slot = self._slot_of.pop(key, None)
+        if slot is None:
+            return
+        if self._busy.pop(slot, None):
+            self._running[slot] = False
+            self._filling = [other for other in self._filling if other != slot]
+        heapq.heappush(self._free, slot)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        self._admit()
+        return self._sample() if self._busy else []
+
+    def _admit(self) -> None:
+        """Give waiting requests a slot, as far as there are any, and find what of their prompt is cached there."""
+        waiting = []
+        for request in self._waiting:
+            slot = self._slot_of.get(request.key)
+            if slot is None:
+                if not self._free:
+                    waiting.append(request)
+                    continue
+                slot = self._slot_of[request.key] = heapq.heappop(self._free)
+                self._cached[slot] = 0
+            self._cached[slot] = common_prefix(self._held[slot][: self._cached[slot]], request.prompt[:-1])
+            self._held[slot] = list(request.prompt)
+            self._busy[slot] = request
+            self._filling.append(slot)
+            self._count[slot] = 0
+            self._uniform[slot] = np.random.Generator(np.random.Philox(key=request.seed)).random(self._sampling.max_tokens)
+        self._waiting = waiting
+
+    def _sample(self) -> list[Completion]:
+        """One pass: a token of every running slot, and prompt tokens of those being filled, first come first served."""
+        feed = {slot: [token] for slot, token in zip(np.flatnonzero(self._running).tolist(), self._token[self._running].tolist(), strict=True)}
+        budget = self._pass_tokens - len(feed)
+        for slot in self._filling:
+            start = self._cached[slot]
+            feed[slot] = self._held[slot][start : start + max(budget, 1)]
+            budget -= len(feed[slot])
+            if budget <= 0:
+                break
+        slots = np.array(sorted(feed))
+        starts = self._cached[slots]
+        counts = np.array([len(feed[slot]) for slot in slots.tolist()])
+        ids = np.fromiter(chain.from_iterable(feed[slot] for slot in slots.tolist()), np.int64, counts.sum())
+        self._cached[slots] += counts
+        filled = [slot for slot in self._filling if self._cached[slot] == len(self._held[slot])]
+        if filled:
+            self._running[filled] = True
+            self._filling = [slot for slot in self._filling if not self._running[slot]]
+
+        positions = self._slots.place(slots, starts, counts)
+        last = (counts.cumsum() - 1)[self._running[slots]]
+        logits = self._model(
+            input_ids=self._tensor(ids)[None], position_ids=self._tensor(positions)[None], use_cache=False, logits_to_keep=self._tensor(last), slots=self._slots
+        ).logits[0]
+        return self._advance(slots[self._running[slots]], logits) if last.size else []
+
+    def _advance(self, slots: np.ndarray, logits: Tensor) -> list[Completion]:
+        """Draw the next token of running `slots` [n] from logits [n, V]."""
+        counts = self._count[slots]
+        uniform = self._tensor(self._uniform[slots, counts])
+        ids, logprobs = (out.numpy(force=True) for out in draw(logits.float(), self._sampling.temperature, self._banned, uniform))
+        if not np.isfinite(logprobs).all():
+            raise GuardError("rollout: the student's logits are not finite; lower train.learning_rate and resume from an earlier checkpoint")
+        self._ids[slots, counts] = ids
+        self._logprobs[slots, counts] = logprobs
+        self._token[slots] = ids
+        self._count[slots] = counts + 1
+        stopped = self._stops[ids]
+        done = stopped | (counts + 1 == self._sampling.max_tokens)
+        return [self._complete(slot, stop) for slot, stop in zip(slots[done].tolist(), stopped[done].tolist(), strict=True)]
+
+    def _complete(self, slot: int, stopped: bool) -> Completion:
+        self._running[slot] = False
+        request, count = self._busy.pop(slot), self._count[slot]
+        ids = self._ids[slot, :count].tolist()
+        self._held[slot] = request.prompt + ids
+        return Completion(request.key, ids, self._logprobs[slot, :count].tolist(), stopped)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        state = self._model.state_dict()
+        shared = state.keys() - dict(self._model.named_parameters()).keys() - dict(self._model.named_buffers()).keys()  # a tied head
+        missing = state.keys() - shared
+        for name, weight in weights:
+            if name not in state:
+                raise ValueError(f"load_weights: unknown name {name!r}; the model's begin with {', '.join(list(state)[:3])}")
+            if weight.shape != state[name].shape:
+                raise ValueError(f"load_weights: {name} has shape {tuple(weight.shape)}, the model's is {tuple(state[name].shape)}")
+            if name not in shared:
+                state[name].copy_(weight)
+                missing -= {name}
+        if missing:
+            raise ValueError(f"load_weights: {len(missing)} weights are missing, among them {', '.join(sorted(missing)[:3])}")
+
+    def sleep(self) -> None:
+        if self._device.type == "cuda":
+            self._reset()
+            self._slots.free()
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        pass

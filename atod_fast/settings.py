@@ -1,0 +1,277 @@
+"""Settings to one Config: defaults < preset < TOML file < overrides `section.key=value`.
+
+Each level is a flat `{dotted key: value}` dict, so that laying one over another is a loop and every error can name its
+key. `objective.preset` expands first at its own level: it replaces what lower levels said about the keys it owns, and an
+explicit key of the same or a later level wins over it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import tomli_w
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from atod_fast.config import Config, Section
+from atod_fast.errors import UserError
+
+Level = dict[str, Any]  # {dotted key: value}
+FOLDER = Path(__file__).with_name("presets")
+
+# A preset is one or more files laid over each other: the paper's common settings, its task, its models.
+PRESETS: dict[str, tuple[str, ...]] = {"demo": ("demo",)} | {
+    f"{task}-{size}": ("paper", task, size) for task in ("alfworld", "webshop", "searchqa") for size in ("0.6b", "1.7b", "4b")
+}
+
+
+def _schedule(kind: str, kappa: tuple[float, float], rho: tuple[float, float]) -> Level:
+    slides = {"kappa": kappa, "rho": rho}
+    return {f"schedule.{name}.{key}": value for name, ends in slides.items() for key, value in zip(("kind", "start", "end"), (kind, *ends), strict=True)}
+
+
+# An objective preset owns the keys that say *which* method runs, the same keys in each. What is tuned to a task or a model
+# (horizon and hold, clip ranges, entropy bonus, penalty, min_turns, min_disagreement) it leaves alone.
+_PAPER: Level = {
+    "objective.divergence": "k1",
+    "objective.advantage": "grpo",
+    "objective.normalise_std": True,
+    "objective.baseline": "rows",  # verl-agent's default; the paper does not settle it
+    "objective.aggregation": "token",
+    "objective.tis_cap": 0.0,
+    **_schedule("linear", kappa=(1.0, 0.1), rho=(1.0, 2.0)),
+    "turns.disagreement": "sampled",
+    "turns.uncertainty": "sampled",
+    "turns.normalise": "minmax",
+    "turns.fuse": "softor",
+    "turns.scope": "trajectory",
+    "turns.budget": "raw",
+}
+_EXACT = {"objective.divergence": "reverse_kl", "objective.tis_cap": 2.0, "turns.disagreement": "exact", "turns.uncertainty": "exact", "turns.budget": "mean1"}
+_UNIFORM = {"turns.fuse": "uniform"}
+OBJECTIVES: dict[str, Level] = {
+    "paper": _PAPER,
+    "exact": _PAPER | _EXACT,
+    "opd": _PAPER | _UNIFORM | _schedule("constant", kappa=(1.0, 1.0), rho=(0.0, 0.0)),
+    "grpo": _PAPER | _UNIFORM | _schedule("constant", kappa=(0.0, 0.0), rho=(1.0, 1.0)),
+    "fixed": _PAPER | _schedule("constant", kappa=(1.0, 1.0), rho=(1.0, 1.0)),
+    "sequential": _PAPER | _UNIFORM | _schedule("step", kappa=(1.0, 0.0), rho=(0.0, 1.0)),
+}
+
+
+def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        if is_section(field):
+            yield from _walk(field.annotation, f"{prefix}{name}.")
+
+
+def is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+FIELDS: dict[str, FieldInfo] = dict(_walk(Config))  # sections and keys by dotted name, in order
+TABLES = [key for key, field in FIELDS.items() if get_origin(field.annotation) is dict]  # free tables: any option is a key
+
+
+def load(preset: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration.
+
+    Raises:
+        UserError: one line that names the key, its value, what was expected and, for an unknown name, the nearest one.
+    """
+    merged = defaults()
+    origin: dict[str, str] = {}  # where each key's value comes from, for messages
+    levels = [("", preset_level(preset))] if preset is not None else []
+    if file is not None:
+        levels.append((f"{file}: ", dict(_flatten(read_toml(file), f"{file}: "))))
+    levels.append(("", override_level(overrides)))
+    for source, level in levels:
+        _lay_over(merged, level)
+        origin |= dict.fromkeys(level, source)
+    try:
+        return Config.model_validate(_nest(merged))
+    except ValidationError as error:
+        raise UserError(_explain(error, merged, origin)) from None
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `load(file=...)` reads back as an equal Config."""
+    return tomli_w.dumps(config.model_dump())
+
+
+def check_world(config: Config, ranks: int) -> None:
+    """UserError unless `ranks` processes can share a step's tasks evenly."""
+    tasks = config.train.tasks_per_step
+    if tasks % ranks:
+        fewer = tasks // ranks * ranks
+        near = f"{fewer} or {fewer + ranks}" if fewer else f"{ranks}"
+        raise UserError(f"train.tasks_per_step={tasks} cannot be divided by {ranks} ranks; use {near}, or another number of ranks")
+
+
+def check_model(config: Config, path: str, model: Mapping[str, Any]) -> None:
+    """UserError unless the model at `path` has a position for every token of the longest row.
+
+    model: its config.json (`text_config` of one that also sees).
+    """
+    positions = model.get("text_config", model).get("max_position_embeddings")
+    rollout = config.rollout
+    if positions is not None and rollout.longest > positions:
+        size = "rollout.prompt_tokens" if rollout.context == "full" else "rollout.prompt_tokens + rollout.response_tokens"
+        raise UserError(f"{size} = {rollout.longest} exceeds the {positions} positions of model {path!r}; lower rollout.prompt_tokens or take another model")
+
+
+def defaults() -> Level:
+    return dict(_flatten(Config().model_dump(), ""))
+
+
+@cache
+def preset_level(name: str) -> Level:
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} is not a preset (see --list-presets){did_you_mean(name, PRESETS)}")
+    level: Level = {}
+    for part in PRESETS[name]:
+        level |= dict(_flatten(read_toml(FOLDER / f"{part}.toml"), f"preset {part}: "))
+    return level
+
+
+def preset_summary(name: str) -> str:
+    """What a preset is: the first comment of its last files."""
+    files = [FOLDER / f"{part}.toml" for part in PRESETS[name] if part != "paper"]
+    return ", ".join(file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".") for file in files)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give a readable TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def override_level(overrides: Sequence[str]) -> Level:
+    """`section.key=value` each; the value is TOML, or else the text itself."""
+    level: Level = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        value = _parse(key, text)
+        for name, given in [(key, value)] if _table_of(key) else _flatten({key: value}, ""):
+            level.pop(name, None)  # the order of the keys is the order in which they were last set
+            level[name] = given
+    return level
+
+
+def expected(field: FieldInfo) -> str:
+    """What a key takes, as `--help` and error messages say it: `int >= 1`, `a | b`, `[number >= 0, number >= 0]`."""
+    kind, arguments = get_origin(field.annotation) or field.annotation, get_args(field.annotation)
+    if kind is Literal:
+        return " | ".join(arguments)
+    if kind is tuple:
+        return f"[{', '.join(expected(FieldInfo.from_annotation(argument)) for argument in arguments)}]"
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [f"{signs[name]} {getattr(bound, name):g}" for bound in field.metadata for name in signs if hasattr(bound, name)]
+    return f"{_KINDS[kind]} {' and '.join(bounds)}".rstrip()
+
+
+_KINDS = {int: "int", float: "number", bool: "true | false", str: "text", dict: "table {option = value, ...}"}
+
+
+def show(value: Any) -> str:
+    """A value on one line, as it would be typed."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _parse(key: str, text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = parsed.pop("value")
+    wants_text = key in FIELDS and (FIELDS[key].annotation is str or get_origin(FIELDS[key].annotation) is Literal)
+    # A folder named 7 is a text; a line break in the text would be a second key.
+    return text if parsed or (wants_text and not isinstance(value, str)) else value
+
+
+def _table_of(key: str) -> str | None:
+    """The free table of which `key` names an option."""
+    return next((table for table in TABLES if key.startswith(f"{table}.")), None)
+
+
+def _flatten(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        key = prefix + name
+        if key not in FIELDS:
+            raise UserError(f"{source}{key} is not a key (see --help){did_you_mean(key, FIELDS)}")
+        if not is_section(FIELDS[key]):
+            yield key, value
+        elif isinstance(value, dict):
+            yield from _flatten(value, source, f"{key}.")
+        else:
+            raise UserError(f"{source}{key} = {show(value)}: expected a section of keys such as {next(k for k in FIELDS if k.startswith(f'{key}.'))}")
+
+
+def _nest(level: Level) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in level.items():
+        *sections, name = key.split(".")
+        table = out
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    return out
+
+
+def _lay_over(merged: Level, level: Level) -> None:
+    objective = level.get("objective.preset")
+    if isinstance(objective, str):
+        level = OBJECTIVES.get(objective, {}) | level
+    if level.get("env.name", merged["env.name"]) != merged["env.name"]:
+        merged |= dict.fromkeys(TABLES, {})  # one world's options mean nothing to another
+    for key, value in level.items():
+        if table := _table_of(key):
+            merged[table] = _with_option(merged[table], key.removeprefix(f"{table}.").split("."), value, key)
+        else:
+            merged[key] = value
+
+
+def _with_option(table: Any, path: list[str], value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        parent = key.removesuffix("." + ".".join(path))
+        raise UserError(f"{key} = {show(value)}: {parent} is {show(table)}, not a table of options")
+    name, *rest = path
+    return {**table, name: _with_option(table.get(name, {}), rest, value, key) if rest else value}
+
+
+def _explain(error: ValidationError, merged: Level, origin: Mapping[str, str]) -> str:
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    loc = [str(part) for part in first["loc"]]
+    key = next(name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in FIELDS)
+    value, field = merged[key], FIELDS[key]
+    near = did_you_mean(value, get_args(field.annotation)) if get_origin(field.annotation) is Literal and isinstance(value, str) else ""
+    return f"{origin.get(key, '')}{key} = {show(value)}: expected {expected(field)}{near}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` was most likely meant to be. A key's last part may be right and its section not."""
+    known = list(known)
+    leaf = name.rpartition(".")[2]
+    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(name, same_leaf, 1, 0.0) or difflib.get_close_matches(name, known, 1)
+    if not near:
+        leaves = {other.rpartition(".")[2]: other for other in known}
+        near = [leaves[found] for found in difflib.get_close_matches(leaf, leaves, 1)]
+    return near[0] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""

@@ -1,0 +1,301 @@
+"""ATOD: annealed turn-aware on-policy distillation of a small agent (arXiv 2606.27814), from rollout to update.
+
+for step s = 1, 2, ...
+    roll out    the student acts: groups of trajectories of the same task
+    score       teacher and student score every token the student produced
+    weigh       T-DUR turn weights w from disagreement and uncertainty; group advantages from rewards
+    learn       A_t = kappa(s) w_k(t) [log pi_T - log pi_old] + rho(s) A_RL, clipped surrogate, one pass
+    resync      the trained weights go back to the rollout engine
+
+python -m atod_fast.train                                              one process, the embedded demo
+torchrun --nproc_per_node 2 -m atod_fast.train                         two, on a CPU
+torchrun --nproc_per_node 8 -m atod_fast.train --preset alfworld-1.7b  eight GPUs, the paper's setting
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from atod_fast import cli, objective, ranks, rundir
+from atod_fast.config import Config
+from atod_fast.errors import GuardError, UserError
+from atod_fast.interrupt import Interrupt, Interrupted
+from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer
+from atod_fast.observe import curves, transcripts
+from atod_fast.observe.console import Console
+from atod_fast.observe.metrics import Clock, MetricsLog
+from atod_fast.policy import checkpoint
+from atod_fast.policy.learner import Learner
+from atod_fast.policy.resync import stream_weights
+from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.rollout.engine import Engine
+from atod_fast.settings import check_model, check_world, to_toml
+from atod_fast.trajectory import Trajectory, TurnTable, rows, turn_table
+
+# Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
+LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+class Run:
+    """One training run on this rank: `__init__` puts it together, `train` is the algorithm."""
+
+    def __init__(self, options: cli.Options, interrupt: Interrupt):
+        self.config = config = options.config
+        self.interrupt = interrupt
+        check_world(config, ranks.world_size())
+        self.device, mesh = ranks.start()
+        torch.manual_seed(config.train.seed)
+        self.console = Console(speaks=ranks.rank() == 0)
+        self.run_dir, resume = rundir.agree(options)
+
+        tokenizers = []
+        for path in (config.student.path, config.teacher.path):
+            check_model(config, path, load_config(path).to_dict())
+            tokenizers.append(load_tokenizer(path))
+        compare_tokenizers(*tokenizers)
+        self.tokenizer = tokenizers[0]
+        # The engine comes before the trainer: on an accelerator it measures the memory that is free.
+        self.engine = make_engine(config, config.student.path, self.device)
+        self.actor = Actor(config, self.tokenizer, rank=ranks.rank(), ranks=ranks.world_size())
+        self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
+
+        self.done = 0  # steps
+        self.before: dict[str, float] = {}  # held-out success before training: the student's, and the teacher's
+        self.adaptive: objective.AdaptiveKappa | None = None
+        state = checkpoint.load(resume, self.learner.student, self.learner.optimizer) if resume else {}
+        if resume:
+            self.done, self.before = state["step"], state["before"]
+            self.console.say(f"resumed from {resume}")
+        if ranks.rank() == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            self.log = MetricsLog(self.run_dir / "metrics.jsonl", first_step=self.done + 1 if resume else 0)
+        self.console.say(f"run folder {self.run_dir}")
+        self.resync()
+        if not resume:
+            self.before = self.evaluate_before()
+            self.write({"step": 0, **self.before})
+        if config.schedule.kappa.kind == "adaptive":
+            self.adaptive = objective.AdaptiveKappa(config.schedule.kappa, self.before["eval/teacher_success"])
+            if resume:
+                self.adaptive.load_state_dict(state["adaptive"])
+
+    def train(self) -> int:
+        """Roll out, score, weigh, learn, resync; evaluate and save when due. Returns the exit code."""
+        config, learner = self.config, self.learner
+        try:
+            for step in range(self.done + 1, config.train.steps + 1):
+                clock = Clock()
+                kappa = self.adaptive.value(step) if self.adaptive else objective.value(config.schedule.kappa, step)
+                rho = objective.value(config.schedule.rho, step)
+
+                with clock("rollout"):
+                    everyone = self.play(f"step {step}", partial(self.actor.train, self.engine, step))
+                    trajectories = [t for t in everyone if t.failure is None]
+                    sequences = rows(trajectories)
+                    if not sequences:
+                        raise GuardError(f"step {step}: every trajectory failed, first with: {everyone[0].failure}; mend env.* and use --resume auto")
+
+                minibatches, members = learner.plan(sequences, step)
+                with clock("teacher"):
+                    if objective.needs_teacher(kappa):
+                        learner.score_teacher(minibatches)
+                with clock("score"):
+                    learner.score_student(minibatches, with_teacher=objective.needs_teacher(kappa))
+                    gap = self.checked_gap(learner.logprob_gap(minibatches))
+                    table = turn_table(trajectories, *learner.turn_signals(minibatches, sum(len(t.turns) for t in trajectories)))
+
+                weights = objective.weigh_turns(table, config.turns, torch.Generator().manual_seed(config.train.seed + step))
+                advantages = objective.rl_advantages(table, config.objective)
+                # Mini-batch by mini-batch: the loss is a mean over the tokens of all its rows, on whichever rank they are.
+                turns = [torch.tensor([turn for row in part for turn in sequences[row].turns]) for part in members]
+                share = partial(objective.token_weights, config.objective.aggregation, table=table)
+                hybrid = partial(objective.make_streams, config.objective, kappa, rho, turn_weight=weights.weight, rl_advantage=advantages.turn)
+                streams = [
+                    [
+                        hybrid(s.batch.turn, s.logp, s.teacher_logp, s.batch.rollout_logp, token_weight=share(s.batch.turn, minibatch_turns=part))
+                        for s in minibatch
+                    ]
+                    for minibatch, part in zip(minibatches, turns, strict=True)
+                ]
+
+                with clock("train"):
+                    learned = learner.update(minibatches, streams, learning_rate(config, step))
+                with clock("resync"):
+                    self.resync()
+                self.done = step
+
+                metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, **gap, **learned}
+                metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages) | clock.seconds
+                metrics |= {"time/step": clock.total, "perf/tokens_per_second": float(table.length.sum()) / clock.total}
+                metrics |= {"memory/peak_gib": peak_memory(self.device)}
+                record_turns = partial(transcripts.write, trajectories=trajectories, table=table, weight=weights.weight, advantage=advantages.turn)
+                self.finish_step(metrics, record_turns)
+        except Interrupted:
+            self.save()
+            self.console.say(f"interrupted after step {self.done}; go on with --run-dir {self.run_dir} --resume auto")
+            return 130
+        self.finish_run()
+        return 0
+
+    def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
+        """`act` on every rank, all ranks' trajectories on every rank. Raises Interrupted on all if one was asked to stop."""
+        mine: list[Trajectory] = []
+        with self.console.progress(label) as show:
+
+            def progress(*counts: int) -> None:
+                if self.interrupt.requested:
+                    raise Interrupted
+                show(*counts)
+
+            with suppress(Interrupted):
+                mine = act(progress=progress)
+        if ranks.any_rank(self.interrupt.requested):
+            raise Interrupted
+        return ranks.gather_trajectories(mine)
+
+    def success(self, engine: Engine, label: str) -> float:
+        """Share of the held-out tasks solved at `eval.temperature`."""
+        trajectories = self.play(label, partial(self.actor.evaluate, engine))
+        return sum(t.success for t in trajectories) / len(trajectories)
+
+    def evaluate_before(self) -> dict[str, float]:
+        """The student's and, with eval.teacher, the teacher's success on the held-out tasks before any training."""
+        found = {"eval/success": self.success(self.engine, "evaluating the student")}
+        if self.config.eval.teacher:
+            teacher = make_engine(self.config, self.config.teacher.path, self.device)
+            found["eval/teacher_success"] = self.success(teacher, "evaluating the teacher")
+        self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in found.items()))
+        return found
+
+    def resync(self) -> None:
+        self.engine.load_weights(stream_weights(self.learner.student))
+
+    def checked_gap(self, gap: tuple[float, float]) -> dict[str, float]:
+        limit = self.config.guard.logprob_gap or LOGPROB_GAP[dtype_of(self.config.student.compute_dtype, self.device)]
+        if not gap[0] <= limit:
+            raise GuardError(
+                f"step {self.done + 1}: rollout and trainer log-probs differ by {gap[0]:.2g} on average (limit {limit:g}): the engine does not hold the "
+                "trainer's weights, or computes otherwise; check rollout.engine and student.compute_dtype, or raise guard.logprob_gap"
+            )
+        return {"sync/logprob_gap": gap[0], "sync/logprob_gap_max": gap[1]}
+
+    def finish_step(self, metrics: dict, record_turns: Callable[..., None]) -> None:
+        """Evaluate, write down and save, each when due. An interrupted evaluation loses itself only."""
+        config, step, last = self.config, self.done, self.done == self.config.train.steps
+        interrupted = False
+        if last or (config.eval.every and step % config.eval.every == 0):
+            try:
+                metrics["eval/success"] = self.success(self.engine, "evaluating")
+                if self.adaptive:
+                    self.adaptive.observe(metrics["eval/success"])
+            except Interrupted:
+                interrupted = True
+        self.write(metrics)
+        self.console.step(metrics)
+        if ranks.rank() == 0 and config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
+            record_turns(self.run_dir / "trajectories" / f"step_{step:06d}.jsonl")
+        if interrupted:
+            raise Interrupted
+        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            self.save()
+
+    def save(self) -> None:
+        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None}
+        checkpoint.save(self.run_dir, self.done, self.learner.student, self.learner.optimizer, state, keep=self.config.checkpoint.keep)
+
+    def write(self, metrics: dict) -> None:
+        if ranks.rank() == 0:
+            self.log.write(metrics)
+
+    def finish_run(self) -> None:
+        """Export for transformers and vLLM, draw the curves, say what was gained."""
+        checkpoint.export(self.run_dir / "hf", self.learner.student, self.tokenizer)
+        if ranks.rank() != 0:
+            return
+        lines = self.log.read()
+        curves.draw(lines, self.run_dir / "curves.png")
+        after = [line["eval/success"] for line in lines if line.get("eval/success") is not None][-1]
+        words = [f"student before {self.before['eval/success']:.1%}", f"student after {after:.1%}"]
+        if "eval/teacher_success" in self.before:
+            words.append(f"teacher {self.before['eval/teacher_success']:.1%}")
+        self.console.say(f"held-out success at temperature {self.config.eval.temperature:g} on {self.config.eval.tasks} tasks: " + ", ".join(words))
+        self.console.say(f"model {self.run_dir / 'hf'}, curves {self.run_dir / 'curves.png'}")
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then linearly to `final_learning_rate` of the peak at the last step. `step` counts from 1."""
+    train = config.train
+    warm = min(1.0, step / train.warmup_steps) if train.warmup_steps else 1.0
+    return train.learning_rate * warm * (1 - (1 - train.final_learning_rate) * step / train.steps)
+
+
+def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[str, float]:
+    sizes = table.offsets.diff()
+    return {
+        "train/success": sum(t.success for t in everyone) / len(everyone),
+        "train/reward": float(table.reward.mean()),
+        "rollout/failed_environments": sum(t.failure is not None for t in everyone),
+        "rollout/truncated": sum(t.truncated for t in everyone) / len(everyone),
+        "rollout/turns": float(sizes.double().mean()),
+        "rollout/response_tokens": float(table.length.double().mean()),
+        "rollout/invalid_actions": float((~table.valid).double().mean()),
+    }
+
+
+def turn_metrics(table: TurnTable, weights: objective.TurnWeights, advantages: objective.Advantages) -> dict[str, float | list[float]]:
+    return {
+        "turns/disagreement": float(table.disagreement.mean()),
+        "turns/uncertainty": float(table.uncertainty.mean()),
+        "turns/weight_mean": float(weights.weight.mean()),
+        "turns/weight_min": float(weights.weight.min()),
+        "turns/weight_max": float(weights.weight.max()),
+        "turns/unweighted": weights.unweighted,
+        "turns/budget_fallbacks": weights.fallbacks,
+        "turns/flat_groups": advantages.flat_groups,
+        "profile/disagreement": objective.profile(table.disagreement, table.offsets),
+        "profile/uncertainty": objective.profile(table.uncertainty, table.offsets),
+        "profile/weight": objective.profile(weights.weight, table.offsets),
+    }
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the accelerator's allocations of this rank, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@record
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted after saving."""
+    speaks = ranks.rank() == 0
+    try:
+        options = cli.parse(sys.argv[1:] if argv is None else argv)
+        if options.dry_run:
+            if speaks:
+                print(plan.describe(options.config, ranks.world_size()))
+            return 0
+        with Interrupt() as interrupt:
+            return Run(options, interrupt).train()
+    except (UserError, GuardError) as error:
+        if speaks:
+            print(f"atod_fast: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted:
+        if speaks:
+            print("atod_fast: interrupted before the first step; nothing to save", file=sys.stderr)
+        return 130
+    finally:
+        ranks.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

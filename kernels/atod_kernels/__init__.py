@@ -1,0 +1,20 @@
+"""Distillation heads and turn reductions: exact per-token divergences without a [tokens, vocabulary] matrix.
+
+Needs torch alone and knows nothing of any trainer.
+"""
+
+from .divergence import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob
+from .turns import TurnWeights, expand_turns, turn_reduce, turn_weight_report, turn_weights, unweighted
+
+__all__ = [
+    "TokenDivergence",
+    "TokenLogprob",
+    "TurnWeights",
+    "expand_turns",
+    "linear_divergence",
+    "linear_logprob",
+    "turn_reduce",
+    "turn_weight_report",
+    "turn_weights",
+    "unweighted",
+]

@@ -1,0 +1,233 @@
+"""Exact per-token divergence, entropy and log-probability from hidden states and head weights, without a [T, V] matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import operators, tiles, validate
+from .torch_backend import compute_dtype
+
+
+class TokenDivergence(NamedTuple):
+    """Per-token values [T], fp32 (fp64 if an input is fp64). An ignored token is 0 in each. No target: logp and teacher_logp are None."""
+
+    divergence: Tensor
+    entropy: Tensor
+    logp: Tensor | None
+    teacher_logp: Tensor | None
+    teacher_entropy: Tensor
+
+
+class TokenLogprob(NamedTuple):
+    """Per-token values [T], fp32 (fp64 if an input is fp64). An ignored token is 0 in both."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
+def head_arguments(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    target: Tensor | None,
+    *,
+    divergence: str,
+    alpha: float,
+    temperature: float | Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    valid_columns: Tensor | None,
+    vocab_group: str | None,
+    vocab_start: int,
+    lean: bool,
+    backend: str,
+    prefix: str = "student_",
+) -> tuple:
+    """The checked arguments of the operators, in their order. `prefix` is how the caller names the student's tensors."""
+    validate.backend(backend)
+    validate.tensor(f"{prefix}hidden", student_hidden, 2)
+    device = student_hidden.device
+    validate.layer(prefix, student_hidden, student_weight, student_bias, device)
+    sizes = (student_weight.shape[0],)
+    if teacher_hidden is not None:
+        validate.one_of("divergence", divergence, validate.DIVERGENCES)
+        validate.layer("teacher_", teacher_hidden, teacher_weight, teacher_bias, device)
+        tokens = student_hidden.shape[0]
+        validate.require(
+            teacher_hidden.shape[0] == tokens, f"teacher_hidden has shape {list(teacher_hidden.shape)}; expected [{tokens}, H], a row for each of student_hidden"
+        )
+        sizes += (teacher_weight.shape[0],)
+        teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
+        teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    alpha = validate.alpha(alpha)
+    # A mixture that is one of the two models alone is the plain KL, exactly.
+    if alpha == 0 and divergence in ("skew_reverse_kl", "skew_forward_kl"):
+        divergence = divergence.removeprefix("skew_")
+    if vocab_group is None:
+        validate.require(vocab_start == 0, f"vocab_start is {vocab_start}; it is only meaningful with vocab_group, which is None")
+    else:
+        validate.require(len(set(sizes)) == 1, f"vocab_group: student and teacher shards have {sizes} rows; expected the same columns in both (use valid_columns)")
+        validate.require(vocab_start >= 0, f"vocab_start is {vocab_start}; expected the first column of this rank's shard")
+    valid = validate.valid_columns(valid_columns, sizes, device)
+    if target is not None:
+        target = validate.target(target, student_hidden.shape[0], min(sizes) if vocab_group is None else None, valid, device)
+    return (
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        target,
+        validate.temperature(temperature, student_hidden.shape[0], compute_dtype(student_hidden, teacher_hidden), device),
+        valid,
+        validate.softcap("softcap", softcap),
+        validate.softcap("teacher_softcap", teacher_softcap),
+        "" if teacher_hidden is None else divergence,
+        alpha,
+        vocab_group or "",
+        vocab_start,
+        lean,
+    )
+
+
+def public(statistics: Tensor, teacher: bool, target: bool) -> TokenDivergence | TokenLogprob:
+    """Statistics [STATISTICS, T] as the public tuple; the teacher's values carry no gradient."""
+    if not teacher:
+        return TokenLogprob(statistics[tiles.LOGP], statistics[tiles.ENTROPY])
+    return TokenDivergence(
+        statistics[tiles.DIVERGENCE],
+        statistics[tiles.ENTROPY],
+        statistics[tiles.LOGP] if target else None,
+        statistics[tiles.TEACHER_LOGP].detach() if target else None,
+        statistics[tiles.TEACHER_ENTROPY].detach(),
+    )
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    valid_columns: Tensor | None = None,
+    teacher_softcap: float | None = None,
+    vocab_group: str | None = None,
+    vocab_start: int = 0,
+    schedule: str = "auto",
+    backend: str = "auto",
+) -> TokenDivergence:
+    """Divergence between two models' next-token distributions, with entropy and log-probabilities, per token.
+
+    Args:
+        student_hidden, student_weight: [T, H_s] and [V_s, H_s], one floating dtype. Logits are fp32 whatever it is.
+        teacher_hidden, teacher_weight: [T, H_t] and [V_t, H_t]. H and V may differ between the models, either way round; columns
+            beyond the smaller V belong to neither softmax. The teacher's side never gets a gradient.
+        target: [T] int64 or int32, the sampled tokens; -100 = ignored: 0 in every output, no gradient.
+        divergence: with p the student's and q the teacher's softmax,
+            reverse_kl KL(p||q); forward_kl KL(q||p);
+            jsd alpha KL(q||m) + (1-alpha) KL(p||m), m = alpha q + (1-alpha) p (GKD's beta is alpha); at alpha 0 or 1 it is
+            identically 0, where some libraries switch to a KL;
+            skew_reverse_kl KL(p || alpha p + (1-alpha) q); skew_forward_kl KL(q || alpha q + (1-alpha) p) (DistiLLM).
+        temperature: number or [T]; everything returned is at it.
+        student_bias, teacher_bias: [V]. A bias of -inf is a probability of 0.
+        softcap, teacher_softcap: z = softcap * tanh(raw / softcap), after the bias and before the temperature.
+        valid_columns: bool [V] of either model; False columns are left out of both softmaxes.
+        vocab_group, vocab_start: the name of a process group over which both weights are sharded by rows, and the first column of this
+            rank's shard. Hidden states and targets are the same on every rank; so are the outputs and the gradient of student_hidden.
+            A target that no shard holds gives NaN in the outputs of its token.
+        schedule: fast keeps the logits of 256 tokens (CPU; 2048 elsewhere) where a mixture needs them twice and sums the weight's
+            gradient in one fp32 [V, H]; lean holds one tile at a time: a mixture recomputes its logits, and the gradient of a 16-bit
+            weight needs no fp32 copy. auto is lean for the KLs, where both do the same products, and fast for the mixtures, which
+            save a third of the products.
+        backend: torch, or auto, which is torch in this version.
+
+    Returns:
+        TokenDivergence of [T] values. divergence, entropy and logp are differentiable once with respect to student_hidden,
+        student_weight and student_bias, for any upstream gradient per token. The backward recomputes the logits bit for bit.
+
+    Raises:
+        ValueError: naming the argument and what was expected. Values (target range, offsets, temperature) are read on the CPU only; on
+            an accelerator an out-of-range target gives NaN in the outputs of its token and no gradient, without a device sync.
+    """
+    validate.one_of("schedule", schedule, validate.SCHEDULES)
+    validate.require(isinstance(teacher_hidden, Tensor), f"teacher_hidden is {type(teacher_hidden).__name__}; expected a tensor (linear_logprob needs no teacher)")
+    lean = schedule == "lean" or (schedule == "auto" and divergence in ("reverse_kl", "forward_kl"))
+    arguments = head_arguments(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        target,
+        divergence=divergence,
+        alpha=alpha,
+        temperature=temperature,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        valid_columns=valid_columns,
+        vocab_group=vocab_group,
+        vocab_start=vocab_start,
+        lean=lean,
+        backend=backend,
+    )
+    return public(operators.head(*arguments), True, target is not None)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    valid_columns: Tensor | None = None,
+    vocab_group: str | None = None,
+    vocab_start: int = 0,
+    schedule: str = "auto",
+    backend: str = "auto",
+) -> TokenLogprob:
+    """Log-probability of the target and entropy, per token; the arguments are `linear_divergence`'s, auto is lean.
+
+    Returns:
+        TokenLogprob of [T] values, differentiable with respect to hidden, weight and bias for any upstream gradient per token.
+    """
+    validate.one_of("schedule", schedule, validate.SCHEDULES)
+    arguments = head_arguments(
+        hidden,
+        weight,
+        None,
+        None,
+        target,
+        divergence="",
+        alpha=0.0,
+        temperature=temperature,
+        student_bias=bias,
+        teacher_bias=None,
+        softcap=softcap,
+        teacher_softcap=None,
+        valid_columns=valid_columns,
+        vocab_group=vocab_group,
+        vocab_start=vocab_start,
+        lean=schedule != "fast",
+        backend=backend,
+        prefix="",
+    )
+    return public(operators.head(*arguments), False, True)
+
+

@@ -1,0 +1,103 @@
+"""The readable reference: the same quantities from full [T, V] logits with torch's own autograd, in fp32 or fp64.
+
+For tests and benchmarks. It holds several [T, V] tensors; the functions of `divergence.py` compute the same without them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .divergence import TokenDivergence, TokenLogprob
+from .validate import IGNORE
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int, temperature: float | Tensor, softcap: float | None) -> Tensor:
+    """Scaled logits [T, columns] in fp32 (fp64 for fp64 inputs): bias, softcap, then temperature."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    z = hidden.to(dtype) @ weight[:columns].to(dtype).T
+    if bias is not None:
+        z = z + bias[:columns].to(dtype)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / (temperature[:, None].to(dtype) if isinstance(temperature, Tensor) else temperature)
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) per row; a column where a is zero adds nothing."""
+    a = log_a.exp()
+    return torch.where(a > 0, a * (log_a - log_b).masked_fill(a == 0, 0), 0).sum(-1)
+
+
+def sampled(log_p: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Entropy [T] and log-probability of the target [T] (None without one)."""
+    p = log_p.exp()
+    entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(-1)
+    return entropy, None if target is None else log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
+
+
+def mixture(log_p: Tensor, log_q: Tensor, p_share: float) -> Tensor:
+    """log(p_share p + (1 - p_share) q)."""
+    parts = [log + math.log(share) for log, share in ((log_p, p_share), (log_q, 1 - p_share)) if share > 0]
+    return parts[0] if len(parts) == 1 else torch.logaddexp(*parts)
+
+
+def divergence_of(log_p: Tensor, log_q: Tensor, kind: str, alpha: float) -> Tensor:
+    if kind == "reverse_kl":
+        return kl(log_p, log_q)
+    if kind == "forward_kl":
+        return kl(log_q, log_p)
+    if kind == "skew_reverse_kl":
+        return kl(log_p, mixture(log_p, log_q, alpha))
+    if kind == "skew_forward_kl":
+        return kl(log_q, mixture(log_p, log_q, 1 - alpha))
+    m = mixture(log_p, log_q, 1 - alpha)
+    return alpha * kl(log_q, m) + (1 - alpha) * kl(log_p, m)
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    valid_columns: Tensor | None = None,
+) -> TokenDivergence:
+    """`atod_kernels.linear_divergence`, unfused. Finite logits only; excluded columns are cut out so that no -inf meets autograd."""
+    columns = min(student_weight.shape[0], teacher_weight.shape[0])
+    keep = torch.arange(columns) if valid_columns is None else valid_columns[:columns].nonzero()[:, 0]
+    log_p = logits(student_hidden, student_weight, student_bias, columns, temperature, softcap)[:, keep].log_softmax(-1)
+    with torch.no_grad():
+        log_q = logits(teacher_hidden, teacher_weight, teacher_bias, columns, temperature, teacher_softcap)[:, keep].log_softmax(-1)
+    local = None if target is None else torch.searchsorted(keep, target.clamp(min=0))
+    entropy, logp = sampled(log_p, local)
+    teacher_entropy, teacher_logp = sampled(log_q, local)
+    out = (divergence_of(log_p, log_q, divergence, alpha), entropy, logp, teacher_logp, teacher_entropy)
+    return TokenDivergence(*(x if x is None or target is None else x.masked_fill(target == IGNORE, 0) for x in out))
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    valid_columns: Tensor | None = None,
+) -> TokenLogprob:
+    """`atod_kernels.linear_logprob`, unfused."""
+    keep = torch.arange(weight.shape[0]) if valid_columns is None else valid_columns.nonzero()[:, 0]
+    log_p = logits(hidden, weight, bias, weight.shape[0], temperature, softcap)[:, keep].log_softmax(-1)
+    entropy, logp = sampled(log_p, torch.searchsorted(keep, target.clamp(min=0)))
+    return TokenLogprob(logp.masked_fill(target == IGNORE, 0), entropy.masked_fill(target == IGNORE, 0))

@@ -1,0 +1,202 @@
+"""The mathematics on one tile of logits: [n tokens, w columns] of the student (zs) and of the teacher (zt).
+
+Forward, one online pass. Each tile leaves a few sums per token, relative to its own maximum m, with u = z - m and e = exp(u):
+
+    S = sum e_s     R = sum e_s u_s     Q = sum e_t     U = sum e_t u_t     y = z[target]
+    X = sum e_s (u_s - u_t)  (reverse KL)   or   sum e_t (u_t - u_s)  (forward KL)
+
+`merge` brings the sums of many tiles (or of many shards of the vocabulary) to a common maximum M, and `statistics` ends it:
+
+    log p = u_s - log S      entropy = log S - R/S      logp = y - M_s - log S
+    KL(p||q) = X/S - log S + log Q                      KL(q||p) = X/Q - log Q + log S
+
+No large numbers are subtracted: only differences to the maximum enter, so logits of 1e4 lose nothing that they had.
+The mixtures need log S and log Q first and look at the tile a second time. With D = m/p = a + b q/p, where m = a p + b q:
+
+    jsd                a = 1-alpha, b = alpha     a KL(p||m) + b KL(q||m)     f' = -a log D
+    skew_forward_kl    a = 1-alpha, b = alpha     KL(q||m)                    f' = -a (q/p) / D
+    skew_reverse_kl    a = alpha, b = 1-alpha     KL(p||m)                    f' = -log D - a / D
+
+Backward, for per-token upstream g (divergence), h (entropy), l (log-probability), with respect to the scaled logits:
+
+    d KL(p||q) = p (log p - log q - KL)     d KL(q||p) = p - q     d mixture = p (f' - sum p f')
+    d entropy  = -p (log p + entropy)       d logp = onehot - p
+
+and 1/temperature * (1 - (z temperature / softcap)^2) leads from there to the raw logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASKED = -1e30  # a logit that means probability 0; finite, because 0 * -inf is NaN
+
+# Rows of a partial result [PARTIALS, ..., n].
+MAX_S, SUM_S, DOT_S, PICK_S, MAX_T, SUM_T, DOT_T, PICK_T, CROSS, OWNED = range(10)
+PARTIALS = 10
+
+# Rows of the statistics [STATISTICS, n]. The first five are the public outputs.
+DIVERGENCE, ENTROPY, LOGP, TEACHER_LOGP, TEACHER_ENTROPY, SHIFT_S, LOG_S, SHIFT_T, LOG_T, MEAN_SLOPE = range(10)
+STATISTICS = 10
+OUTPUTS = 5
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """m = a p + b q and which of KL(p||m), KL(q||m) count, for the divergences that need both normalisers first."""
+
+    kind: str
+    a: float
+    b: float
+
+    @staticmethod
+    def of(kind: str, alpha: float) -> Mixture | None:
+        """The mixture of a divergence, None for a KL and for a log-probability alone (kind '')."""
+        if kind == "skew_reverse_kl":
+            return Mixture(kind, alpha, 1 - alpha)
+        return Mixture(kind, 1 - alpha, alpha) if kind in ("jsd", "skew_forward_kl") else None
+
+    def ratio(self, log_p: Tensor, log_q: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
+        """q/p and D = m/p, both [n, w]; leaves log q - log p in `difference`.
+
+        The difference is held within +-80: beyond it p or q is below e^-80 and so is its share of the sum, while exp could overflow.
+        """
+        torch.sub(log_q, log_p, out=difference).clamp_(-80, 80)
+        ratio = difference.exp()
+        return ratio, (ratio * self.b).add_(self.a)
+
+    def value(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """[2, n]: the tile's part of the divergence and of sum p f'. Overwrites log_p."""
+        ratio, mean = self.ratio(log_p, log_q, log_p)
+        log_mean = mean.log()
+        if self.kind == "skew_reverse_kl":
+            return torch.stack(((p * log_mean).sum(1).neg_(), (p * (log_mean + self.a / mean)).sum(1).neg_()))
+        towards_q = (q * (log_p - log_mean)).sum(1)
+        if self.kind == "skew_forward_kl":
+            return torch.stack((towards_q, (p * ratio / mean).sum(1).mul_(-self.a)))
+        towards_p = (p * log_mean).sum(1).mul_(-self.a)
+        return torch.stack((towards_p + self.b * towards_q, towards_p))
+
+    def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """f' [n, w]. Overwrites log_q."""
+        ratio, mean = self.ratio(log_p, log_q, log_q)
+        if self.kind == "jsd":
+            return mean.log_().mul_(-self.a)
+        if self.kind == "skew_forward_kl":
+            return ratio.div_(mean).mul_(-self.a)
+        return mean.log().neg_().sub_(mean.reciprocal_().mul_(self.a))
+
+
+def pick(z: Tensor, target: Tensor | None, start: int) -> tuple[Tensor, Tensor] | None:
+    """Positions [n] of the targets within this tile, and which of them lie in it."""
+    if target is None:
+        return None
+    local = target - start
+    return local.clamp(0, z.shape[1] - 1), (local >= 0) & (local < z.shape[1])
+
+
+def partial(zs: Tensor, zt: Tensor | None, target: Tensor | None, start: int, kind: str, scratch: tuple[Tensor, ...], out: Tensor) -> None:
+    """The sums of one tile into out [PARTIALS, n]. `scratch`: four tensors like zs, the first two may be zs and zt themselves."""
+    us, ut, e, product = scratch
+    at = pick(zs, target, start)
+    if at is not None:
+        out[OWNED] = at[1]
+        for z, row in ((zs, PICK_S), (zt, PICK_T)):
+            if z is not None:
+                out[row] = torch.where(at[1], z.gather(1, at[0][:, None])[:, 0], 0)
+    for z, u, row in ((zs, us, MAX_S), (zt, ut, MAX_T)):
+        if z is not None:
+            torch.amax(z, 1, out=out[row])
+            torch.sub(z, out[row, :, None], out=u)
+    for u, other, first, crossed in ((us, ut, MAX_S, "reverse_kl"), (ut, us, MAX_T, "forward_kl")):
+        if zt is None and first == MAX_T:
+            continue
+        torch.exp(u, out=e)
+        torch.sum(e, 1, out=out[first + 1])
+        torch.sum(torch.mul(e, u, out=product), 1, out=out[first + 2])
+        if kind == crossed:
+            torch.sum(torch.sub(u, other, out=product).mul_(e), 1, out=out[CROSS])
+
+
+def merge(parts: Tensor, kind: str) -> Tensor:
+    """Sums [PARTIALS, k, n] of k disjoint column sets as the sums [PARTIALS, n] of their union."""
+    out = torch.empty_like(parts[:, 0])
+    shift, scale = {}, {}
+    for first in (MAX_S, MAX_T):
+        torch.amax(parts[first], 0, out=out[first])
+        shift[first] = parts[first] - out[first]
+        scale[first] = shift[first].exp()
+        out[first + 1] = (scale[first] * parts[first + 1]).sum(0)
+        out[first + 2] = (scale[first] * (parts[first + 2] + shift[first] * parts[first + 1])).sum(0)
+        out[first + 3] = parts[first + 3].sum(0)
+    mine, other = (MAX_T, MAX_S) if kind == "forward_kl" else (MAX_S, MAX_T)
+    out[CROSS] = (scale[mine] * (parts[CROSS] + (shift[mine] - shift[other]) * parts[mine + 1])).sum(0)
+    out[OWNED] = parts[OWNED].sum(0)
+    return out
+
+
+def statistics(sums: Tensor, kind: str, out: Tensor) -> None:
+    """Merged sums [PARTIALS, n] -> out [STATISTICS, n]; DIVERGENCE and MEAN_SLOPE of a mixture stay 0 for `Mixture.value` to fill."""
+    out.zero_()
+    for first, shift, log, entropy, logp in ((MAX_S, SHIFT_S, LOG_S, ENTROPY, LOGP), (MAX_T, SHIFT_T, LOG_T, TEACHER_ENTROPY, TEACHER_LOGP)):
+        if not kind and first == MAX_T:
+            break
+        out[shift] = sums[first]
+        torch.log(sums[first + 1], out=out[log])
+        out[entropy] = out[log] - sums[first + 2] / sums[first + 1]
+        out[logp] = sums[first + 3] - sums[first] - out[log]
+    if kind == "reverse_kl":
+        out[DIVERGENCE] = sums[CROSS] / sums[SUM_S] - out[LOG_S] + out[LOG_T]
+    elif kind == "forward_kl":
+        out[DIVERGENCE] = sums[CROSS] / sums[SUM_T] - out[LOG_T] + out[LOG_S]
+
+
+def second_look(zs: Tensor, zt: Tensor, stats: Tensor, mixture: Mixture) -> Tensor:
+    """[2, n]: a mixture divergence and its mean slope over one tile, once the normalisers are known."""
+    log_p = (zs - stats[SHIFT_S, :, None]).sub_(stats[LOG_S, :, None])
+    log_q = (zt - stats[SHIFT_T, :, None]).sub_(stats[LOG_T, :, None])
+    return mixture.value(log_p.exp(), log_q.exp(), log_p, log_q)
+
+
+def logit_gradient(
+    zs: Tensor, zt: Tensor | None, target: Tensor | None, start: int, stats: Tensor, upstream: Tensor, kind: str, alpha: float, softcap: float, inverse: Tensor | None, e: Tensor
+) -> Tensor:
+    """The gradient of the student's raw logits, written over zs; zt and e [n, w] are overwritten.
+
+    stats [STATISTICS, n], upstream [3, n] of divergence, entropy and logp, inverse [n] the inverse temperature (None for 1).
+    """
+    slope = None
+    if softcap:
+        scaled = zs if inverse is None else zs / inverse[:, None]
+        slope = (scaled / softcap).square_().clamp_(max=1).neg_().add_(1)
+    if inverse is not None:
+        upstream = upstream * inverse
+    g, h, l = upstream
+    at = pick(zs, target, start)
+    log_s, log_t = stats[LOG_S], stats[LOG_T]
+    us = zs.sub_(stats[SHIFT_S, :, None])
+    ut = None if zt is None else zt.sub_(stats[SHIFT_T, :, None])
+    norm = log_s.neg().exp_()  # p = exp(us) * norm; it is folded into the per-token factors
+    torch.exp(us, out=e)
+    mixture = Mixture.of(kind, alpha)
+    if kind == "reverse_kl":
+        constant = h * (log_s - stats[ENTROPY]) - g * (log_s - log_t + stats[DIVERGENCE]) - l
+        dz = us.mul_(((g - h) * norm)[:, None]).addcmul_(ut, (-g * norm)[:, None]).add_((constant * norm)[:, None]).mul_(e)
+    elif kind == "forward_kl":
+        constant = g + h * (log_s - stats[ENTROPY]) - l
+        dz = us.mul_((-h * norm)[:, None]).add_((constant * norm)[:, None]).mul_(e).addcmul_(ut.exp_(), (-g * log_t.neg().exp())[:, None])
+    elif mixture is not None:
+        log_q = ut.add_((log_s - log_t)[:, None])  # against us = log p + log S
+        constant = h * (log_s - stats[ENTROPY]) - g * stats[MEAN_SLOPE] - l
+        slope_p = mixture.slope(us, log_q)
+        dz = us.mul_((-h * norm)[:, None]).addcmul_(slope_p, (g * norm)[:, None]).add_((constant * norm)[:, None]).mul_(e)
+    else:
+        constant = h * (log_s - stats[ENTROPY]) - l
+        dz = us.mul_((-h * norm)[:, None]).add_((constant * norm)[:, None]).mul_(e)
+    if at is not None:
+        where, inside = at[0][:, None], at[1]
+        dz.scatter_(1, where, dz.gather(1, where) + torch.where(inside, l, 0)[:, None])
+    return dz if slope is None else dz.mul_(slope)

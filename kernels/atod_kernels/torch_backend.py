@@ -1,0 +1,283 @@
+"""The torch backend: loops over tiles of logits, registered as operators so that they trace under torch.compile.
+
+Two schedules. Both work tile by tile, [rows tokens, columns of the vocabulary], small enough to stay in a CPU's L2 cache between
+the matrix product and the element-wise passes, and both recompute logits in the backward with the same call on the same shapes,
+so that they are the same to the last bit.
+
+fast  a chunk of tokens at a time. A mixture divergence and `linear_token_loss` keep the chunk's logits, [rows, V] of each model, and
+      need no second product; the gradient of the weight is summed over the chunks in one fp32 [V, H].
+lean  nothing larger than a tile is held. A mixture recomputes its logits, and the backward takes the vocabulary outermost, so that
+      each slice of the weight's gradient is finished in fp32 and stored once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import tiles
+from .validate import IGNORE
+
+# Tokens and columns of a tile. CPU: 4 fp32 tiles of 256 x 512 are the 2 MiB of an L2 cache, and a product needs 256 rows to run at full speed.
+# Accelerators: enough rows for the product to be compute bound, few enough columns for the temporaries to be small.
+TILE = {"cpu": (256, 512), "accelerator": (2048, 8192)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One model's output layer: hidden [T, H], weight [V, H], bias [V] or None, softcap (0 = none)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the operators compute on. target [T], temperature [T] or None, valid [V] or None; kind '' = no teacher."""
+
+    student: Layer
+    teacher: Layer | None
+    target: Tensor | None
+    temperature: Tensor | None
+    valid: Tensor | None
+    kind: str
+    alpha: float
+    group: str
+    start: int
+    lean: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.student.hidden.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Size of the common vocabulary: what lies beyond belongs to neither softmax."""
+        size = self.student.weight.shape[0]
+        return size if self.teacher is None else min(size, self.teacher.weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.student.hidden, None if self.teacher is None else self.teacher.hidden)
+
+    @property
+    def mixture(self) -> tiles.Mixture | None:
+        return tiles.Mixture.of(self.kind, self.alpha)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile. With fewer tokens than rows the tile is wider instead, for the same work per call."""
+        rows, columns = TILE["cpu" if self.student.hidden.device.type == "cpu" else "accelerator"]
+        widen = max(1, rows // max(self.tokens, 1))
+        return min(rows, max(self.tokens, 1)), min(columns * widen, self.columns)
+
+    def chunks(self) -> Iterator[Chunk]:
+        rows = self.tile[0]
+        return (Chunk(self, slice(a, min(a + rows, self.tokens))) for a in range(0, self.tokens, rows))
+
+    def slices(self) -> list[slice]:
+        columns = self.tile[1]
+        return [slice(a, min(a + columns, self.columns)) for a in range(0, self.columns, columns)]
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 where an input is fp64 (tests), else fp32: logits are never rounded to 16 bits."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix as its product wants it: 16-bit as it is where the product can accumulate and return fp32, else in the compute dtype."""
+    return x if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32 else x.to(dtype)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b, in the dtype of `out`; 16-bit operands (CUDA) accumulate in fp32."""
+    if b.dtype == out.dtype:
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    result = torch.mm(a.to(b.dtype), b, out_dtype=out.dtype)
+    return out.add_(result) if add else out.copy_(result)
+
+
+class Chunk:
+    """Some tokens of a problem: their operands, ready for the products."""
+
+    def __init__(self, problem: Problem, rows: slice):
+        self.problem, self.rows = problem, rows
+        p = problem
+        target = None if p.target is None else p.target[rows]
+        self.ignored = None if target is None else target == IGNORE
+        self.target = None if target is None else target - p.start
+        self.student = self._hidden(p.student)
+        self.teacher = None if p.teacher is None else self._hidden(p.teacher)
+        self.inverse = None if p.temperature is None else p.temperature[rows].reciprocal()
+
+    def _hidden(self, layer: Layer) -> Tensor:
+        """Hidden rows as an operand. An ignored row is zeroed: whatever it holds, NaN too, must not reach a sum over tokens."""
+        x = operand(layer.hidden[self.rows], self.problem.dtype)
+        return x if self.ignored is None or (x.device.type == "cpu" and not self.ignored.any()) else x.masked_fill(self.ignored[:, None], 0)
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def logits(self, layer: Layer, x: Tensor, weight: Tensor, columns: slice, out: Tensor) -> Tensor:
+        """Scaled logits of one tile into `out` [n, w]. `weight` is the tile's operand [w, H]."""
+        product(x, weight.t(), out)
+        if layer.bias is not None:
+            out.add_(layer.bias[columns])
+        if layer.softcap:
+            out.div_(layer.softcap).tanh_().mul_(layer.softcap)
+        if self.inverse is not None:
+            out.mul_(self.inverse[:, None])
+        if layer.bias is not None:
+            out.clamp_(min=tiles.MASKED)  # a bias of -inf is probability 0, not NaN
+        if self.problem.valid is not None:
+            out.masked_fill_(~self.problem.valid[columns], tiles.MASKED)
+        return out
+
+    def both(self, columns: slice, zs: Tensor, zt: Tensor | None, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Student's and teacher's logits of one tile; `weight` is the student's operand where the caller has it."""
+        p = self.problem
+        self.logits(p.student, self.student, operand(p.student.weight[columns], p.dtype) if weight is None else weight, columns, zs)
+        if p.teacher is not None:
+            self.logits(p.teacher, self.teacher, operand(p.teacher.weight[columns], p.dtype), columns, zt)
+        return zs, zt
+
+
+class Scratch:
+    """`count` buffers of elements, viewed as [n, w]; with `keep` the whole width of the vocabulary, tile after tile."""
+
+    def __init__(self, problem: Problem, count: int, keep: bool = False):
+        rows, columns = problem.tile
+        self.keep = keep
+        self.buffers = problem.student.hidden.new_empty(count, rows * (problem.columns if keep else columns), dtype=problem.dtype)
+
+    def __call__(self, i: int, n: int, columns: slice) -> Tensor:
+        first = n * columns.start if self.keep else 0
+        return self.buffers[i, first : first + n * (columns.stop - columns.start)].view(n, -1)
+
+
+def over_shards(problem: Problem, part: Tensor) -> Tensor:
+    """[k, ...] of this rank -> [k, ranks, ...] of the group's ranks, in rank order; [k, 1, ...] without a group."""
+    if not problem.group:
+        return part.unsqueeze(1)
+    group = dist.distributed_c10d._resolve_process_group(problem.group)
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.stack(parts, 1)
+
+
+def chunk_statistics(chunk: Chunk, scratch: Scratch, kept: Scratch | None, out: Tensor) -> None:
+    """Statistics of one chunk into out [STATISTICS, n]; leaves the logits in `kept` if given."""
+    p, n, slices = chunk.problem, chunk.size, chunk.problem.slices()
+
+    def place(columns: slice) -> tuple[Tensor, Tensor | None]:
+        where, first = (scratch, 0) if kept is None else (kept, 0)
+        return where(first, n, columns), None if p.teacher is None else where(first + 1, n, columns)
+
+    parts = out.new_zeros(tiles.PARTIALS, len(slices), n)
+    for i, columns in enumerate(slices):
+        zs, zt = chunk.both(columns, *place(columns))
+        buffers = tuple(scratch(k, n, columns) for k in range(4))
+        tiles.partial(zs, zt, chunk.target, columns.start, p.kind, buffers, parts[:, i])
+    sums = tiles.merge(over_shards(p, tiles.merge(parts, p.kind)), p.kind) if p.group else tiles.merge(parts, p.kind)
+    tiles.statistics(sums, p.kind, out)
+    if p.mixture is not None:
+        look = out.new_zeros(2, n)
+        for columns in slices:
+            zs, zt = place(columns) if kept is not None else chunk.both(columns, *place(columns))
+            look += tiles.second_look(zs, zt, out, p.mixture)
+        out[[tiles.DIVERGENCE, tiles.MEAN_SLOPE]] = over_shards(p, look).sum(1)
+    public = out[: tiles.OUTPUTS]
+    if chunk.ignored is not None:
+        public.masked_fill_(~chunk.ignored & (sums[tiles.OWNED] != 1), torch.nan).masked_fill_(chunk.ignored, 0)
+
+
+class Gradients:
+    """Where the gradients are summed: dx [T, H], dw [V, H] or one slice of it, db [V]; each None if not wanted."""
+
+    def __init__(self, problem: Problem, hidden: bool, weight: bool, bias: bool):
+        layer, dtype = problem.student, problem.dtype
+        self.problem = problem
+        self.dx = layer.hidden.new_zeros(layer.hidden.shape, dtype=dtype) if hidden else None
+        self.dw = layer.weight.new_zeros(layer.weight.shape, dtype=layer.weight.dtype if problem.lean else dtype) if weight else None
+        self.db = layer.weight.new_zeros(layer.weight.shape[0], dtype=dtype) if bias else None
+
+    def add(self, chunk: Chunk, columns: slice, dz: Tensor, weight: Tensor, dw: Tensor | None) -> None:
+        """One tile's share; `dw` [w, H] is where the weight's gradient is summed."""
+        if self.dx is not None:
+            product(dz, weight, self.dx[chunk.rows], add=True)
+        if dw is not None:
+            product(dz.t(), chunk.student, dw, add=True)
+        if self.db is not None:
+            self.db[columns] += dz.sum(0)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the dtypes of the parameters, an empty tensor for each not wanted. Shards of the vocabulary add up in dx."""
+        layer, none = self.problem.student, self.problem.student.hidden.new_empty(0)
+        if self.dx is not None and self.problem.group:
+            dist.all_reduce(self.dx, group=dist.distributed_c10d._resolve_process_group(self.problem.group))
+        return (
+            none if self.dx is None else self.dx.to(layer.hidden.dtype),
+            none if self.dw is None else self.dw.to(layer.weight.dtype),
+            none if self.db is None else self.db.to(layer.bias.dtype),
+        )
+
+
+def chunk_gradient(chunk: Chunk, columns: slice, zs: Tensor, zt: Tensor | None, stats: Tensor, upstream: Tensor, e: Tensor) -> Tensor:
+    """Gradient of one tile's raw logits over zs; stats [STATISTICS, T] and upstream [3, T] of all tokens."""
+    p, rows = chunk.problem, chunk.rows
+    return tiles.logit_gradient(
+        zs, zt, chunk.target, columns.start, stats[:, rows], upstream[:, rows], p.kind, p.alpha, p.student.softcap, chunk.inverse, e
+    )
+
+
+def live(problem: Problem, stats: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics and upstream with ignored and out-of-range tokens at 0, so that they add nothing to any gradient."""
+    upstream = upstream[: tiles.LOGP + 1].to(problem.dtype)
+    if problem.target is None:
+        return stats, upstream
+    dead = (problem.target == IGNORE) | stats[tiles.LOGP].isnan()
+    return stats.masked_fill(dead, 0), upstream.masked_fill(dead, 0)
+
+
+def head_statistics(p: Problem) -> Tensor:
+    out = p.student.hidden.new_zeros(tiles.STATISTICS, p.tokens, dtype=p.dtype)
+    scratch = Scratch(p, 4)
+    kept = Scratch(p, 2, keep=True) if p.mixture is not None and not p.lean else None
+    for chunk in p.chunks():
+        stats = out.new_empty(tiles.STATISTICS, chunk.size)
+        chunk_statistics(chunk, scratch, kept, stats)
+        out[:, chunk.rows] = stats
+    return out
+
+
+def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    gradients, scratch = Gradients(p, hidden, weight, bias), Scratch(p, 3)
+    stats, upstream = live(p, stats, upstream)
+
+    def tile(chunk: Chunk, columns: slice, w: Tensor, dw: Tensor | None) -> None:
+        zs, zt, e = (scratch(k, chunk.size, columns) for k in range(3))
+        chunk.both(columns, zs, zt, w)
+        gradients.add(chunk, columns, chunk_gradient(chunk, columns, zs, zt if p.teacher else None, stats, upstream, e), w, dw)
+
+    if p.lean:
+        chunks = list(p.chunks())
+        for columns in p.slices():
+            w = operand(p.student.weight[columns], p.dtype)
+            dw = torch.zeros_like(w, dtype=p.dtype) if weight else None
+            for chunk in chunks:
+                tile(chunk, columns, w, dw)
+            if weight:
+                gradients.dw[columns] = dw
+    else:
+        for chunk in p.chunks():
+            for columns in p.slices():
+                tile(chunk, columns, operand(p.student.weight[columns], p.dtype), gradients.dw[columns] if weight else None)
+    return gradients.results()

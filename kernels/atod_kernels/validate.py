@@ -1,0 +1,131 @@
+"""Argument checks of the public functions. Every error is a ValueError that names the argument and what was expected.
+
+Checks read shapes, dtypes and devices always, and values only on the CPU: reading a value on an accelerator would wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
+SCHEDULES = ("auto", "fast", "lean")
+BACKENDS = ("auto", "torch")
+IGNORE = -100
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def backend(value: str) -> None:
+    require(value != "triton", "backend is 'triton', which this version does not have; use backend='torch' or 'auto'")
+    one_of("backend", value, BACKENDS)
+
+
+def tensor(name: str, value: object, rank: int) -> None:
+    require(isinstance(value, Tensor), f"{name} is {type(value).__name__}; expected a tensor")
+    require(value.dim() == rank, f"{name} has shape {list(value.shape)}; expected {rank} dimension{'s' if rank != 1 else ''}")
+
+
+def same_device(name: str, value: Tensor, device: torch.device) -> None:
+    require(value.device == device, f"{name} is on {value.device}; expected {device}, where the student's hidden states are")
+
+
+def layer(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+    """One model's output layer: hidden [T, H], weight [V, H], bias [V] or None, one dtype, on `device`."""
+    h, w, b = f"{prefix}hidden", f"{prefix}weight", "bias" if not prefix else f"{prefix}bias"
+    tensor(h, hidden, 2)
+    tensor(w, weight, 2)
+    require(hidden.dtype in FLOATS, f"{h} is {hidden.dtype}; expected a floating dtype (float32, bfloat16, float16 or float64)")
+    require(weight.dtype == hidden.dtype, f"{w} is {weight.dtype}; expected {hidden.dtype}, the dtype of {h}")
+    require(hidden.shape[1] == weight.shape[1], f"{w} has shape {list(weight.shape)}; expected [V, {hidden.shape[1]}] to fit {h} {list(hidden.shape)}")
+    require(weight.shape[0] > 0, f"{w} has shape {list(weight.shape)}; expected at least one row (column of the vocabulary)")
+    same_device(h, hidden, device)
+    same_device(w, weight, device)
+    if bias is not None:
+        tensor(b, bias, 1)
+        require(bias.shape[0] == weight.shape[0], f"{b} has shape {list(bias.shape)}; expected [{weight.shape[0]}], one value per row of {w}")
+        require(bias.dtype in FLOATS, f"{b} is {bias.dtype}; expected a floating dtype")
+        same_device(b, bias, device)
+
+
+def softcap(name: str, value: float | None) -> float:
+    """The softcap as a float, 0.0 for none."""
+    if value is None:
+        return 0.0
+    require(isinstance(value, int | float) and math.isfinite(value) and value > 0, f"{name} is {value!r}; expected a positive number or None")
+    return float(value)
+
+
+def alpha(value: float) -> float:
+    require(isinstance(value, int | float) and 0 <= value <= 1, f"alpha is {value!r}; expected a number in [0, 1]")
+    return float(value)
+
+
+def target(value: Tensor, tokens: int, columns: int | None, valid: Tensor | None, device: torch.device) -> Tensor:
+    """Target ids as int64 [T]. `columns` None (sharded vocabulary): the range is not known here and is not checked."""
+    tensor("target", value, 1)
+    require(value.dtype in (torch.int64, torch.int32), f"target is {value.dtype}; expected int64 or int32")
+    require(value.shape[0] == tokens, f"target has shape {list(value.shape)}; expected [{tokens}], one id per row of the hidden states")
+    same_device("target", value, device)
+    value = value.long()
+    if value.device.type == "cpu" and columns is not None and not torch.compiler.is_compiling():
+        bad = (value != IGNORE) & ((value < 0) | (value >= columns))
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            require(False, f"target[{at}] is {int(value[at])}; expected 0 to {columns - 1} (the columns both models have) or {IGNORE} for an ignored token")
+        if valid is not None:
+            bad = (value != IGNORE) & ~valid[value.clamp(min=0)]
+            if bad.any():
+                at = int(bad.nonzero()[0])
+                require(False, f"target[{at}] is {int(value[at])}, a column that valid_columns leaves out; expected a valid column or {IGNORE}")
+    return value
+
+
+def temperature(value: float | Tensor, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Temperatures as a [T] tensor of the compute dtype, None for 1.0."""
+    if isinstance(value, Tensor):
+        tensor("temperature", value, 1)
+        require(value.shape[0] == tokens, f"temperature has shape {list(value.shape)}; expected a number or [{tokens}]")
+        require(value.dtype in FLOATS, f"temperature is {value.dtype}; expected a floating dtype")
+        require(not value.requires_grad, "temperature requires a gradient; it is not differentiable, pass temperature.detach()")
+        same_device("temperature", value, device)
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            require(bool(((value > 0) & value.isfinite()).all()), "temperature has an entry that is not positive and finite")
+        return value.to(dtype)
+    require(isinstance(value, int | float) and math.isfinite(value) and value > 0, f"temperature is {value!r}; expected a positive number or a [T] tensor")
+    return None if value == 1 else torch.full((tokens,), float(value), dtype=dtype, device=device)
+
+
+def valid_columns(value: Tensor | None, sizes: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """The mask of the common vocabulary, cut from a mask of either model's."""
+    if value is None:
+        return None
+    tensor("valid_columns", value, 1)
+    require(value.dtype == torch.bool, f"valid_columns is {value.dtype}; expected bool")
+    require(value.shape[0] in sizes, f"valid_columns has shape {list(value.shape)}; expected [{' or '.join(str(s) for s in dict.fromkeys(sizes))}]")
+    same_device("valid_columns", value, device)
+    value = value[: min(sizes)]
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        require(bool(value.any()), "valid_columns is False everywhere; expected at least one column to be left")
+    return value
+
+
+def offsets(name: str, value: Tensor, total: int | None, of: str) -> None:
+    """CSR offsets [n + 1]: integers, 0 first, non-decreasing, `total` last (values on the CPU only)."""
+    tensor(name, value, 1)
+    require(value.dtype in (torch.int64, torch.int32), f"{name} is {value.dtype}; expected int64 or int32")
+    require(value.shape[0] > 0, f"{name} is empty; expected at least one entry, 0")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        require(int(value[0]) == 0, f"{name}[0] is {int(value[0])}; expected 0")
+        require(bool((value[1:] >= value[:-1]).all()), f"{name} is not sorted; expected non-decreasing offsets")
+        require(total is None or int(value[-1]) == total, f"{name}[-1] is {int(value[-1])}; expected {total}, the length of {of}")
