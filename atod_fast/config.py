@@ -35,7 +35,7 @@ class Teacher(Section):
 
 
 class Env(Section):
-    name: str = Field("alfworld", description="alfworld | webshop | searchqa, an entry point of group atod_fast.envs, or module:Class")
+    name: str = Field("alfworld", description="alfworld, an entry point of group atod_fast.envs, or module:Class; webshop and searchqa are not in this version")
     max_turns: int = Field(12, ge=1, description="turns after which an episode is cut off")
     options: dict[str, Any] = Field({}, description="options of both splits, passed to atod_fast.envs.make")
     train: dict[str, Any] = Field({"generate": 1500, "seed": 0}, description="options of the training tasks")
@@ -45,18 +45,18 @@ class Env(Section):
 
 
 class Rollout(Section):
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto = vllm on CUDA where installed, else transformers")
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto = transformers; vllm is not in this version")
     context: Literal["window", "full"] = Field(
         "full",
-        description="window: each turn is a fresh prompt holding the last `history` turns, one training row a turn (the paper); full: a trajectory is one growing sequence, one row",
+        description="window: a fresh prompt each turn with the last `history` turns, one training row a turn (paper); full: one growing sequence, one row",
     )
     temperature: float = Field(1.0, gt=0, description="sampling temperature; all log-probs and divergences are taken at it")
     prompt_tokens: int = Field(384, ge=8, description="longest prompt (context full: longest sequence) in tokens")
     response_tokens: int = Field(9, ge=1, description="longest response of one turn in tokens")
     history: int = Field(2, ge=0, description="turns of history shown with rollout.context=window")
     thinking: bool = Field(False, description="let a model that can think do so, and require <think>...</think>")
-    concurrency: int = Field(64, ge=1, description="trajectories in flight on one rank")
-    kv_cache_gib: float = Field(8.0, gt=0, description="memory of the vLLM engine's KV cache per GPU, GiB")
+    concurrency: int = Field(64, ge=1, description="trajectories in flight on one rank; each holds a slot of the transformers engine's key/value cache")
+    kv_cache_gib: float = Field(8.0, gt=0, description="memory of the KV cache per GPU with rollout.engine=vllm, GiB")
 
     @property
     def longest(self) -> int:
@@ -92,7 +92,7 @@ class Train(Section):
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     tasks_per_step: int = Field(8, ge=1, description="tasks a step, over all ranks; the number of ranks must divide it")
     group_size: int = Field(8, ge=1, description="trajectories a task")
-    minibatch_rows: int = Field(16, ge=0, description="rows an optimiser update, over all ranks; 0 = all rows in one update")
+    minibatch_rows: int = Field(16, ge=0, description="most rows of an optimiser update, over all ranks; 0 = all rows in one update")
     epochs: int = Field(1, ge=1, description="passes over a step's rows")
     microbatch_tokens: int = Field(4096, ge=16, description="most tokens one forward pass holds on a rank; a longer row goes alone")
 
@@ -103,7 +103,8 @@ class Objective(Section):
     )
     divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"] = Field(
         "k1",
-        description="k1: sampled reverse KL as an advantage (paper); k2, k3: sampled, as a loss (k3's on-policy gradient is the forward KL's); others: full vocabulary, as a loss",
+        description="k1: sampled reverse KL as an advantage (paper); k2, k3: sampled, as a loss (k3's on-policy gradient is the forward KL's); "
+        "the others: over the full vocabulary, as a loss",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="mixture weight of jsd and the skewed divergences")
     log_ratio_clip: float = Field(0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)")
@@ -139,7 +140,7 @@ class Objective(Section):
 
 class Slide(Section):
     kind: Literal["linear", "cosine", "exponential", "step", "constant", "adaptive"] = Field(
-        "linear", description="shape; adaptive (kappa only): 1 - success of student / teacher, never rising"
+        "linear", description="shape; adaptive (kappa only): start * (1 - success of student / teacher), never rising"
     )
     start: float = Field(1.0, ge=0, description="value before the slide")
     end: float = Field(0.1, ge=0, description="value after it; constant and adaptive do not use it")

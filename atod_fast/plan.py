@@ -6,7 +6,6 @@ bound by formula (each stated where it is computed), without allocator slack, CU
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,8 +80,8 @@ def describe(config: Config, ranks: int) -> str:
             lines.append(f"{role} {path}: {shapes[role].parameters:,} parameters")
     step = step_bounds(config)
     lines += [
-        f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = {step.trajectories:,} trajectories, {step.turns:,} turns, {step.rows:,} rows",
-        f"        {step.tokens:,} tokens, {step.action_tokens:,} of them actions, in {step.updates:,} updates",
+        f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = {step.trajectories:,} trajectories of {step.turns:,} turns",
+        f"        {step.rows:,} rows of {step.tokens:,} tokens, {step.action_tokens:,} of them actions, in {step.updates:,} updates",
     ]
     if all(shapes.values()):
         lines += ["", *_table(list(memory(config, shapes["student"], shapes["teacher"], ranks, device)))]
@@ -157,10 +156,10 @@ def block_activations(shape: Shape, bytes_: int) -> int:
 
 
 def activations(shape: Shape, bytes_: int, checkpointing: bool) -> int:
-    """Bytes a forward pass keeps per token: all blocks, or with checkpointing each block's input and one block; the last norm."""
+    """Bytes a forward pass keeps per token: all blocks, or with checkpointing each block's input and one block; and the last norm."""
     block = block_activations(shape, bytes_)
     kept = shape.layers * bytes_ * shape.hidden + block if checkpointing else shape.layers * block
-    return kept + shape.hidden * (4 + 2 * bytes_)
+    return kept + shape.hidden * (4 + bytes_)
 
 
 def gathered(shape: Shape, bytes_: int) -> int:
@@ -193,31 +192,31 @@ def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: t
     mixture = objective.divergence in ("jsd", "skew_reverse_kl", "skew_forward_kl")
     share = -(-step.action_tokens // ranks)
     micro = min(max(config.train.microbatch_tokens, rollout.longest), -(-step.tokens // ranks))
-    learning = PHASES[1:]
+    phases = PHASES if config.eval.teacher else PHASES[1:]
 
-    yield Item("student, fp32 masters", 4 * student.parameters / ranks, PHASES)
-    yield Item("student, AdamW moments", 8 * student.parameters / ranks, learning)
+    yield Item("student, fp32 masters", 4 * student.parameters / ranks, phases)
+    yield Item("student, AdamW moments", 8 * student.parameters / ranks, PHASES[1:])
     yield Item("student, gradients", 4 * student.parameters / ranks, ("update",))
     yield Item("student, gathered", gathered(student, c), ("score", "update"))
     yield Item("student, gradients to reduce", min(student.parameters, student.root + student.block) * c, ("update",))
     if not config.teacher.offload:
-        yield Item("teacher, shard", ct * teacher.parameters / ranks, PHASES)
+        yield Item("teacher, shard", ct * teacher.parameters / ranks, phases)
     yield Item("teacher, gathered", gathered(teacher, ct), ("score",))
     if exact_loss:
         yield Item("teacher, head", teacher.root * ct, ("update",))
     if exact:
         yield Item("teacher, final hidden states", share * teacher.hidden * ct, ("score", "update") if exact_loss else ("score",))
 
-    if rollout.engine == "vllm" or (rollout.engine == "auto" and device.type == "cuda" and importlib.util.find_spec("vllm")):
-        yield Item("rollout engine, weights", student.parameters * c, ("rollout",))
-        yield Item("rollout engine, KV cache", rollout.kv_cache_gib * 2**30, ("rollout",))
+    if rollout.engine == "vllm":  # asleep but for its own phase
+        cache = teacher_cache = rollout.kv_cache_gib * 2**30
+        engine_held: tuple[str, ...] = ("rollout",)
     else:
-        slots = rollout.concurrency * rollout.longest
-        held = PHASES if device.type == "cpu" else PHASES[:2]  # the CPU's engine never sleeps
-        yield Item("rollout engine, weights", student.parameters * c, PHASES)
-        yield Item("rollout engine, KV cache", slots * cache_line(student, c), held)
-        if config.eval.teacher:
-            yield Item("teacher as a player", teacher.parameters * c + slots * cache_line(teacher, c), PHASES[:1])
+        cache, teacher_cache = (rollout.concurrency * rollout.longest * cache_line(shape, c) for shape in (student, teacher))
+        engine_held = phases
+    yield Item("rollout engine, weights", student.parameters * c, engine_held)
+    yield Item("rollout engine, KV cache", cache, engine_held)
+    if config.eval.teacher:
+        yield Item("teacher's engine", teacher.parameters * c + teacher_cache, PHASES[:1])
 
     yield Item("activations", micro * block_activations(student, c), ("score",))
     yield Item("activations", micro * activations(student, c, config.student.gradient_checkpointing), ("update",))
@@ -231,8 +230,9 @@ def _table(items: list[Item]) -> Iterator[str]:
     for item in items:
         for phase in item.phases:
             cells.setdefault(item.name, {})[phase] = item.size
-    cells["total"] = {phase: sum(line.get(phase, 0.0) for line in cells.values()) for phase in PHASES}
+    phases = [phase for phase in PHASES if any(phase in line for line in cells.values())]
+    cells["total"] = {phase: sum(line.get(phase, 0.0) for line in cells.values()) for phase in phases}
     unit, name = (2**30, "GiB") if max(cells["total"].values()) >= 2**30 else (2**20, "MiB")
-    yield f"{f'memory of a rank, {name}':30}" + "".join(f"{phase:>16}" for phase in PHASES)
+    yield f"{f'memory of a rank, {name}':30}" + "".join(f"{phase:>16}" for phase in phases)
     for title, line in cells.items():
-        yield f"{title:30}" + "".join(f"{line[phase] / unit:16.2f}" if phase in line else " " * 16 for phase in PHASES)
+        yield f"{title:30}" + "".join(f"{line[phase] / unit:16.2f}" if phase in line else " " * 16 for phase in phases)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -92,14 +91,18 @@ def _pack(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray, n
     """Facts as JSON; ids and log-probs end to end, their lengths in the JSON."""
     facts, tokens, logprobs = [], [], []
     for trajectory in trajectories:
-        fact = asdict(trajectory)
-        for turn in fact["turns"]:
-            prompt, action, values = turn.pop("prompt"), turn.pop("action"), turn.pop("logprobs")
-            turn["lengths"] = len(prompt), len(action)
-            tokens += prompt + action
-            logprobs += values
-        facts.append(fact)
+        turns = []
+        for turn in trajectory.turns:
+            tokens += turn.prompt
+            tokens += turn.action
+            logprobs += turn.logprobs
+            turns.append(_facts(turn, "prompt", "action", "logprobs") | {"lengths": (len(turn.prompt), len(turn.action))})
+        facts.append(_facts(trajectory, "turns") | {"turns": turns})
     return np.frombuffer(json.dumps(facts).encode(), np.uint8), np.array(tokens, np.int32), np.array(logprobs, np.float32)
+
+
+def _facts(item: Turn | Trajectory, *without: str) -> dict:
+    return {name: getattr(item, name) for name in item.__slots__ if name not in without}
 
 
 def _unpack(facts: list[dict], tokens: list[int], logprobs: list[float]) -> list[Trajectory]:

@@ -132,7 +132,7 @@ class Run:
                     self.resync()
                 self.done = step
 
-                metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, **gap, **learned}
+                metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, **gap} | policy_metrics(learned)
                 metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages) | clock.seconds
                 metrics |= {"time/step": clock.total, "perf/tokens_per_second": float(table.length.sum()) / clock.total}
                 metrics |= {"memory/peak_gib": peak_memory(self.device)}
@@ -247,6 +247,20 @@ def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[st
         "rollout/turns": float(sizes.double().mean()),
         "rollout/response_tokens": float(table.length.double().mean()),
         "rollout/invalid_actions": float((~table.valid).double().mean()),
+    }
+
+
+def policy_metrics(learned: dict[str, float]) -> dict[str, float]:
+    """KL is that of the policy before the step's updates against the policy in them; the losses are nats a token."""
+    return {
+        "loss/total": learned["loss"],
+        "loss/imitation_size": learned["opd"],
+        "loss/reward_size": learned["rl"],
+        "loss/imitation_to_reward": learned["opd"] / learned["rl"] if learned["rl"] else float("nan"),
+        "policy/kl": learned["approx_kl"],
+        "policy/entropy": learned["entropy"],
+        "policy/clip_fraction": learned["clip_fraction"],
+        "policy/gradient_norm": learned["gradient_norm"],
     }
 
 

@@ -423,6 +423,20 @@ def test_the_expected_gradient_of_k3_on_policy_is_the_forward_kls():
     assert (gradient - reverse).norm() > 0.1 * reverse.norm()
 
 
+def test_k2_and_k3_as_values():
+    """k3 is an unbiased estimate of the reverse KL that is never negative; k2 is half the squared log-ratio."""
+    student, teacher = torch.randn(2, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64).log_softmax(1)
+    one, sampled = torch.ones(1), torch.zeros(9, dtype=torch.int64)
+    losses = {}
+    for divergence in ("k2", "k3"):
+        objective = Objective(divergence=divergence, entropy_bonus=0.0)
+        streams = make_streams(objective, 1.0, 0.0, sampled, student, teacher, student, one, one, torch.ones(9))
+        losses[divergence] = token_loss(student, student, None, streams, objective)
+    assert losses["k3"].min() >= 0
+    torch.testing.assert_close((student.exp() * losses["k3"]).sum(), (student.exp() * (student - teacher)).sum())
+    torch.testing.assert_close(losses["k2"], (student - teacher) ** 2 / 2)
+
+
 @pytest.mark.parametrize("divergence", ["k1", "k2", "k3", "reverse_kl"])
 def test_the_form_for_the_fused_head_is_the_same_loss(divergence):
     table = make_table([4, 3])

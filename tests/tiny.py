@@ -24,7 +24,7 @@ def save_model(folder: Path, *, family: str = "qwen3", tied: bool = True, seed: 
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         tie_word_embeddings=tied,
         dtype="float32",
         eos_token_id=1,

@@ -22,11 +22,11 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from atod_fast.config import Config, Eval, Student
-from atod_fast.demo.expert import TREATMENT, Step, trace
+from atod_fast.demo.expert import Step, trace
 from atod_fast.demo.rendering import CompactRenderer
 from atod_fast.demo.tokenizer import build_tokenizer, vocabulary
 from atod_fast.envs.alfworld.game import Game
-from atod_fast.envs.alfworld.generator import Spec, generate
+from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, Spec, generate
 from atod_fast.models import DEMO_WEIGHTS, load_tokenizer
 from atod_fast.rollout.actor import Actor, make_engine
 from atod_fast.trajectory import Turn
@@ -49,7 +49,7 @@ class Recipe:
     seed: int
 
 
-RECIPES = {"teacher": Recipe(traces=2, tokens=500_000, seed=0), "student": Recipe(traces=1, tokens=400_000, seed=1)}
+RECIPES = {"teacher": Recipe(traces=2, tokens=700_000, seed=0), "student": Recipe(traces=1, tokens=450_000, seed=1)}
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def success(folder: Path, tasks: int, temperature: float) -> float:
 def build(out: Path, seed: int = 0, games: int = GAMES, share: float = 1.0) -> None:
     """Write `out`/teacher and `out`/student; `share` scales the supervision. One thread, so that a seed gives one result."""
     torch.set_num_threads(1)
-    spec = Spec(seed=0, task_types=tuple(TREATMENT))
+    spec = Spec(seed=0, task_types=SMALL_TASK_TYPES)
     worlds = [Game.parse(data, name) for name, data in (generate(spec, i) for i in range(games))]
     tokenizer = build_tokenizer(vocabulary(worlds), POSITIONS)
     renderer = CompactRenderer(tokenizer)

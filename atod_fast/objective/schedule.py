@@ -1,6 +1,6 @@
 """The annealed schedule: from imitation (kappa) to reward (rho).
 
-Paper (section on the annealed schedule), first step s = 1:
+Paper, with first step s = 1:
 
     p = min(s / T, 1);   kappa = kappa_0 + (kappa_min - kappa_0) p;   rho = rho_0 + (rho_max - rho_0) p
 
@@ -23,7 +23,7 @@ WINDOW = 5  # evaluations in the lagged mean of AdaptiveKappa
 def value(slide: Slide, step: int) -> float:
     """Value of `slide` at `step` (counted from 1), for every kind but `adaptive`, which is `AdaptiveKappa`'s.
 
-    An exponential reaches neither 0 nor leaves it: `config.Schedule` refuses one that should.
+    An exponential can neither reach 0 nor leave it: `config.Schedule` refuses one that would have to.
     """
     p = min(max((step - slide.hold) / slide.horizon, 0.0), 1.0)
     start, end = slide.start, slide.end

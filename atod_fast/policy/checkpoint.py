@@ -41,7 +41,7 @@ def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, s
         partial.mkdir(parents=True)
     ranks.barrier()
     model, optim = get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial, no_dist=ranks.world_size() == 1)
+    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
     if ranks.rank() == 0:
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
@@ -59,7 +59,7 @@ def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
         raise UserError(f"--resume {path} holds no complete checkpoint (state.json is missing); give a folder checkpoints/step_NNNNNN of a run")
     model, optim = get_state_dict(policy, optimizer)
     try:
-        dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path, no_dist=ranks.world_size() == 1)
+        dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
     except (dcp.api.CheckpointException, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"--resume {path} does not fit student.path or is damaged ({reason}); resume with the run's own config.toml") from None

@@ -168,4 +168,4 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         names = sorted(sums)
         totals = ranks.total(torch.tensor([sums[name] for name in names], dtype=torch.float64)).tolist()
-        return {name: value / len(norms) for name, value in zip(names, totals, strict=True)} | {"grad_norm": sum(norms) / len(norms)}
+        return {name: value / len(norms) for name, value in zip(names, totals, strict=True)} | {"gradient_norm": sum(norms) / len(norms)}

@@ -34,7 +34,7 @@ class HeadJob(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """fp32 [A] each, at the job's temperature. A tuple, so that FSDP's hooks find the tensors in it."""
+    """fp32 [A] each, at the job's temperature. A tuple of whole tensors: FSDP's hooks look for those, and mistrust views."""
 
     logp: Tensor
     entropy: Tensor
@@ -58,7 +58,7 @@ class Head(nn.Module):
         common = {"temperature": job.temperature, "softcap": self.softcap, "valid_columns": job.valid_columns}
         if job.divergence is None:
             out = linear_logprob(hidden, self.weight, job.target, bias=self.bias, **common)
-            return HeadOutput(out.logp, out.entropy, None, None)
+            return HeadOutput(out.logp.clone(), out.entropy.clone(), None, None)
         out = linear_divergence(
             hidden,
             self.weight,
@@ -72,7 +72,7 @@ class Head(nn.Module):
             teacher_softcap=job.teacher_softcap,
             **common,
         )
-        return HeadOutput(out.logp, out.entropy, out.divergence, out.teacher_logp)
+        return HeadOutput(out.logp.clone(), out.entropy.clone(), out.divergence.clone(), out.teacher_logp.clone())
 
 
 class CausalPolicy(nn.Module):

@@ -4,6 +4,7 @@ Needs torch alone and knows nothing of any trainer.
 """
 
 from .divergence import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob
+from .token_loss import linear_token_loss
 from .turns import TurnWeights, expand_turns, turn_reduce, turn_weight_report, turn_weights, unweighted
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "expand_turns",
     "linear_divergence",
     "linear_logprob",
+    "linear_token_loss",
     "turn_reduce",
     "turn_weight_report",
     "turn_weights",

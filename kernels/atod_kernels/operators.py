@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import tiles
 from . import torch_backend as backend
-from .torch_backend import Layer, Problem, compute_dtype
+from .torch_backend import Chunk, Gradients, Layer, Problem, Scratch, compute_dtype
 
 
 def problem(
@@ -118,3 +118,75 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 
 head.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("atod_kernels::chunk_forward", mutates_args=("kept",))
+def chunk_forward(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    target: Tensor | None,
+    temperature: Tensor | None,
+    valid: Tensor | None,
+    softcap: float,
+    teacher_softcap: float,
+    kind: str,
+    alpha: float,
+    group: str,
+    start: int,
+    lean: bool,
+    first: int,
+    last: int,
+    kept: Tensor,
+) -> Tensor:
+    """Statistics [STATISTICS, n] of tokens first to last; leaves their logits in `kept` [2, n * V]."""
+    args = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, target, temperature, valid)
+    p = problem(*args, softcap, teacher_softcap, kind, alpha, group, start, lean)
+    return backend.chunk_statistics(Chunk(p, slice(first, last)), Scratch.of(p, 4), Scratch(kept, keep=True))
+
+
+@chunk_forward.register_fake
+def _(*args: Any) -> Tensor:
+    first, last, kept = args[-3:]
+    return kept.new_empty(tiles.STATISTICS, last - first)
+
+
+@torch.library.custom_op("atod_kernels::chunk_backward", mutates_args=("kept", "dx", "dw", "db"))
+def chunk_backward(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    target: Tensor | None,
+    temperature: Tensor | None,
+    valid: Tensor | None,
+    softcap: float,
+    teacher_softcap: float,
+    kind: str,
+    alpha: float,
+    group: str,
+    start: int,
+    lean: bool,
+    first: int,
+    last: int,
+    kept: Tensor,
+    statistics: Tensor,
+    upstream: Tensor,
+    dx: Tensor,
+    dw: Tensor,
+    db: Tensor,
+) -> None:
+    """Add the gradients of tokens first to last to dx, dw and db (empty = not wanted), overwriting the logits in `kept`."""
+    args = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, target, temperature, valid)
+    p = problem(*args, softcap, teacher_softcap, kind, alpha, group, start, lean)
+    backend.kept_gradients(Chunk(p, slice(first, last)), Scratch(kept, keep=True), statistics, upstream, Gradients(dx, dw, db))
+
+
+@chunk_backward.register_fake
+def _(*args: Any) -> None:
+    return None

@@ -138,9 +138,9 @@ def merge(parts: Tensor, kind: str) -> Tensor:
     return out
 
 
-def statistics(sums: Tensor, kind: str, out: Tensor) -> None:
-    """Merged sums [PARTIALS, n] -> out [STATISTICS, n]; DIVERGENCE and MEAN_SLOPE of a mixture stay 0 for `Mixture.value` to fill."""
-    out.zero_()
+def statistics(sums: Tensor, kind: str) -> Tensor:
+    """Merged sums [PARTIALS, n] -> [STATISTICS, n]; a mixture's DIVERGENCE and MEAN_SLOPE are 0 until the second look."""
+    out = sums.new_zeros(STATISTICS, sums.shape[1])
     for first, shift, log, entropy, logp in ((MAX_S, SHIFT_S, LOG_S, ENTROPY, LOGP), (MAX_T, SHIFT_T, LOG_T, TEACHER_ENTROPY, TEACHER_LOGP)):
         if not kind and first == MAX_T:
             break
@@ -152,6 +152,7 @@ def statistics(sums: Tensor, kind: str, out: Tensor) -> None:
         out[DIVERGENCE] = sums[CROSS] / sums[SUM_S] - out[LOG_S] + out[LOG_T]
     elif kind == "forward_kl":
         out[DIVERGENCE] = sums[CROSS] / sums[SUM_T] - out[LOG_T] + out[LOG_S]
+    return out
 
 
 def second_look(zs: Tensor, zt: Tensor, stats: Tensor, mixture: Mixture) -> Tensor:

@@ -77,9 +77,13 @@ class Problem:
         widen = max(1, rows // max(self.tokens, 1))
         return min(rows, max(self.tokens, 1)), min(columns * widen, self.columns)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def parts(self) -> list[slice]:
+        """The tokens of each chunk."""
         rows = self.tile[0]
-        return (Chunk(self, slice(a, min(a + rows, self.tokens))) for a in range(0, self.tokens, rows))
+        return [slice(a, min(a + rows, self.tokens)) for a in range(0, self.tokens, rows)]
+
+    def chunks(self) -> Iterator[Chunk]:
+        return (Chunk(self, rows) for rows in self.parts())
 
     def slices(self) -> list[slice]:
         columns = self.tile[1]
@@ -151,133 +155,153 @@ class Chunk:
 
 
 class Scratch:
-    """`count` buffers of elements, viewed as [n, w]; with `keep` the whole width of the vocabulary, tile after tile."""
+    """Rows of a [count, elements] buffer viewed as tiles [n, w]; with `keep`, tile after tile over the whole vocabulary."""
 
-    def __init__(self, problem: Problem, count: int, keep: bool = False):
+    def __init__(self, buffers: Tensor, keep: bool = False):
+        self.buffers, self.keep = buffers, keep
+
+    @staticmethod
+    def of(problem: Problem, count: int, keep: bool = False) -> Scratch:
         rows, columns = problem.tile
-        self.keep = keep
-        self.buffers = problem.student.hidden.new_empty(count, rows * (problem.columns if keep else columns), dtype=problem.dtype)
+        return Scratch(problem.student.hidden.new_empty(count, rows * (problem.columns if keep else columns), dtype=problem.dtype), keep)
 
     def __call__(self, i: int, n: int, columns: slice) -> Tensor:
         first = n * columns.start if self.keep else 0
         return self.buffers[i, first : first + n * (columns.stop - columns.start)].view(n, -1)
 
 
+def resolve(group: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(group)
+
+
 def over_shards(problem: Problem, part: Tensor) -> Tensor:
-    """[k, ...] of this rank -> [k, ranks, ...] of the group's ranks, in rank order; [k, 1, ...] without a group."""
-    if not problem.group:
-        return part.unsqueeze(1)
-    group = dist.distributed_c10d._resolve_process_group(problem.group)
+    """[k, ...] of this rank -> [k, ranks, ...] of the group's ranks, in rank order."""
+    group = resolve(problem.group)
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)
     return torch.stack(parts, 1)
 
 
-def chunk_statistics(chunk: Chunk, scratch: Scratch, kept: Scratch | None, out: Tensor) -> None:
-    """Statistics of one chunk into out [STATISTICS, n]; leaves the logits in `kept` if given."""
+def chunk_statistics(chunk: Chunk, scratch: Scratch, kept: Scratch | None) -> Tensor:
+    """Statistics [STATISTICS, n] of one chunk; leaves the logits in `kept` if given."""
     p, n, slices = chunk.problem, chunk.size, chunk.problem.slices()
 
     def place(columns: slice) -> tuple[Tensor, Tensor | None]:
-        where, first = (scratch, 0) if kept is None else (kept, 0)
-        return where(first, n, columns), None if p.teacher is None else where(first + 1, n, columns)
+        where = scratch if kept is None else kept
+        return where(0, n, columns), None if p.teacher is None else where(1, n, columns)
 
-    parts = out.new_zeros(tiles.PARTIALS, len(slices), n)
+    parts = scratch.buffers.new_zeros(tiles.PARTIALS, len(slices), n)
     for i, columns in enumerate(slices):
         zs, zt = chunk.both(columns, *place(columns))
         buffers = tuple(scratch(k, n, columns) for k in range(4))
         tiles.partial(zs, zt, chunk.target, columns.start, p.kind, buffers, parts[:, i])
-    sums = tiles.merge(over_shards(p, tiles.merge(parts, p.kind)), p.kind) if p.group else tiles.merge(parts, p.kind)
-    tiles.statistics(sums, p.kind, out)
+    sums = tiles.merge(parts, p.kind)
+    if p.group:
+        sums = tiles.merge(over_shards(p, sums), p.kind)
+    out = tiles.statistics(sums, p.kind)
     if p.mixture is not None:
         look = out.new_zeros(2, n)
         for columns in slices:
             zs, zt = place(columns) if kept is not None else chunk.both(columns, *place(columns))
             look += tiles.second_look(zs, zt, out, p.mixture)
-        out[[tiles.DIVERGENCE, tiles.MEAN_SLOPE]] = over_shards(p, look).sum(1)
-    public = out[: tiles.OUTPUTS]
+        out[[tiles.DIVERGENCE, tiles.MEAN_SLOPE]] = over_shards(p, look).sum(1) if p.group else look
     if chunk.ignored is not None:
-        public.masked_fill_(~chunk.ignored & (sums[tiles.OWNED] != 1), torch.nan).masked_fill_(chunk.ignored, 0)
+        unheld = ~chunk.ignored & (sums[tiles.OWNED] != 1)
+        out[: tiles.OUTPUTS].masked_fill_(unheld, torch.nan).masked_fill_(chunk.ignored, 0)
+    return out
 
 
-class Gradients:
-    """Where the gradients are summed: dx [T, H], dw [V, H] or one slice of it, db [V]; each None if not wanted."""
-
-    def __init__(self, problem: Problem, hidden: bool, weight: bool, bias: bool):
-        layer, dtype = problem.student, problem.dtype
-        self.problem = problem
-        self.dx = layer.hidden.new_zeros(layer.hidden.shape, dtype=dtype) if hidden else None
-        self.dw = layer.weight.new_zeros(layer.weight.shape, dtype=layer.weight.dtype if problem.lean else dtype) if weight else None
-        self.db = layer.weight.new_zeros(layer.weight.shape[0], dtype=dtype) if bias else None
-
-    def add(self, chunk: Chunk, columns: slice, dz: Tensor, weight: Tensor, dw: Tensor | None) -> None:
-        """One tile's share; `dw` [w, H] is where the weight's gradient is summed."""
-        if self.dx is not None:
-            product(dz, weight, self.dx[chunk.rows], add=True)
-        if dw is not None:
-            product(dz.t(), chunk.student, dw, add=True)
-        if self.db is not None:
-            self.db[columns] += dz.sum(0)
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtypes of the parameters, an empty tensor for each not wanted. Shards of the vocabulary add up in dx."""
-        layer, none = self.problem.student, self.problem.student.hidden.new_empty(0)
-        if self.dx is not None and self.problem.group:
-            dist.all_reduce(self.dx, group=dist.distributed_c10d._resolve_process_group(self.problem.group))
-        return (
-            none if self.dx is None else self.dx.to(layer.hidden.dtype),
-            none if self.dw is None else self.dw.to(layer.weight.dtype),
-            none if self.db is None else self.db.to(layer.bias.dtype),
-        )
-
-
-def chunk_gradient(chunk: Chunk, columns: slice, zs: Tensor, zt: Tensor | None, stats: Tensor, upstream: Tensor, e: Tensor) -> Tensor:
-    """Gradient of one tile's raw logits over zs; stats [STATISTICS, T] and upstream [3, T] of all tokens."""
-    p, rows = chunk.problem, chunk.rows
-    return tiles.logit_gradient(
-        zs, zt, chunk.target, columns.start, stats[:, rows], upstream[:, rows], p.kind, p.alpha, p.student.softcap, chunk.inverse, e
-    )
-
-
-def live(problem: Problem, stats: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics and upstream with ignored and out-of-range tokens at 0, so that they add nothing to any gradient."""
-    upstream = upstream[: tiles.LOGP + 1].to(problem.dtype)
-    if problem.target is None:
+def live(chunk: Chunk, stats: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """A chunk's statistics and upstream with ignored and out-of-range tokens at 0, so that they add nothing to any gradient."""
+    upstream = upstream[: tiles.LOGP + 1].to(stats.dtype)
+    if chunk.ignored is None:
         return stats, upstream
-    dead = (problem.target == IGNORE) | stats[tiles.LOGP].isnan()
+    dead = chunk.ignored | stats[tiles.LOGP].isnan()
     return stats.masked_fill(dead, 0), upstream.masked_fill(dead, 0)
 
 
+class Gradients:
+    """Where gradients are summed, in the compute dtype: dx [T, H], dw [V, H], db [V]; an empty tensor is not wanted."""
+
+    def __init__(self, dx: Tensor, dw: Tensor, db: Tensor):
+        self.dx, self.dw, self.db = dx, dw, db
+
+    @staticmethod
+    def of(problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients:
+        """Zeros. The lean schedule finishes each slice of dw in fp32 by itself, so its dw is in the weight's dtype."""
+        layer, dtype = problem.student, problem.dtype
+        rows, columns = layer.weight.shape
+        return Gradients(
+            layer.hidden.new_zeros(layer.hidden.shape if hidden else 0, dtype=dtype),
+            layer.weight.new_zeros((rows, columns) if weight else 0, dtype=layer.weight.dtype if problem.lean else dtype),
+            layer.weight.new_zeros(rows if bias else 0, dtype=dtype),
+        )
+
+    def add(self, chunk: Chunk, columns: slice, dz: Tensor, weight: Tensor, dw: Tensor | None) -> None:
+        """One tile's share; `dw` [w, H] is where the weight's gradient of these columns is summed."""
+        if self.dx.numel():
+            product(dz, weight, self.dx[chunk.rows], add=True)
+        if dw is not None:
+            product(dz.t(), chunk.student, dw, add=True)
+        if self.db.numel():
+            self.db[columns] += dz.sum(0)
+
+    def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """In the dtypes of the parameters. Shards of the vocabulary add up in dx."""
+        layer = problem.student
+        if self.dx.numel() and problem.group:
+            dist.all_reduce(self.dx, group=resolve(problem.group))
+        bias_dtype = layer.weight.dtype if layer.bias is None else layer.bias.dtype
+        return self.dx.to(layer.hidden.dtype), self.dw.to(layer.weight.dtype), self.db.to(bias_dtype)
+
+
+def tile_gradient(chunk: Chunk, columns: slice, zs: Tensor, zt: Tensor | None, stats: Tensor, upstream: Tensor, e: Tensor) -> Tensor:
+    """Gradient of one tile's raw logits, over zs."""
+    p = chunk.problem
+    return tiles.logit_gradient(zs, zt, chunk.target, columns.start, stats, upstream, p.kind, p.alpha, p.student.softcap, chunk.inverse, e)
+
+
 def head_statistics(p: Problem) -> Tensor:
+    """Statistics [STATISTICS, T] of all tokens."""
     out = p.student.hidden.new_zeros(tiles.STATISTICS, p.tokens, dtype=p.dtype)
-    scratch = Scratch(p, 4)
-    kept = Scratch(p, 2, keep=True) if p.mixture is not None and not p.lean else None
+    scratch = Scratch.of(p, 4)
+    kept = Scratch.of(p, 2, keep=True) if p.mixture is not None and not p.lean else None
     for chunk in p.chunks():
-        stats = out.new_empty(tiles.STATISTICS, chunk.size)
-        chunk_statistics(chunk, scratch, kept, stats)
-        out[:, chunk.rows] = stats
+        out[:, chunk.rows] = chunk_statistics(chunk, scratch, kept)
     return out
 
 
 def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    gradients, scratch = Gradients(p, hidden, weight, bias), Scratch(p, 3)
-    stats, upstream = live(p, stats, upstream)
+    """Gradients of hidden [T, H], weight [V, H] and bias [V] with recomputed logits; stats [STATISTICS, T], upstream [>= 3, T]."""
+    gradients, scratch = Gradients.of(p, hidden, weight, bias), Scratch.of(p, 3)
+    chunks = [(chunk, *live(chunk, stats[:, chunk.rows], upstream[:, chunk.rows])) for chunk in p.chunks()]
 
-    def tile(chunk: Chunk, columns: slice, w: Tensor, dw: Tensor | None) -> None:
+    def tile(chunk: Chunk, stats: Tensor, upstream: Tensor, columns: slice, w: Tensor, dw: Tensor | None) -> None:
         zs, zt, e = (scratch(k, chunk.size, columns) for k in range(3))
         chunk.both(columns, zs, zt, w)
-        gradients.add(chunk, columns, chunk_gradient(chunk, columns, zs, zt if p.teacher else None, stats, upstream, e), w, dw)
+        dz = tile_gradient(chunk, columns, zs, None if p.teacher is None else zt, stats, upstream, e)
+        gradients.add(chunk, columns, dz, w, dw)
 
     if p.lean:
-        chunks = list(p.chunks())
         for columns in p.slices():
             w = operand(p.student.weight[columns], p.dtype)
             dw = torch.zeros_like(w, dtype=p.dtype) if weight else None
             for chunk in chunks:
-                tile(chunk, columns, w, dw)
+                tile(*chunk, columns, w, dw)
             if weight:
                 gradients.dw[columns] = dw
     else:
-        for chunk in p.chunks():
+        for chunk in chunks:
             for columns in p.slices():
-                tile(chunk, columns, operand(p.student.weight[columns], p.dtype), gradients.dw[columns] if weight else None)
-    return gradients.results()
+                tile(*chunk, columns, operand(p.student.weight[columns], p.dtype), gradients.dw[columns] if weight else None)
+    return gradients.results(p)
+
+
+def kept_gradients(chunk: Chunk, kept: Scratch, stats: Tensor, upstream: Tensor, gradients: Gradients) -> None:
+    """Add one chunk's gradients, from the logits that `chunk_statistics` left in `kept` (they are overwritten)."""
+    p, scratch = chunk.problem, Scratch.of(chunk.problem, 1)
+    stats, upstream = live(chunk, stats, upstream)
+    for columns in p.slices():
+        zs, zt = kept(0, chunk.size, columns), None if p.teacher is None else kept(1, chunk.size, columns)
+        dz = tile_gradient(chunk, columns, zs, zt, stats, upstream, scratch(0, chunk.size, columns))
+        gradients.add(chunk, columns, dz, operand(p.student.weight[columns], p.dtype), gradients.dw[columns] if gradients.dw.numel() else None)

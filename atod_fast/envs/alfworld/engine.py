@@ -25,13 +25,11 @@ class FastAlfWorld:
 
     def __init__(self, game: Game) -> None:
         self.game = game
-        self.reset()
+        self._start()
 
     def reset(self) -> str:
         """Back to the start; the first observation."""
-        self.facts: dict[str, set[Row]] = {name: set(rows) for name, rows in self.game.initial.items()}
-        self.facts["not_inreceptacle"] = set()
-        self._look_around()
+        self._start()
         return self.game.texts.derive("intro", {}, self.game.names, self._rows)
 
     def step(self, command: str) -> tuple[str, bool]:
@@ -46,24 +44,13 @@ class FastAlfWorld:
             move = ("gotolocation", receptacle, "")
         name, receptacle, item = move
         action = game.domain.actions[name]
-        values = {"a": game.agent, "l": self.location, "r": receptacle, "o": item, "co": item, "ko": self.held, "lstart": self.location}
-        values["lend"] = game.location.get(receptacle)
-        changed = False
+        values = {"a": game.agent, "l": self.location, "r": receptacle, "o": item, "co": item, "ko": self.held}
+        values |= {"lstart": self.location, "lend": game.location.get(receptacle)}
         for predicate, *words in action.deletes:
-            row = tuple(values[word] for word in words)
-            if predicate in self.facts:
-                self.facts[predicate].discard(row)
-                changed = True
-            if predicate == "inreceptacle":
-                self.facts["not_inreceptacle"].add(row)
+            self._set(predicate, tuple(values[word] for word in words), False)
         for predicate, *words in action.adds:
-            if predicate in self.facts:
-                row = tuple(values[word] for word in words)
-                self.facts[predicate].add(row)
-                changed = True
-                if predicate == "inreceptacle":
-                    self.facts["not_inreceptacle"].discard(row)
-        if changed:
+            self._set(predicate, tuple(values[word] for word in words), True)
+        if action.adds or action.deletes:
             self._look_around()
         bound = {word: values[word] for word in action.parameters if word in values}
         return game.texts.derive(game.texts.feedback[name], bound, game.names, self._rows), True
@@ -84,6 +71,16 @@ class FastAlfWorld:
     def true(self, predicate: str, *row: str) -> bool:
         """Whether a fact holds now, e.g. `true("isclean", mug)`."""
         return row in self.facts.get(predicate, self.game.static.get(predicate, ()))
+
+    def _start(self) -> None:
+        self.facts: dict[str, set[Row]] = {name: set(rows) for name, rows in self.game.initial.items()}
+        self.facts["not_inreceptacle"] = set()
+        self._look_around()
+
+    def _set(self, predicate: str, row: Row, value: bool) -> None:
+        rows, denials = self.facts[predicate], self.facts.get(f"not_{predicate}", set())
+        (rows.add if value else rows.discard)(row)
+        (denials.discard if value else denials.add)(row)
 
     def _look_around(self) -> None:
         """Everything that follows from the facts."""

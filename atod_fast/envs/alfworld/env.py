@@ -73,15 +73,20 @@ class AlfWorld:
         _choice("engine", engine, ("fast", "textworld"))
         for kind in task_types:
             _choice("task_types", kind, TASK_TYPES)
-        types = tuple(dict.fromkeys(task_types)) or (SMALL_TASK_TYPES if generate is not None and scene == "small" else TASK_TYPES)
-        if generate is not None:
+        if generate is None:
+            for name, value, default in (("seed", seed, 0), ("scene", scene, "small"), ("receptacles", receptacles, 6), ("objects", objects, 6)):
+                if value != default:
+                    raise UserError(f"{name}={value!r} goes with generate=N, not with games that exist already; leave it out")
+            self._games = _official(split, data, games, tuple(task_types) or TASK_TYPES)
+        else:
+            if data is not None:
+                raise UserError(f"data={str(data)!r} goes with split=, not with generate={generate}; leave it out")
             _choice("scene", scene, ("small", "full"))
-            for name, value, least in (("generate", generate, 1), ("seed", seed, 0), ("receptacles", receptacles, 4), ("objects", objects, 3)):
+            for name, value, least in (("generate", generate, 1), ("seed", seed, 0), ("receptacles", receptacles, 3), ("objects", objects, 3)):
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
                     raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
+            types = tuple(dict.fromkeys(task_types)) or (SMALL_TASK_TYPES if scene == "small" else TASK_TYPES)
             self._games = _generated(Spec(seed, types, scene, receptacles, objects), generate)
-        else:
-            self._games = _official(split, data, games, types)
         self.instant = engine == "fast"
         self._reward = float(reward)
         self.engine: Engine | None = None

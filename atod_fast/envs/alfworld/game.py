@@ -8,17 +8,12 @@ from dataclasses import dataclass
 
 from atod_fast.envs.alfworld import grammar, pddl
 from atod_fast.envs.alfworld.goal import Goal, Task, compile_goal, describe
-from atod_fast.envs.alfworld.pddl import Domain, GameError, Row
+from atod_fast.envs.alfworld.pddl import FLUENTS, Domain, GameError, Row
 
-# Predicates that a step can change and that texts, goals or preconditions look at.
-FLUENTS = frozenset("atlocation inreceptacle objectatlocation opened holds holdsany isclean ishot iscool istoggled issliced".split())
-# Facts that are negated explicitly, as TextWorld adds them when an action deletes; nothing ever deletes istoggled.
-DENIALS = frozenset(("not_inreceptacle", "not_istoggled"))
-
-_STATIC = frozenset(
-    "receptacleatlocation receptacletype objecttype cancontain openable pickupable cleanable heatable coolable toggleable sliceable "
-    "isreceptacleobject inreceptacleobject".split()
-)
+# What the grammar may ask beside true facts: TextWorld adds a denial when an action deletes. Nothing ever deletes istoggled.
+_DENIALS = {"not_inreceptacle", "not_istoggled"}
+# Changed by actions, but by nothing that texts, goals or preconditions ask for.
+_UNTRACKED = {"checked", "examined", "ison"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +58,9 @@ class Game:
             if not isinstance(data.get(key), str):
                 raise GameError(f"the game has no {key}")
         domain = pddl.domain(data["pddl_domain"])
-        problem = pddl.problem(data["pddl_problem"])
+        problem = pddl.problem(data["pddl_problem"], domain)
         texts = grammar.parse(data["grammar"], domain.actions)
-        _check_predicates(texts, problem)
+        _check_predicates(texts, domain)
 
         facts = problem.facts
         location = dict(facts.get("receptacleatlocation", []))
@@ -91,7 +86,7 @@ class Game:
             domain=domain,
             texts=texts,
             names=names,
-            goal=compile_goal(problem, FLUENTS),
+            goal=compile_goal(problem),
             agent=agents[0][0],
             static={name: frozenset(rows) for name, rows in facts.items() if name not in FLUENTS},
             initial={name: frozenset(facts.get(name, [])) for name in FLUENTS},
@@ -134,9 +129,9 @@ def _names(ids: set[str]) -> dict[str, str]:
     return names
 
 
-def _check_predicates(texts: grammar.Grammar, problem: pddl.Problem) -> None:
+def _check_predicates(texts: grammar.Grammar, domain: Domain) -> None:
     """Refuse a grammar that asks for facts the engine does not keep; it would silently read as false."""
-    known = FLUENTS | DENIALS | problem.facts.keys() | _STATIC
+    known = (domain.predicates.keys() - _UNTRACKED) | _DENIALS
     for sides in texts.rules.values():
         for side in sides:
             for query in (side.condition, *(piece.query for piece in side.pieces)):

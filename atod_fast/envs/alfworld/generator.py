@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from random import Random
+from typing import NamedTuple
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -67,9 +68,8 @@ class Spec:
     objects: int = 6  # most of a small scene
 
 
-@dataclass(frozen=True)
-class Thing:
-    id: str  # "Mug|+00.10|+00.92|-01.37"
+class Thing(NamedTuple):
+    id: str  # "Mug|+00.10|+00.92|-01.37", and "Sink|-01.90|+00.97|-01.50|SinkBasin" is a SinkBasin
     type: str
 
 
@@ -91,7 +91,14 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def _tables() -> dict:
-    return json.loads(_data("tables.json"))
+    """`data/tables.json`, with each floor plan's receptacles as {Thing: Place}."""
+    tables = json.loads(_data("tables.json"))
+    tables["contains"] = {kind: frozenset(items) for kind, items in tables["contains"].items()}
+    for plans in tables["rooms"].values():
+        for plan in plans.values():
+            ids = {name: name.split("|") for name in plan["receptacles"]}
+            plan["receptacles"] = {Thing(name, parts[4] if parts[4:] else parts[0]): tuple(plan["receptacles"][name]) for name, parts in ids.items()}
+    return tables
 
 
 @lru_cache(maxsize=4)
@@ -168,9 +175,9 @@ def _scene(rng: Random, spec: Spec, task_type: str) -> Scene | None:
     return Scene(furniture, lies, item, target, LAMP if looking else "")
 
 
-def _furnish(rng: Random, layout: dict[str, list[int]], added: tuple[str, ...], one_of_each: bool) -> dict[Thing, Place]:
+def _furnish(rng: Random, layout: dict[Thing, Place], added: tuple[str, ...], one_of_each: bool) -> dict[Thing, Place]:
     """Receptacles of a floor plan. A small scene gives each a location of its own."""
-    furniture = {Thing(name, _type(name)): tuple(place) for name, place in layout.items()}
+    furniture = dict(layout)
     missing = Counter(added) - Counter(thing.type for thing in furniture)
     for kind in missing.elements():
         furniture[_thing(rng, kind)] = (rng.randint(-9, 9), rng.randint(-9, 9), rng.randint(0, 3), rng.choice((-30, 0, 30, 45, 60)))
@@ -187,12 +194,6 @@ def _furnish(rng: Random, layout: dict[str, list[int]], added: tuple[str, ...], 
 
 def _thing(rng: Random, kind: str) -> Thing:
     return Thing("|".join([kind, *(f"{rng.uniform(-3, 3):+06.2f}" for _ in range(3))]), kind)
-
-
-def _type(name: str) -> str:
-    """`Cabinet|+00.68|+00.50|-02.20` is a Cabinet, `Sink|-01.90|+00.97|-01.50|SinkBasin` a SinkBasin."""
-    parts = name.split("|")
-    return parts[4] if len(parts) == 5 else parts[0]
 
 
 def _problem(rng: Random, scene: Scene, goal: str) -> str:
@@ -223,7 +224,7 @@ def _problem(rng: Random, scene: Scene, goal: str) -> str:
         facts += [f"(isReceptacleObject {ids[item]})"] if item.type in tables["receptacle_objects"] else []
         facts += [f"(pickupable {ids[item]})"] if item.type not in tables["properties"]["toggleable"] else []
     for kind in sorted(receptacle_types):
-        facts += [f"(canContain {kind}Type {item}Type)" for item in tables["contains"][kind] if item in object_types]
+        facts += [f"(canContain {kind}Type {item}Type)" for item in sorted(tables["contains"][kind] & object_types)]
     lines = "\n        ".join
     return f"(define (problem generated)\n    (:domain alfred)\n    (:objects\n        {lines(objects)})\n    (:init\n        {lines(facts)})\n    {goal}\n"
 

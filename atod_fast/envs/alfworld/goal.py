@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import product
 
-from atod_fast.envs.alfworld.pddl import GameError, Problem, Row, typed
+from atod_fast.envs.alfworld.pddl import FLUENTS, GameError, Problem, Row, typed
 
 Binding = dict[str, str]
 
@@ -33,15 +33,18 @@ class Goal:
         return all(any(all(row in facts[name] for name, row in ground) for ground in clause) for clause in self.clauses)
 
 
-def compile_goal(problem: Problem, fluents: Set[str]) -> Goal:
-    """Ground the problem's goal; `fluents` are the predicates a step can change."""
-    return Goal(tuple(tuple(_ground(part, problem, fluents)) for part in _parts(problem.goal)))
+def compile_goal(problem: Problem) -> Goal:
+    """Ground the problem's goal."""
+    clauses = tuple(tuple(_ground(part, problem)) for part in _parts(problem.goal))
+    if not all(clauses):
+        raise GameError("the goal asks for things that are not in the game")
+    return Goal(clauses)
 
 
-def _ground(part: list, problem: Problem, fluents: Set[str]) -> Iterator[tuple[tuple[str, Row], ...]]:
+def _ground(part: list, problem: Problem) -> Iterator[tuple[tuple[str, Row], ...]]:
     variables, atoms, different = _flatten(part)
-    static = [atom for atom in atoms if atom[0] not in fluents]
-    changing = [atom for atom in atoms if atom[0] in fluents]
+    static = [atom for atom in atoms if atom[0] not in FLUENTS]
+    changing = [atom for atom in atoms if atom[0] in FLUENTS]
     # The atom with the fewest rows first, so that the join below stays small.
     tables = sorted(((atom[1:], _fitting(atom, problem)) for atom in static), key=lambda table: len(table[1]))
     for joined in _join(tables, {}):

@@ -13,10 +13,11 @@ from importlib import resources
 
 Row = tuple[str, ...]  # the arguments of a fact
 
+# Predicates that a step can change and that texts, goals or preconditions look at.
+FLUENTS = frozenset("atlocation inreceptacle objectatlocation opened holds holdsany isclean ishot iscool istoggled issliced".split())
+
 _TOKEN = re.compile(r"[()]|[^\s()]+")
-_SECTIONS = re.compile(
-    r"\s*\(define\s.*?\(:objects\s(?P<objects>[^()]*)\)\s*\(:init\s(?P<init>.*)\)\s*(?P<goal>\(:goal\s.*\))\s*\)\s*", re.DOTALL
-)
+_SECTIONS = re.compile(r"\s*\(define\s.*?\(:objects\s(?P<objects>[^()]*)\)\s*\(:init\s(?P<init>.*)\)\s*(?P<goal>\(:goal\s.*\))\s*\)\s*", re.DOTALL)
 _FACT = re.compile(r"\(([^()]+)\)")
 _COMMENT = re.compile(r";[^\n]*")
 
@@ -73,28 +74,9 @@ class Problem:
     goal: list
 
 
-def problem(text: str) -> Problem:
-    """Parse a game's `pddl_problem`. Its facts are flat, so they are read by pattern, several times faster than by `read`."""
-    text = _COMMENT.sub("", text).lower()
-    found = _SECTIONS.fullmatch(text)
-    if not found or _FACT.sub("", found["init"]).strip():
-        raise GameError("the PDDL problem is not (define ... (:objects ...) (:init ...) (:goal ...))")
-    types = typed(found["objects"].split())
-    facts: dict[str, list[Row]] = defaultdict(list)
-    for fact in _FACT.findall(found["init"]):
-        predicate, *row = fact.split()
-        if predicate == "=":
-            continue
-        for name in row:
-            if name not in types:
-                raise GameError(f"the fact ({' '.join(fact.split())}) names {name}, which is not declared")
-        facts[predicate].append(tuple(row))
-    return Problem(types, dict(facts), read(found["goal"])[1])
-
-
 @dataclass(frozen=True)
 class Action:
-    """What an action changes; its precondition is in `engine.FastAlfWorld._commands`."""
+    """What an action does to the fluents; its precondition is in `engine.FastAlfWorld._commands`."""
 
     parameters: tuple[str, ...]
     adds: tuple[Row, ...]  # predicate and parameters
@@ -105,6 +87,7 @@ class Action:
 class Domain:
     """The actions, and what differs between ALFWorld's domains; the rest is checked against the shipped `alfred.pddl`."""
 
+    predicates: dict[str, tuple[str, ...]]  # predicate -> types of its arguments
     actions: dict[str, Action]
     tools: dict[str, frozenset[str]]  # action -> types of which the receptacle (or the knife held) must be one
 
@@ -117,7 +100,9 @@ def domain(text: str) -> Domain:
     for name in known.keys() | actions.keys():
         if known.get(name) != actions.get(name) and (name != "help" or name in actions):
             raise GameError(f"the PDDL domain's action {name} is not ALFWorld's")
-    return Domain({name: _effects(parts) for name, parts in actions.items()}, tools)
+    (predicates,) = (part[1:] for part in read(text)[1:] if part[0] == ":predicates")
+    declared = {name: tuple(typed(arguments).values()) for name, *arguments in predicates}
+    return Domain(declared, {name: _effects(parts) for name, parts in actions.items()}, tools)
 
 
 def _actions(text: str) -> tuple[dict[str, dict], dict[str, frozenset[str]]]:
@@ -141,11 +126,29 @@ def _actions(text: str) -> tuple[dict[str, dict], dict[str, frozenset[str]]]:
 
 
 def _effects(action: dict[str, list]) -> Action:
-    """Unconditional effects. The one conditional effect (`isOn`, on toggling) is of a fact nothing ever asks for."""
+    """Effects on fluents; none of them is conditional."""
     adds, deletes = [], []
     for effect in action[":effect"][1:]:
-        if effect[0] == "not":
-            deletes.append(tuple(word.lstrip("?") for word in effect[1]))
-        elif effect[0] not in ("increase", "when"):
-            adds.append(tuple(word.lstrip("?") for word in effect))
+        negated = effect[0] == "not"
+        predicate, *words = effect[1] if negated else effect
+        if predicate in FLUENTS:
+            (deletes if negated else adds).append((predicate, *(word.lstrip("?") for word in words)))
     return Action(tuple(name.lstrip("?") for name in typed(action[":parameters"])), tuple(adds), tuple(deletes))
+
+
+def problem(text: str, domain: Domain) -> Problem:
+    """Parse a game's `pddl_problem`. Its facts are flat, so they are read by pattern, several times faster than by `read`."""
+    text = _COMMENT.sub("", text).lower()
+    found = _SECTIONS.fullmatch(text)
+    if not found or _FACT.sub("", found["init"]).strip():
+        raise GameError("the PDDL problem is not (define ... (:objects ...) (:init ...) (:goal ...))")
+    types = typed(found["objects"].split())
+    facts: dict[str, list[Row]] = defaultdict(list)
+    for fact in _FACT.findall(found["init"]):
+        predicate, *row = fact.split()
+        if predicate == "=":
+            continue
+        if tuple(map(types.get, row)) != domain.predicates.get(predicate):
+            raise GameError(f"the fact ({' '.join(fact.split())}) is not of the form the domain declares, or names what is not declared")
+        facts[predicate].append(tuple(row))
+    return Problem(types, dict(facts), read(found["goal"])[1])

@@ -1,0 +1,99 @@
+"""Success of a checkpoint on held-out tasks.
+
+    python -m atod_fast.evaluate runs/demo/hf eval.tasks=2000 eval.temperature=0.5 --out evaluation.json
+    torchrun --nproc_per_node 2 -m atod_fast.evaluate demo:teacher
+
+Episodes have the same seeds for every model, so that two models can be compared game by game.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from atod_fast import ranks
+from atod_fast.config import Config
+from atod_fast.errors import GuardError, UserError
+from atod_fast.models import load_config, load_tokenizer
+from atod_fast.observe.console import Console
+from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.settings import check_model, load
+from atod_fast.trajectory import Trajectory
+
+
+def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
+    """Trajectories of `model` on the first `eval.tasks` held-out tasks at `eval.temperature`, on every rank. Collective."""
+    check_model(config, model, load_config(model).to_dict())
+    device, _ = ranks.start()
+    actor = Actor(config, load_tokenizer(model), rank=ranks.rank(), ranks=ranks.world_size())
+    engine = make_engine(config, model, device)
+    with console.progress("evaluating") as progress:
+        mine = actor.evaluate(engine, progress)
+    return ranks.gather_trajectories(mine)
+
+
+def summary(trajectories: list[Trajectory]) -> dict:
+    """Success overall and by task type, mean turns, share of invalid actions; each outcome in task order."""
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for trajectory in trajectories:
+        kinds[trajectory.task_type].append(trajectory.success)
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    return {
+        "tasks": len(trajectories),
+        "success": _mean([t.success for t in trajectories]),
+        "success_by_type": {kind: _mean(outcomes) for kind, outcomes in sorted(kinds.items())},
+        "turns": len(turns) / len(trajectories),
+        "invalid_actions": _mean([not turn.valid for turn in turns]),
+        "failed_environments": sum(t.failure is not None for t in trajectories),
+        "outcomes": "".join("1" if t.success else "0" for t in trajectories),
+    }
+
+
+def _mean(values: list[bool]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+@record
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 bad usage or input."""
+    parser = _Parser(prog="python -m atod_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="settings file, such as a run's config.toml")
+    parser.add_argument("--preset", metavar="NAME", help="named settings")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and every outcome here")
+    speaks = ranks.rank() == 0
+    try:
+        arguments = parser.parse_intermixed_args(argv)
+        config = load(arguments.preset, arguments.config, arguments.settings)
+        found = summary(evaluate(arguments.model, config, Console(speaks)))
+    except (UserError, GuardError) as error:
+        if speaks:
+            print(f"atod_fast: {error}", file=sys.stderr)
+        return error.exit_code
+    finally:
+        ranks.stop()
+    if speaks:
+        print(f"{arguments.model}: success {found['success']:.1%} on {found['tasks']} tasks at temperature {config.eval.temperature:g}")
+        for kind, success in found["success_by_type"].items():
+            print(f"  {kind or 'task'}: {success:.1%}")
+        print(f"  {found['turns']:.1f} turns an episode, {found['invalid_actions']:.1%} of actions invalid, {found['failed_environments']} environments failed")
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            facts = {"model": arguments.model, "temperature": config.eval.temperature, "env": config.env.model_dump(mode="json")}
+            arguments.out.write_text(json.dumps(facts | found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

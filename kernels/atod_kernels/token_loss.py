@@ -1,0 +1,196 @@
+"""Any token-separable loss of the head's statistics, in one pass: the gradient of the logits is formed while they are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import operators, tiles, validate
+from .divergence import TokenDivergence, TokenLogprob, head_arguments, public
+from .torch_backend import Gradients, Problem, Scratch
+from .validate import IGNORE, require
+
+Statistics = TokenDivergence | TokenLogprob
+LossFn = Callable[..., Tensor]
+
+
+class TokenLoss:
+    """The caller's loss: its values [n] and their upstream gradients [3, n] (divergence, entropy, logp) on some of the tokens."""
+
+    def __init__(self, loss_fn: LossFn, inputs: Mapping[str, Any], target: Tensor | None, teacher: bool):
+        self.loss_fn, self.inputs, self.target, self.teacher = loss_fn, inputs, target, teacher
+
+    def __call__(self, stats: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """stats [STATISTICS, n] of the tokens `rows`."""
+        inputs = {k: x[rows] if isinstance(x, Tensor) and x.dim() else x for k, x in self.inputs.items()}
+        with torch.enable_grad():
+            leaf = stats.detach().requires_grad_()
+            losses = self.loss_fn(public(leaf, self.teacher, self.target is not None), **inputs)
+            n = stats.shape[1]
+            require(
+                isinstance(losses, Tensor) and losses.shape == (n,),
+                f"loss_fn returned {list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__}; expected one loss per token, [{n}]",
+            )
+            if self.target is not None:
+                losses = losses.masked_fill(self.target[rows] == IGNORE, 0)
+            upstream = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0] if losses.requires_grad else None
+        return losses.detach().to(stats.dtype), (torch.zeros_like(stats) if upstream is None else upstream)[: tiles.LOGP + 1]
+
+    def in_parts(self, stats: Tensor, parts: list[slice]) -> tuple[Tensor, Tensor]:
+        """The same over all tokens, evaluated part by part."""
+        losses, upstream = zip(*(self(stats[:, rows], rows) for rows in parts), strict=True)
+        return torch.cat(losses), torch.cat(upstream, 1)
+
+
+def assert_separable(loss: TokenLoss, stats: Tensor, losses: Tensor, upstream: Tensor, parts: list[slice]) -> None:
+    """Evaluate the loss in other parts than before and refuse a difference, in values or gradients."""
+    tokens = stats.shape[1]
+    middle = (tokens + 1) // 2
+    others = [slice(0, tokens)] if len(parts) > 1 else [slice(0, middle), slice(middle, tokens)]
+    same = torch.ones((), dtype=torch.bool, device=stats.device)
+    for a, b in zip((losses, upstream), loss.in_parts(stats, others), strict=True):
+        scale = b.nan_to_num(posinf=0, neginf=0).abs().amax() if b.numel() else b.sum()
+        same = same & ((a == b) | ((a - b).abs() <= 1e-4 * b.abs() + 1e-5 * scale) | (a.isnan() & b.isnan())).all()
+    message = "loss_fn is not a function of one token at a time: it gives other values or gradients when tokens are grouped otherwise; pass normalisers as inputs"
+    if stats.device.type == "cpu" and not torch.compiler.is_compiling():
+        require(bool(same), message)
+    else:
+        torch._assert_async(same, message)  # raises on the device, without waiting for it
+
+
+class Attach(torch.autograd.Function):
+    """The loss with its gradients, already known, attached to the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, dx: Tensor, dw: Tensor, db: Tensor) -> Tensor:
+        ctx.save_for_backward(dx, dw, db)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # 1 is the usual upstream of a loss; where it can be read for free it saves a second [V, H].
+        unit = upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1
+        wanted = ctx.needs_input_grad[1:4]
+        grads = (None if not want else g if unit else g * upstream.to(g.dtype) for g, want in zip(ctx.saved_tensors, wanted, strict=True))
+        return None, *grads, None, None, None
+
+
+def linear_token_loss(
+    loss_fn: LossFn,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    target: Tensor | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    valid_columns: Tensor | None = None,
+    teacher_softcap: float | None = None,
+    vocab_group: str | None = None,
+    vocab_start: int = 0,
+    schedule: str = "auto",
+    backend: str = "auto",
+    check: bool = __debug__,
+) -> tuple[Tensor, Statistics]:
+    """The sum over tokens of loss_fn(statistics), with its gradient from the same pass: one logits product per model.
+
+    Args:
+        loss_fn: called as loss_fn(stats, **inputs) on a chunk of C tokens; returns their losses [C]. stats is a TokenDivergence, or a
+            TokenLogprob without a teacher, of [C] tensors; the loss is differentiated with respect to divergence, entropy and logp.
+            It must treat each token by itself: a mean or a normaliser over the chunk is wrong, pass such things in as inputs.
+            It is called several times, so it must not draw random numbers or keep state.
+        inputs: by name; a tensor of one or more dimensions has a row per token and is cut to the chunk, anything else is passed as it is.
+            No gradient flows to them.
+        schedule: fast (auto) keeps the logits of 256 tokens (CPU; 2048 elsewhere) and forms the gradient from them; lean holds a tile at
+            a time and recomputes the logits for the gradient. auto is fast because it does a third fewer products.
+        check: evaluate loss_fn once more with the tokens grouped otherwise and refuse a different value or gradient. It costs [T]-sized
+            work; on by default unless Python runs with -O.
+        The others are `linear_divergence`'s. A token whose target is -100 adds nothing, whatever loss_fn gives for it.
+
+    Returns:
+        (loss, stats): the scalar sum, fp32 (fp64 if an input is), differentiable once with respect to student_hidden, student_weight and
+        student_bias, and the detached statistics of all tokens. The gradients are computed here and held until the backward: not to be
+        placed under activation checkpointing. With nothing to differentiate none is computed.
+
+    Raises:
+        ValueError: naming the argument; also if check finds loss_fn not separable (on an accelerator a device-side assertion).
+    """
+    validate.one_of("schedule", schedule, validate.SCHEDULES)
+    teacher = teacher_hidden is not None
+    require(teacher == (teacher_weight is not None), "teacher_hidden and teacher_weight must be given together; one of them is None")
+    require(teacher or target is not None, "target is None; expected token ids [T] where there is no teacher")
+    require(teacher or (teacher_bias is None and teacher_softcap is None), "teacher_bias and teacher_softcap need teacher_hidden, which is None")
+    arguments = head_arguments(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        target,
+        divergence=divergence,
+        alpha=alpha,
+        temperature=temperature,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        valid_columns=valid_columns,
+        vocab_group=vocab_group,
+        vocab_start=vocab_start,
+        lean=schedule == "lean",
+        backend=backend,
+    )
+    inputs = {} if inputs is None else inputs
+    tokens = student_hidden.shape[0]
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            require(x.dim() == 0 or x.shape[0] == tokens, f"inputs[{name!r}] has shape {list(x.shape)}; expected [{tokens}, ...] or a scalar")
+            require(not x.requires_grad, f"inputs[{name!r}] requires a gradient; none flows to inputs, pass {name}.detach()")
+    parameters = (student_hidden, student_weight, student_bias)
+    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
+    loss = TokenLoss(loss_fn, inputs, arguments[6], teacher)
+    with torch.no_grad():
+        detached = tuple(None if x is None else x.detach() for x in parameters) + arguments[3:]
+        run = one_pass if any(wanted) and schedule != "lean" else two_passes
+        stats, losses, grads = run(loss, detached, wanted, check)
+        total = losses.sum()
+    if any(wanted):
+        total = Attach.apply(total, *parameters, *grads)
+    return total, public(stats, teacher, target is not None)
+
+
+def two_passes(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
+    """Statistics of all tokens, the loss, and a backward that recomputes the logits (if a gradient is wanted)."""
+    stats = operators.head(*arguments)
+    parts = [slice(0, stats.shape[1])]
+    losses, upstream = loss.in_parts(stats, parts)
+    if check:
+        assert_separable(loss, stats, losses, upstream, parts)
+    return stats, losses, operators.head_backward(*arguments, stats, upstream, *wanted) if any(wanted) else None
+
+
+def one_pass(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Chunk by chunk: logits, statistics, loss, gradients."""
+    p: Problem = operators.problem(*arguments)
+    kept = Scratch.of(p, 1 if p.teacher is None else 2, keep=True).buffers
+    gradients = Gradients.of(p, *wanted)
+    stats = kept.new_empty(tiles.STATISTICS, p.tokens)
+    losses, upstream = kept.new_empty(p.tokens), kept.new_empty(tiles.LOGP + 1, p.tokens)
+    parts = p.parts()
+    for rows in parts:
+        stats[:, rows] = operators.chunk_forward(*arguments, rows.start, rows.stop, kept)
+        losses[rows], upstream[:, rows] = loss(stats[:, rows], rows)
+        operators.chunk_backward(*arguments, rows.start, rows.stop, kept, stats[:, rows], upstream[:, rows], gradients.dx, gradients.dw, gradients.db)
+    if check:
+        assert_separable(loss, stats, losses, upstream, parts)
+    return stats, losses, gradients.results(p)

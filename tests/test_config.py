@@ -1,0 +1,440 @@
+"""Settings: levels and their precedence, objective presets, messages for bad input, the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from atod_fast.cli import WIDTH, parse
+from atod_fast.config import Config
+from atod_fast.errors import UserError
+from atod_fast.settings import FIELDS, OBJECTIVES, PRESETS, TABLES, check_model, check_world, defaults, is_section, load, override_level, preset_level, to_toml
+
+KEYS = [key for key, field in FIELDS.items() if not is_section(field)]
+
+
+def values(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of every key."""
+    out = {}
+    for key in KEYS:
+        value = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        out[key] = value
+    return out
+
+
+def message(*argv: str) -> str:
+    with pytest.raises(UserError) as error:
+        parse(argv)
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "my.toml") -> str:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+# --- precedence
+
+
+def test_later_levels_win(write):
+    file = write("train.steps = 7\ntrain.seed = 7\n[eval]\nevery = 7")
+    config = parse([file, "--preset", "alfworld-0.6b", "train.seed=8"]).config
+    assert config.train.seed == 8  # override over file
+    assert config.train.steps == 7  # file over preset
+    assert config.eval.every == 7
+    assert config.train.learning_rate == preset_level("alfworld-0.6b")["train.learning_rate"]  # preset over default
+    assert config.guard == Config().guard  # default
+
+
+def test_nothing_given_is_the_demo_and_the_defaults():
+    assert parse([]).config == parse(["--preset", "demo"]).config == Config()
+
+
+def test_arguments_come_in_any_order(write):
+    file = write("train.steps = 7")
+    options = parse(["train.seed=3", "--preset", "demo", file, "--dry-run", "eval.every=9", "--run-dir", "runs/x", "--resume", "auto"])
+    assert (options.config.train.seed, options.config.train.steps, options.config.eval.every) == (3, 7, 9)
+    assert (options.name, str(options.run_dir), options.resume, options.dry_run) == ("my", "runs/x", "auto", True)
+
+
+def test_a_run_is_named_after_its_file_or_its_preset(write):
+    assert parse([]).name == "demo"
+    assert parse(["--preset", "webshop-4b"]).name == "webshop-4b"
+    assert parse(["--preset", "webshop-4b", write("", "tuned.toml")]).name == "tuned"
+
+
+def test_a_file_whose_path_holds_an_equals_sign_is_a_file(tmp_path, write):
+    (tmp_path / "lr=1").mkdir()
+    assert parse([write("train.steps = 5", "lr=1/a.toml")]).config.train.steps == 5
+
+
+# --- objective presets
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_preset_replaces_any_other(name, write):
+    for other in OBJECTIVES:
+        found = values(parse([write(f'objective.preset = "{other}"'), f"objective.preset={name}"]).config)
+        assert {key: found[key] for key in OBJECTIVES[name]} == OBJECTIVES[name]
+        assert found["objective.preset"] == name
+
+
+def test_objective_presets_own_the_same_keys_and_no_horizon():
+    assert len({frozenset(level) for level in OBJECTIVES.values()}) == 1
+    assert not {key for key in OBJECTIVES["paper"] if key.endswith(("horizon", "hold"))}
+    assert set(OBJECTIVES["paper"]) <= set(KEYS)
+
+
+def test_the_default_objective_is_what_its_preset_says():
+    assert values(load(overrides=[f"objective.preset={Config().objective.preset}"])) == values(Config())
+
+
+def test_objective_preset_in_an_override_replaces_lower_levels(write):
+    file = write('turns.fuse = "max"\nobjective.divergence = "jsd"\nschedule.kappa = { kind = "cosine", horizon = 33 }')
+    config = parse([file, "objective.preset=opd"]).config
+    assert {key: values(config)[key] for key in OBJECTIVES["opd"]} == OBJECTIVES["opd"]
+    assert config.schedule.kappa.horizon == 33  # not a key that objective presets own
+
+
+def test_an_explicit_key_beside_or_after_the_objective_preset_wins(write):
+    file = write('[objective]\npreset = "opd"\n[turns]\nfuse = "max"')
+    assert parse([file]).config.turns.fuse == "max"
+    assert parse([file, "turns.fuse=mean"]).config.turns.fuse == "mean"
+    assert parse(["turns.fuse=max", "objective.preset=opd"]).config.turns.fuse == "max"
+    assert parse([file, "objective.preset=fixed"]).config.turns.fuse == OBJECTIVES["fixed"]["turns.fuse"]
+
+
+def test_the_family_of_objectives():
+    def ends(name):
+        schedule = load(overrides=[f"objective.preset={name}"]).schedule
+        return [(s.kind, s.start, s.end) for s in (schedule.kappa, schedule.rho)]
+
+    assert ends("paper") == ends("exact") == [("linear", 1, 0.1), ("linear", 1, 2)]
+    assert ends("opd") == [("constant", 1, 1), ("constant", 0, 0)]
+    assert ends("grpo") == [("constant", 0, 0), ("constant", 1, 1)]
+    assert ends("fixed") == [("constant", 1, 1), ("constant", 1, 1)]
+    assert ends("sequential") == [("step", 1, 0), ("step", 0, 1)]
+    exact = load(overrides=["objective.preset=exact"])
+    assert (exact.objective.divergence, exact.turns.disagreement, exact.turns.uncertainty, exact.turns.budget) == ("reverse_kl", "exact", "exact", "mean1")
+
+
+# --- presets of the paper's runs
+
+SETTINGS = (
+    "env.max_turns",
+    "train.tasks_per_step",
+    "eval.tasks",
+    "rollout.prompt_tokens",
+    "train.minibatch_rows",
+    "objective.invalid_penalty",
+    "rollout.history",
+)
+PAPER = {"alfworld": (50, 16, 128, 2048, 256, 0.1, 2), "webshop": (15, 16, 128, 4096, 64, 0.1, 2), "searchqa": (4, 128, 512, 4096, 256, 0.01, 4)}
+MODELS = {"0.6b": ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"), "1.7b": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B"), "4b": ("Qwen/Qwen3-4B", "Qwen/Qwen3-30B-A3B")}
+COMMON = {
+    "train.learning_rate": 1e-6,
+    "train.weight_decay": 0.01,
+    "train.grad_clip": 1.0,
+    "train.steps": 150,
+    "train.group_size": 8,
+    "train.epochs": 1,
+    "train.warmup_steps": 0,
+    "train.final_learning_rate": 1.0,
+    "rollout.response_tokens": 512,
+    "rollout.context": "window",
+    "rollout.thinking": False,
+    "eval.temperature": 0.4,
+    "objective.preset": "paper",
+    "objective.clip": 0.2,
+    "objective.dual_clip": 3.0,
+    "objective.entropy_bonus": 0.001,
+    "schedule.kappa.horizon": 80,
+    "schedule.rho.horizon": 80,
+}
+
+
+@pytest.mark.parametrize("task", PAPER)
+@pytest.mark.parametrize("size", MODELS)
+def test_presets_hold_the_papers_settings(task, size):
+    config = load(f"{task}-{size}")
+    found = values(config)
+    assert tuple(found[key] for key in SETTINGS) == PAPER[task]
+    assert {key: found[key] for key in COMMON} == COMMON
+    assert (config.student.path, config.teacher.path) == MODELS[size]
+    assert config.env.name == task
+    assert "generate" not in config.env.train
+
+
+# What depends on the machine, on taste, or is not in use with preset `paper`.
+FREE = {"rollout.engine", "rollout.kv_cache_gib", "eval.teacher", "train.seed", "objective.alpha", "objective.gigpo_omega", "objective.gigpo_gamma"}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "demo"])
+def test_presets_state_their_method_and_inherit_no_tuning_of_the_demo(name):
+    level = preset_level(name)
+    stated = set(level) | set(OBJECTIVES[level["objective.preset"]])
+    method = {key for key in KEYS if key.split(".")[0] in ("rollout", "eval", "train", "objective", "schedule", "turns")}
+    assert method - stated == FREE & (method - stated)
+
+
+# --- free tables
+
+
+def test_a_table_in_a_file_replaces_and_a_dotted_option_adds(write):
+    start = write('[env]\nname = "alfworld"\ntrain = { generate = 5, seed = 6 }')
+    assert parse([start]).config.env.train == {"generate": 5, "seed": 6}
+    assert parse([start, "env.train.generate=50"]).config.env.train == {"generate": 50, "seed": 6}
+    assert parse([start, 'env.train={split="train"}']).config.env.train == {"split": "train"}
+    assert parse([start, "env.train={}", "env.train.split=train", "env.train.deep.er=[1, 2]"]).config.env.train == {"split": "train", "deep": {"er": [1, 2]}}
+
+
+def test_another_environment_drops_the_options_of_the_one_before():
+    env = parse(["env.name=my_worlds:World", "env.options.level=3"]).config.env
+    assert (env.options, env.train, env.eval) == ({"level": 3}, {}, {})
+
+
+# --- values
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.steps=3", "train.steps", 3),
+        ("train.grad_clip=2", "train.grad_clip", 2.0),
+        ("train.learning_rate=1e-6", "train.learning_rate", 1e-6),
+        ("train.betas=[0, 0.99]", "train.betas", (0.0, 0.99)),
+        ("student.path=/models/x y", "student.path", "/models/x y"),
+        ('student.path="/models/x"', "student.path", "/models/x"),
+        ("student.path=2024", "student.path", "2024"),
+        ("student.path=a=b", "student.path", "a=b"),
+        ("rollout.thinking=true", "rollout.thinking", True),
+        ("student.liger=on", "student.liger", "on"),
+        ("schedule.kappa={start=2, horizon=10}", "schedule.kappa.horizon", 10),
+    ],
+)
+def test_override_values_are_toml_or_else_text(override, key, value):
+    assert values(parse([override]).config)[key] == value
+
+
+@given(st.text().filter(lambda text: not text.lstrip().startswith(("'", '"'))))
+def test_any_unquoted_text_is_a_path(text):
+    assert override_level([f"student.path={text}"]) == {"student.path": text}
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["train.step=3"], ["train.step ", "not a key", "train.steps?"]),
+        (["trian.steps=3"], ["train.steps?"]),
+        (["learning_rate=3"], ["train.learning_rate?"]),
+        (["turns.normalize=rank"], ["turns.normalise?"]),
+        (["train.steps=0"], ["train.steps = 0", "int >= 1"]),
+        (["train.steps=ten"], ['train.steps = "ten"', "int >= 1"]),
+        (["train.steps=2.0"], ["train.steps = 2.0", "int >= 1"]),
+        (["train.steps=true"], ["train.steps = true", "int >= 1"]),
+        (["rollout.thinking=1"], ["rollout.thinking = 1", "true | false"]),
+        (["train.final_learning_rate=1.5"], ["number >= 0 and <= 1"]),
+        (["train.learning_rate=nan"], ["train.learning_rate = NaN", "number >= 0"]),
+        (["train.betas=[0.9]"], ["train.betas = [0.9]", "[number >= 0 and < 1, number >= 0 and < 1]"]),
+        (["train.betas=[0.9, 1]"], ["train.betas = [0.9, 1]"]),
+        (["objective.preset=papr"], ['objective.preset = "papr"', "sequential", "paper?"]),
+        (["objective.preset=[1]"], ["objective.preset", "paper | exact"]),
+        (["rollout.context=windows"], ["window?"]),
+        (["env.options=train"], ['env.options = "train"', "table"]),
+        (["env.train.generate.x=1"], ["env.train.generate.x", "not a table"]),
+        (["train=3"], ["train = 3", "section"]),
+        (["train={step=3}"], ["train.steps?"]),
+        (["--preset", "alfword-4b"], ["alfword-4b", "alfworld-4b?"]),
+        (["--preset"], ["--preset"]),
+        (["--dryrun"], ["--dryrun", "--dry-run?"]),
+        (["--train.steps=3"], ["--train.steps=3", "train.steps=VALUE"]),
+        (["--steps", "3"], ["--steps", "train.steps=VALUE"]),
+        (["train.steps"], ["train.steps=VALUE"]),
+        (["absent.toml"], ["absent.toml", "No such file"]),
+        (["a.toml", "b.toml"], ["a.toml and b.toml"]),
+    ],
+)
+def test_bad_usage_is_one_line_that_names_the_remedy(argv, parts):
+    line = message(*argv)
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["schedule.rho.kind=adaptive"], ["schedule.rho.kind=adaptive", "kappa"]),
+        (["schedule.kappa.kind=exponential", "schedule.kappa.end=0"], ["schedule.kappa", "cosine"]),
+        (["schedule.kappa.kind=adaptive", "eval.every=0"], ["eval.every"]),
+        (["schedule.kappa.kind=adaptive", "eval.teacher=false"], ["eval.teacher"]),
+        (["objective.divergence=jsd", "objective.alpha=1"], ["objective.alpha=1", "jsd"]),
+        (["objective.divergence=skew_reverse_kl", "objective.alpha=1"], ["objective.alpha=1", "skew_reverse_kl"]),
+        (["objective.dual_clip=0.5"], ["objective.dual_clip=0.5"]),
+        (["train.group_size=1"], ["train.group_size=1", "opd"]),
+        (["rollout.context=full", "rollout.prompt_tokens=100", "rollout.response_tokens=100"], ["rollout.response_tokens=100", "rollout.prompt_tokens"]),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(argv, parts):
+    line = message(*argv)
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["schedule.kappa.kind=adaptive"],
+        ["schedule.kappa.kind=exponential"],
+        ["objective.divergence=skew_reverse_kl", "objective.alpha=0"],
+        ["objective.dual_clip=0", "objective.tis_cap=1"],
+        ["train.group_size=1", "objective.preset=opd"],
+        ["rollout.context=window", "rollout.prompt_tokens=100", "rollout.response_tokens=100"],
+    ],
+)
+def test_their_neighbours_are_accepted(argv):
+    parse(argv)
+
+
+def test_errors_in_a_file_name_the_file(write):
+    assert message(write("train.steps = 0")).startswith(write("train.steps = 0") + ": train.steps = 0")
+    assert "my.toml: train.stps is not a key" in message(write("[train]\nstps = 3"))
+    assert "line 2" in message(write("[train]\nsteps = = 3"))
+    # The level that set the value is blamed, not a file below it.
+    assert "my.toml" not in message(write("train.steps = 3"), "train.steps=0")
+
+
+def test_an_unreadable_file_is_one_line(tmp_path):
+    assert str(tmp_path) in message(str(tmp_path))
+    (tmp_path / "latin.toml").write_bytes(b'student.path = "\xe9"')
+    assert "latin.toml" in message(str(tmp_path / "latin.toml"))
+
+
+@pytest.mark.parametrize(("tasks", "ranks", "remedy"), [(8, 3, "6 or 9"), (4, 8, "use 8")])
+def test_ranks_that_cannot_share_the_tasks_are_refused(tasks, ranks, remedy):
+    config = load(overrides=[f"train.tasks_per_step={tasks}"])
+    with pytest.raises(UserError, match=remedy):
+        check_world(config, ranks)
+    check_world(config, 4)
+
+
+@pytest.mark.parametrize("model", [{"max_position_embeddings": 128}, {"text_config": {"max_position_embeddings": 128}}])
+@pytest.mark.parametrize(("context", "prompt"), [("full", 128), ("window", 100)])
+def test_rows_longer_than_the_model_are_refused(model, context, prompt):
+    def config(tokens):
+        return load(overrides=[f"rollout.context={context}", f"rollout.prompt_tokens={tokens}", "rollout.response_tokens=28"])
+
+    check_model(config(prompt), "m", model)
+    with pytest.raises(UserError, match=r"129 exceeds the 128 positions of model 'm'"):
+        check_model(config(prompt + 1), "m", model)
+    check_model(config(prompt + 1), "m", {})
+
+
+# --- the resolved configuration
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+NUMBERS = st.one_of(st.integers(0, 2**40), st.floats(0, 1e30), st.sampled_from([0, 1, 0.5, 1e-6]))
+ANYTHING = st.recursive(
+    st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)
+)
+LEAVES = {int: st.integers(0, 1000), float: NUMBERS, bool: st.booleans(), str: TEXT}
+
+
+def candidate(key: str) -> st.SearchStrategy:
+    annotation = FIELDS[key].annotation
+    kind = get_origin(annotation) or annotation
+    if kind is Literal:
+        return st.sampled_from(get_args(annotation))
+    if kind is tuple:
+        return st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))
+    return st.dictionaries(TEXT, ANYTHING, max_size=3) if kind is dict else LEAVES[kind]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much, HealthCheck.too_slow], deadline=None)
+@given(data=st.data())
+def test_the_resolved_configuration_reads_back_equal(tmp_path, data):
+    nested = Config().model_dump()
+    for key in data.draw(st.lists(st.sampled_from(KEYS), max_size=8, unique=True)):
+        *sections, name = key.split(".")
+        table = nested
+        for section in sections:
+            table = table[section]
+        table[name] = data.draw(candidate(key), label=key)
+    try:
+        config = Config.model_validate(nested)
+    except ValidationError:
+        assume(False)
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8", newline="")
+    assert load(file=file) == config
+    # Whatever lies below: a resolved file states every key.
+    assert load("webshop-4b", file) == config
+
+
+def test_every_preset_reads_back_equal(tmp_path):
+    for name in PRESETS:
+        for objective in OBJECTIVES:
+            config = load(name, None, [f"objective.preset={objective}"])
+            (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            assert load(file=tmp_path / "config.toml") == config
+
+
+# --- help
+
+
+def test_help_documents_every_key(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= WIDTH
+    flat = " ".join(text.split())
+    for key, default in defaults().items():
+        assert f"\n  {key} = " in text, key
+        assert FIELDS[key].description and " ".join(FIELDS[key].description.split()) in flat, key
+        if isinstance(default, int | float | str):
+            assert f"{key} = " + (str(default).lower() if isinstance(default, bool) else f'"{default}"' if isinstance(default, str) else str(default)) in text
+    for key in KEYS:
+        for choice in get_args(FIELDS[key].annotation) if get_origin(FIELDS[key].annotation) is Literal else ():
+            assert choice in flat
+    for table in TABLES:
+        assert f"{table} = {{" in text
+
+
+def test_list_presets_names_each(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--list-presets"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = """
+import sys
+from atod_fast.cli import parse
+try:
+    parse(["--help"])
+finally:
+    print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")

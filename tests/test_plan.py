@@ -1,0 +1,207 @@
+"""`--dry-run`: sizes from config.json alone, and formulas that agree with what models really hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+from atod_fast import plan
+from atod_fast.cli import parse
+from atod_fast.errors import UserError
+from atod_fast.settings import load
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def qwen3(**sizes) -> Qwen3Config:
+    common = {"head_dim": 128, "vocab_size": 151936, "num_key_value_heads": 8, "tie_word_embeddings": True, "max_position_embeddings": 40960}
+    return Qwen3Config(**common | sizes)
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 50,
+}
+PUBLISHED = {  # total parameters of the published checkpoints
+    596_049_920: qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
+    4_022_468_096: qwen3(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+    30_532_122_624: Qwen3MoeConfig(
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+        max_position_embeddings=40960,
+    ),
+}
+
+
+@pytest.fixture
+def tiny(tmp_path) -> list[str]:
+    """Overrides that name two folders with nothing but a config.json."""
+    overrides = []
+    for role, hidden in (("student", 64), ("teacher", 96)):
+        qwen3(**SMALL | {"hidden_size": hidden, "max_position_embeddings": 1024}).save_pretrained(tmp_path / role)
+        overrides.append(f"{role}.path={tmp_path / role}")
+    return overrides
+
+
+def held(config, phase: str, ranks: int = 1, device=CPU) -> dict[str, float]:
+    shapes = [plan.load_shape(config, model.path) for model in (config.student, config.teacher)]
+    return {item.name: item.size for item in plan.memory(config, *shapes, ranks, device) if phase in item.phases}
+
+
+@pytest.mark.parametrize("parameters", PUBLISHED)
+def test_parameters_are_those_of_the_published_checkpoints(parameters):
+    shape = plan.shape_of("m", PUBLISHED[parameters])
+    assert shape.parameters == parameters
+    assert shape.root + shape.layers * shape.block == parameters
+
+
+def saved_bytes(model, tokens: int) -> int:
+    """What the backbone's forward pass keeps for the backward pass, each storage once, parameters apart."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), position_ids=torch.arange(tokens)[None], use_cache=False).last_hidden_state
+    assert out.requires_grad
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [Qwen3Config, LlamaConfig])
+def test_activations_are_what_a_forward_pass_keeps(dtype, family):
+    config, tokens = family(**SMALL), 64
+    shape = plan.shape_of("m", config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    ratio = saved_bytes(model, tokens) / (tokens * plan.activations(shape, dtype.itemsize, False))
+    # Llama has no query and key norms: the formula is an upper bound for it.
+    assert 0.97 < ratio < 1.03 if family is Qwen3Config else 0.6 < ratio < 1.0
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kept = plan.activations(shape, dtype.itemsize, True) - plan.block_activations(shape, dtype.itemsize)
+    assert saved_bytes(model, tokens) / (tokens * kept) == pytest.approx(1, abs=0.03)
+
+
+def test_cache_bytes_are_those_of_a_real_cache():
+    config, tokens = qwen3(**SMALL), 10
+    model = AutoModelForCausalLM.from_config(config)
+    cache = model(torch.zeros(1, tokens, dtype=torch.int64), use_cache=True).past_key_values
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert tokens * plan.cache_line(plan.shape_of("m", config), 4) == real
+
+
+def test_training_state_is_sixteen_bytes_a_parameter_over_the_ranks(tiny):
+    config = parse(tiny).config
+    parameters = plan.load_shape(config, config.student.path).parameters
+    for ranks in (1, 2, 8):
+        update = held(config, "update", ranks)
+        assert sum(update[f"student, {name}"] for name in ("fp32 masters", "AdamW moments", "gradients")) == pytest.approx(16 * parameters / ranks)
+
+
+def test_checkpointing_and_offload_save_what_they_promise(tiny):
+    base, config = (held(parse([*tiny, *more]).config, "update") for more in ([], ["student.gradient_checkpointing=true", "teacher.offload=true"]))
+    assert config["activations"] < base["activations"]
+    assert "teacher, shard" in base and "teacher, shard" not in config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scoring", "updating"),
+    [(["objective.preset=paper"], False, False), (["objective.preset=exact"], True, True), (["turns.disagreement=exact"], True, False)],
+)
+def test_teacher_hidden_states_are_kept_where_its_whole_distribution_is_needed(tiny, overrides, scoring, updating):
+    config = parse([*tiny, *overrides]).config
+    name = "teacher, final hidden states"
+    assert (name in held(config, "score"), name in held(config, "update")) == (scoring, updating)
+    if scoring:
+        assert held(config, "score", 2)[name] == plan.step_bounds(config).action_tokens / 2 * 96 * 4
+
+
+def test_vllm_holds_its_cache_only_while_it_rolls_out(tiny):
+    config = parse([*tiny, "rollout.engine=vllm", "rollout.kv_cache_gib=3"]).config
+    assert held(config, "rollout")["rollout engine, KV cache"] == 3 * GIB
+    assert "rollout engine, KV cache" not in held(config, "update")
+
+
+def test_half_precision_halves_what_is_computed_in_it(tiny):
+    fp32, bf16 = (held(parse([*tiny, f"teacher.compute_dtype={name}"]).config, "score") for name in ("fp32", "bf16"))
+    assert bf16["teacher, shard"] == fp32["teacher, shard"] / 2
+    assert bf16["student, fp32 masters"] == fp32["student, fp32 masters"]
+
+
+def test_a_mixture_divergence_keeps_whole_rows_of_logits(tiny):
+    kl, jsd = (held(parse([*tiny, f"objective.divergence={name}"]).config, "update")["head, logit tiles"] for name in ("reverse_kl", "jsd"))
+    assert jsd > kl
+
+
+def test_tokens_of_a_step_are_bounds():
+    window = load("alfworld-1.7b")
+    step = plan.step_bounds(window)
+    assert (step.trajectories, step.turns, step.rows) == (128, 6400, 6400)
+    assert (step.tokens, step.action_tokens, step.updates) == (6400 * 2560, 6400 * 512, 25)
+    full = load("alfworld-1.7b", None, ["rollout.context=full", "rollout.prompt_tokens=9000", "train.minibatch_rows=0", "train.epochs=2"])
+    step = plan.step_bounds(full)
+    assert (step.rows, step.tokens, step.action_tokens, step.updates) == (128, 128 * 9000, 128 * 9000, 2)
+
+
+def test_the_output_is_a_configuration_with_the_plan_in_its_comments(tiny, tmp_path):
+    config = parse([*tiny, "train.seed=5"]).config
+    text = plan.describe(config, 2)
+    (tmp_path / "out.toml").write_text(text, encoding="utf-8")
+    assert load(file=tmp_path / "out.toml") == config
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    parameters = plan.load_shape(config, config.teacher.path).parameters
+    assert any(f"{parameters:,} parameters" in line for line in comments)
+    totals = next(line for line in comments if line.startswith("# total")).split()[2:]
+    assert len(totals) == len(plan.PHASES) and all(float(total) > 0 for total in totals)
+
+
+def test_no_column_for_a_teacher_that_does_not_play(tiny):
+    text = plan.describe(parse([*tiny, "eval.teacher=false"]).config, 1)
+    assert plan.PHASES[0] not in text and plan.PHASES[1] in text
+
+
+def test_a_hub_name_without_its_config_is_planned_without_parameters(tiny):
+    text = plan.describe(parse([tiny[0], "teacher.path=nobody-here/absent-model"]).config, 1)
+    assert "hf download nobody-here/absent-model config.json" in text
+    assert "# total" not in text and "# a step: " in text
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("teacher.path=./absent", "'./absent' holds no config.json"),
+        ("teacher.path=some/other/folder", "neither a folder with a config.json nor a hub name"),
+        ("rollout.prompt_tokens=2000", "exceeds the 1024 positions"),
+        ("train.tasks_per_step=7", "cannot be divided by 2 ranks"),
+    ],
+)
+def test_what_could_not_run_is_refused(tiny, override, reason):
+    with pytest.raises(UserError, match=reason) as error:
+        plan.describe(parse([*tiny, override]).config, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(tiny, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match="decoder-only causal language model"):
+        plan.describe(parse([tiny[0], f"teacher.path={tmp_path / 'other'}"]).config, 1)

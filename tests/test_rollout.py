@@ -1,0 +1,280 @@
+"""The agent loop and the environment pool, with a tiny model in tiny worlds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from worlds import CLOSE, STOP, VOCABULARY, Corridor, Letters, Slow
+
+from atod_fast.config import Config
+from atod_fast.errors import UserError
+from atod_fast.rollout.agent import Episode, rollout
+from atod_fast.rollout.pool import Pool
+from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.trajectory import Trajectory, rows
+
+
+def make_model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, max_position_embeddings=1024, dtype="float32", **sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_config(context: str = "full", **changes: dict) -> Config:
+    how = {"context": context, "prompt_tokens": 400, "response_tokens": 6, "concurrency": 4} | changes.pop("rollout", {})
+    return Config.model_validate({"rollout": how, "env": {"step_timeout": 20.0} | changes.pop("env", {})})
+
+
+def episodes(tasks) -> list[Episode]:
+    return [Episode(task, group=number, member=number % 2, seed=1000 + number, env_seed=task) for number, task in enumerate(tasks)]
+
+
+def play(env, tasks=range(10), config: Config | None = None, slots: int = 4, **options) -> list[Trajectory]:
+    config = config or make_config()
+    tasks = episodes(tasks) if isinstance(tasks[0], int) else tasks
+    engine = TransformersEngine(make_model(), slots=slots, max_model_len=config.rollout.longest, device="cpu")
+    return rollout(engine, env, Letters(config.rollout.context), tasks, config, **options)
+
+
+@pytest.mark.parametrize("context", ["full", "window"])
+def test_trajectories_hold_what_happened_in_the_order_of_their_episodes(context):
+    played = play(Corridor(), range(10), make_config(context))
+    letters = Letters(context)
+    for number, trajectory in enumerate(played):
+        assert (trajectory.task, trajectory.group, trajectory.member, trajectory.context) == (number, number, number % 2, context)
+        assert (trajectory.task_id, trajectory.task_type, trajectory.failure, trajectory.truncated) == (f"corridor-{number}", "walk", None, False)
+        assert len(trajectory.turns) == 2 + number % 5
+        for place, turn in enumerate(trajectory.turns):
+            before = trajectory.turns[place - 1] if place else None
+            assert turn.observation == (f"task {number} step {place} said {before.command}" if before else f"task {number} seed {number} start")
+            assert turn.prompt == letters.prompt(trajectory.turns[:place], turn.observation, {})
+            stopped = turn.action[-1] == STOP
+            assert 1 <= len(turn.action) <= 6 and len(turn.logprobs) == len(turn.action) and (stopped or len(turn.action) == 6)
+            assert STOP not in turn.action[:-1] and not {0, CLOSE} & set(turn.action)
+            assert (turn.text, turn.command) == letters.parse(turn.action, stopped)[:2]
+            assert turn.valid == (stopped and len(turn.command) != 4)
+        won = len(trajectory.turns[-1].command) > 3
+        assert trajectory.success == won and trajectory.reward == trajectory.turns[-1].reward == float(won)
+    valid = [turn.valid for trajectory in played for turn in trajectory.turns]
+    assert True in valid and False in valid and {trajectory.success for trajectory in played} == {True, False}
+
+
+@pytest.mark.parametrize("context", ["full", "window"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_log_probs_are_those_of_the_training_rows(context, temperature):
+    model, letters = make_model(), Letters(context)
+    played = play(Corridor(), range(6), make_config(context), temperature=temperature)
+    for row in rows(played):
+        with torch.no_grad():
+            logits = model(torch.tensor([row.ids])).logits[0] / (temperature or 1.0)
+        logp = logits.masked_fill(~letters.valid_columns, -torch.inf).log_softmax(-1)
+        expected = [logp[place - 1, row.ids[place]].item() for start, stop in row.spans for place in range(start, stop)]
+        np.testing.assert_allclose(row.logprobs, expected, atol=1e-5)
+
+
+def test_an_action_that_was_cut_off_is_closed_in_the_sequence():
+    played = play(Corridor())
+    closed = [turn.prompt[0] == CLOSE for trajectory in played for turn in trajectory.turns[1:]]
+    cut = [turn.action[-1] != STOP for trajectory in played for turn in trajectory.turns[:-1]]
+    assert closed == cut and True in cut and False in cut
+
+
+def test_equal_seeds_repeat_bit_for_bit():
+    assert play(Corridor()) == play(Corridor())
+    shifted = [Episode(e.task, e.group, e.member, e.seed + 1, e.env_seed) for e in episodes(range(10))]
+    assert [t.turns for t in play(Corridor(), shifted)] != [t.turns for t in play(Corridor())]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_neither_concurrency_nor_the_number_of_ranks_changes_a_trajectory(temperature):
+    def actions(played):
+        return [[turn.action for turn in trajectory.turns] for trajectory in played]
+
+    whole = actions(play(Corridor(), temperature=temperature))
+    assert actions(play(Corridor(), temperature=temperature, config=make_config(rollout={"concurrency": 1}))) == whole
+    assert actions(play(Corridor(), temperature=temperature, slots=10, config=make_config(rollout={"concurrency": 10}))) == whole
+    for rank in range(2):
+        assert actions(play(Corridor(), episodes(range(10))[rank::2], temperature=temperature)) == whole[rank::2]
+
+
+def test_worlds_that_take_their_time_give_the_same_trajectories():
+    slow = play(Slow(instant=False), temperature=0.0)
+    assert [t.turns[-1].command for t in slow] == [t.turns[-1].command for t in play(Corridor(), temperature=0.0)]
+
+
+def test_a_trajectory_never_waits_for_another():
+    """The world of task 3 answers only after task 4's trajectory is over: in lock-step neither would ever end."""
+    over = threading.Event()
+
+    class Watched(Corridor):
+        def clone(self):
+            return Watched(self.tasks, instant=False, faults=self.faults)
+
+        def step(self, action):
+            out = super().step(action)
+            if self.task == 4 and out[2]:
+                over.set()
+            return out
+
+    played = play(Watched(instant=False, faults={3: lambda: over.wait(15) or 1 / 0}), [3, 4])
+    assert [trajectory.failure for trajectory in played] == [None, None]
+    assert [len(trajectory.turns) for trajectory in played] == [5, 6]
+
+
+@pytest.mark.parametrize("instant", [True, False])
+def test_a_world_that_raises_ends_its_own_trajectory_only(instant, caplog):
+    env = Corridor(instant=instant, faults={4: lambda: 1 / 0, 7: lambda: {}["key"]})
+    played = play(env, temperature=0.0)
+    healthy = play(Corridor(), temperature=0.0)
+    assert {t.task: t.failure for t in played if t.failure} == {4: "ZeroDivisionError: division by zero", 7: "KeyError: 'key'"}
+    for broken, whole in zip(played, healthy, strict=True):
+        if broken.failure is None:
+            assert [turn.action for turn in broken.turns] == [turn.action for turn in whole.turns]
+        else:
+            assert len(broken.turns) == 2 and not broken.turns[-1].valid and not broken.success
+    assert "task 4, turn 2: the environment failed: ZeroDivisionError" in caplog.text
+    assert all(world.closed for world in env.family)
+
+
+def test_a_world_that_hangs_ends_its_own_trajectory_only():
+    release = threading.Event()
+    env = Corridor(instant=False, faults={4: release.wait, 5: release.wait})
+    played = play(env, config=make_config(env={"step_timeout": 0.3, "workers": 2}), temperature=0.0)
+    release.set()
+    assert {t.task for t in played if t.failure} == {4, 5}
+    assert all("no answer within env.step_timeout=0.3 s" in t.failure for t in played if t.failure)
+    healthy = [t for t in play(Corridor(), temperature=0.0) if t.task not in (4, 5)]
+    assert [[turn.action for turn in t.turns] for t in played if not t.failure] == [[turn.action for turn in t.turns] for t in healthy]
+
+
+def test_a_world_that_cannot_start_ends_its_trajectory_without_turns():
+    class Shut(Corridor):
+        def clone(self):
+            return Shut()
+
+        def reset(self, seed, task):
+            if task == 1:
+                raise FileNotFoundError("game.tw-pddl")
+            return super().reset(seed, task)
+
+    first, second = play(Shut(), range(2))
+    assert first.failure is None and second.failure == "FileNotFoundError: game.tw-pddl" and second.turns == []
+
+
+def test_turn_limit_token_limit_and_the_world_s_own_limit_truncate():
+    by_turns = play(Corridor(), [4], make_config(env={"max_turns": 3}))[0]
+    assert by_turns.truncated and len(by_turns.turns) == 3
+
+    longest = play(Corridor(), [4])[0]
+    total = len(rows([longest])[0].ids)
+    config = make_config(rollout={"prompt_tokens": total - 1})
+    by_tokens = play(Corridor(), [4], config)[0]
+    assert by_tokens.truncated and 0 < len(by_tokens.turns) < len(longest.turns)
+    assert by_tokens.turns == longest.turns[: len(by_tokens.turns)]
+    assert sum(len(turn.prompt) + len(turn.action) for turn in by_tokens.turns) <= config.rollout.longest
+
+    class Bounded(Corridor):
+        def clone(self):
+            return Bounded()
+
+        def step(self, action):
+            observation, reward, over, _, info = super().step(action)
+            return observation, reward, over, self.count == 1, info
+
+    by_world = play(Bounded(), [4])[0]
+    assert by_world.truncated and len(by_world.turns) == 1
+
+
+def test_a_configuration_without_room_is_refused():
+    with pytest.raises(UserError, match="rollout.prompt_tokens=20: task 0 begins with 23 tokens, room is for 14"):
+        play(Corridor(), config=make_config(rollout={"prompt_tokens": 20}))
+    engine = TransformersEngine(make_model(), slots=1, max_model_len=100, device="cpu")
+    with pytest.raises(UserError, match="rollout.prompt_tokens=400.* 406 .* 100"):
+        rollout(engine, Corridor(), Letters("window"), episodes([0]), make_config("window"))
+
+
+def test_progress_ends_with_the_totals():
+    seen = []
+    played = play(Corridor(), progress=lambda *numbers: seen.append(numbers))
+    turns = [turn for trajectory in played for turn in trajectory.turns]
+    assert seen[-1] == (10, 10, len(turns), sum(len(turn.action) for turn in turns))
+    assert all(later >= earlier for one, two in zip(seen, seen[1:], strict=False) for earlier, later in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("instant", [True, False])
+def test_as_many_worlds_as_trajectories_in_flight_all_closed_at_the_end(instant):
+    env = Corridor(instant=instant)
+    play(env, range(12))
+    assert len(env.family) == 4 and all(world.closed for world in env.family) and not env.closed
+
+
+def test_no_more_worlds_at_work_than_workers():
+    at_work, most, lock = 0, 0, threading.Lock()
+
+    class Counted(Corridor):
+        def clone(self):
+            return Counted(instant=False)
+
+        def step(self, action):
+            nonlocal at_work, most
+            with lock:
+                at_work += 1
+                most = max(most, at_work)
+            time.sleep(0.005)
+            with lock:
+                at_work -= 1
+            return super().step(action)
+
+    play(Counted(instant=False), range(8), make_config(env={"workers": 3}, rollout={"concurrency": 8}), slots=8)
+    assert 1 < most <= 3
+
+
+def test_an_answer_that_comes_too_late_is_not_heard():
+    late = threading.Event()
+    env = Corridor(instant=False, faults={4: late.wait})
+    pool = Pool(env, workers=1, timeout=0.2)
+    pool.reset(0, seed=0, task=4)
+    assert [answer.failure for answer in pool.ready(wait=True)] == [None]
+    for _ in range(2):
+        pool.step(0, "go")
+        answers = pool.ready(wait=True)
+    assert [answer.key for answer in answers] == [0] and answers[0].failure
+    late.set()
+    pool.reset(0, seed=0, task=5)  # the worker is free again, the key stands for another world
+    heard = pool.ready(wait=True)
+    assert [(answer.observation, answer.failure) for answer in heard] == [("task 5 seed 0 start", None)]
+    pool.close()
+    assert pool.ready(wait=False) == [] and len(env.family) == 2
+
+
+def test_a_world_that_hangs_does_not_keep_the_process_from_ending():
+    program = """
+import threading
+from atod_fast.rollout.pool import Pool
+
+class Hanging:
+    instant = False
+    def clone(self): return Hanging()
+    def reset(self, seed, task): threading.Event().wait()
+    def close(self): threading.Event().wait()
+
+pool = Pool(Hanging(), workers=1, timeout=0.2)
+pool.reset(0, 0, 0)
+print(pool.ready(wait=True)[0].failure)
+pool.close()
+"""
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "no answer" in done.stdout, done.stderr

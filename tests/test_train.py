@@ -1,0 +1,187 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from gloo import run_ranks
+from tiny import save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atod_fast import evaluate, train
+from atod_fast.models import resolve
+
+CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty turns/weight_mean loss/total policy/kl
+policy/entropy policy/clip_fraction sync/logprob_gap time/rollout time/teacher time/train time/resync perf/tokens_per_second memory/peak_gib""".split()
+SMALL = ["train.tasks_per_step=2", "train.group_size=4", "train.minibatch_rows=4", "eval.tasks=10", "eval.every=2", "observe.trajectories_every=2"]
+
+
+def run(folder, *settings, code=0):
+    assert train.main([*SMALL, *settings, "--run-dir", str(folder)]) == code
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if code == 0 else []
+
+
+def untimed(lines):
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "memory/"))} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(folder, "train.steps=3", "checkpoint.every=2")
+
+
+def test_a_run_leaves_what_the_contract_says(three_steps):
+    folder, lines = three_steps
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert "eval/teacher_success" in lines[0]
+    assert set(CONTRACT) <= lines[-1].keys() and set(CONTRACT) - {"eval/success"} <= lines[1].keys()
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    assert (folder / "curves.png").stat().st_size > 10_000 and (folder / "config.toml").exists()
+    records = [json.loads(line) for line in (folder / "trajectories" / "step_000002.jsonl").read_text().splitlines()]
+    assert len(records) == 8 and all({"observation", "command", "weight", "disagreement"} <= turn.keys() for r in records for turn in r["turns"])
+    assert lines[-1]["sync/logprob_gap"] < 1e-5
+
+
+def test_the_export_loads_with_transformers_and_evaluates(three_steps, tmp_path):
+    folder, lines = three_steps
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    start = AutoModelForCausalLM.from_pretrained(resolve("demo:student"))
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(folder / "hf").get_vocab() == AutoTokenizer.from_pretrained(resolve("demo:student")).get_vocab()
+    out = tmp_path / "evaluation.json"
+    assert evaluate.main([str(folder / "hf"), "eval.tasks=10", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["success"] == pytest.approx(lines[-1]["eval/success"]) and found["outcomes"].count("1") == round(10 * found["success"])
+
+
+def test_equal_seeds_give_equal_runs_and_another_seed_another(three_steps, tmp_path):
+    _, lines = three_steps
+    assert untimed(run(tmp_path / "again", "train.steps=3")) == untimed(lines)
+    assert untimed(run(tmp_path / "other", "train.steps=3", "train.seed=1"))[1:] != untimed(lines)[1:]
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped(three_steps, tmp_path):
+    folder, lines = three_steps
+    copied = tmp_path / "resumed"
+    shutil.copytree(folder, copied)
+    shutil.rmtree(copied / "checkpoints" / "step_000003")
+    shutil.rmtree(copied / "hf")
+    again = run(copied, "train.steps=3", "--resume", "auto")
+    assert untimed(again) == untimed(lines) and (copied / "hf" / "config.json").exists()
+
+
+def test_without_a_learning_rate_nothing_moves(tmp_path):
+    lines = run(tmp_path / "still", "train.steps=10", "train.learning_rate=0.0", "eval.every=5", "eval.temperature=0.0")
+    before = AutoModelForCausalLM.from_pretrained(resolve("demo:student"))
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "still" / "hf")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert len({line["eval/success"] for line in lines if "eval/success" in line}) == 1
+
+
+@pytest.mark.parametrize("settings", [["objective.preset=opd"], ["objective.preset=grpo"], ["objective.preset=exact"], ["objective.divergence=k3"]])
+def test_each_method_runs_from_the_same_command(tmp_path, settings):
+    lines = run(tmp_path / "run", "train.steps=2", "eval.teacher=false", *settings)
+    teacher = lines[-1]["time/teacher"]
+    assert (teacher < 1e-3) == ("objective.preset=grpo" in settings), "the teacher is skipped exactly where kappa is 0"
+    assert lines[-1]["policy/gradient_norm"] > 0
+
+
+def test_an_adaptive_kappa_follows_the_gap_to_the_teacher(tmp_path):
+    keys = ["schedule.kappa.kind=adaptive", "eval.every=1", "eval.tasks=30", "train.steps=2"]
+    lines = run(tmp_path / "run", *keys)
+    ratio = lines[1]["eval/success"] / lines[0]["eval/teacher_success"]
+    assert lines[1]["schedule/kappa"] == 1 and lines[2]["schedule/kappa"] == pytest.approx(min(1, max(1 - ratio, 0)))
+
+
+def test_two_ranks_do_what_one_does(three_steps, tmp_path):
+    _, lines = three_steps
+    folder = tmp_path / "pair"
+    codes = run_ranks(2, train.main, [*SMALL, "train.steps=3", "--run-dir", str(folder)])
+    assert codes == [0, 0]
+    pair = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for key in ("train/success", "turns/disagreement", "turns/uncertainty", "turns/weight_mean", "loss/total", "policy/gradient_norm"):
+        assert pair[1][key] == pytest.approx(lines[1][key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train.stepz=3"], ["train.stepz", "train.steps"]),
+        (["student.path=/nowhere/model"], ["/nowhere/model", "config.json"]),
+        (["rollout.prompt_tokens=99999"], ["rollout.prompt_tokens", "positions"]),
+        (["eval.tasks=999999"], ["eval.tasks=999999", "held-out"]),
+        (["env.name=nowhere"], ["nowhere"]),
+        (["rollout.engine=vllm"], ["rollout.engine", "transformers"]),
+        (["rollout.context=window"], ["rollout.context", "full"]),
+        (["env.train={games='/nowhere/games'}"], ["/nowhere/games"]),
+        (["--resume", "/nowhere/run"], ["--resume", "/nowhere/run"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, capfd, settings, words):
+    run(tmp_path / "run", *settings, code=2)
+    (line,) = [text for text in capfd.readouterr().err.splitlines() if text.startswith("atod_fast:")]
+    assert all(word in line for word in words), line
+
+
+def test_a_run_folder_is_never_overwritten(three_steps, capfd):
+    folder, lines = three_steps
+    run(folder, code=2)
+    assert "--resume auto" in capfd.readouterr().err
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_teacher_with_other_tokens_is_refused(tmp_path, capfd):
+    save_model(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(resolve("demo:student"))
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    run(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", code=2)
+    assert "'unheard'" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capfd, monkeypatch):
+    from atod_fast.policy import learner
+
+    real, calls = learner.token_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) > 4 else 1)
+
+    monkeypatch.setattr(learner, "token_loss", poisoned)
+    run(tmp_path / "run", "train.steps=9", "checkpoint.every=1", code=3)
+    assert "not finite" in capfd.readouterr().err
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert saved
+    weights = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert weights[-1]["step"] == int(saved[-1].name.removeprefix("step_"))
+
+
+def test_an_engine_with_other_weights_stops_the_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train.Run, "resync", lambda self: self.engine.load_weights((n, t * 1.05) for n, t in train.stream_weights(self.learner.student)))
+    run(tmp_path / "run", "train.steps=1", code=3)
+    assert "log-probs differ" in capfd.readouterr().err
+
+
+def test_an_interrupted_run_saves_and_resumes(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "atod_fast.train", *SMALL, "train.steps=500", "eval.every=0", "eval.teacher=false", "--run-dir", str(folder)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in errors
+    (saved,) = (folder / "checkpoints").iterdir()
+    done = int(saved.name.removeprefix("step_"))
+    assert done >= 1 and f"after step {done}".encode() in output
+    lines = run(folder, f"train.steps={done + 1}", "--resume", "auto")
+    assert [line["step"] for line in lines] == list(range(done + 2))

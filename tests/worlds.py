@@ -1,0 +1,85 @@
+"""Tiny worlds and the renderer that shows them to a tiny model, for tests of the agent loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from atod_fast.envs.protocol import Info
+from atod_fast.trajectory import Turn
+
+VOCABULARY, STOP, CLOSE = 53, 1, 2
+
+
+class Corridor:
+    """Task t is over after 2 + t % 5 steps and won if the last command was longer than `goal` characters.
+
+    Observations tell the task, the seed, the step and the command, so that a mix-up shows. `faults` maps a task to what
+    its world does at the second step before answering.
+    """
+
+    def __init__(self, tasks: int = 20, *, instant: bool = True, faults: dict[int, Callable[[], object]] | None = None, goal: int = 3) -> None:
+        self.instant, self.faults, self.goal, self.tasks = instant, faults or {}, goal, tasks
+        self.family: list[Corridor] = []
+        self.closed = False
+
+    def __len__(self) -> int:
+        return self.tasks
+
+    def clone(self) -> Corridor:
+        other = Corridor(self.tasks, instant=self.instant, faults=self.faults, goal=self.goal)
+        self.family.append(other)
+        return other
+
+    def reset(self, seed: int, task: int) -> tuple[str, Info]:
+        assert not self.closed
+        self.task, self.seed, self.count = task, seed, 0
+        return f"task {task} seed {seed} start", self._info(True)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        assert not self.closed
+        self.count += 1
+        if self.count == 2 and self.task in self.faults:
+            self.faults[self.task]()
+        over = self.count == 2 + self.task % 5
+        self.won = over and len(action) > self.goal
+        return f"task {self.task} step {self.count} said {action}", float(self.won), over, False, self._info(len(action) != 4)
+
+    def _info(self, valid: bool) -> Info:
+        return {"won": self.count > 0 and self.won, "is_action_valid": valid, "task_id": f"corridor-{self.task}", "task_type": "walk", "admissible_actions": []}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Slow(Corridor):
+    """Steps take a few milliseconds, longer ones first, so that answers come out of order."""
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        time.sleep(0.002 * (self.task % 3))
+        return super().step(action)
+
+
+class Letters:
+    """A `Renderer`: one token a character. A response is well formed if it was not cut off."""
+
+    stop_ids = (STOP,)
+
+    def __init__(self, context: str) -> None:
+        self.context = context
+        self.valid_columns = torch.ones(VOCABULARY, dtype=torch.bool)
+        self.valid_columns[[0, CLOSE]] = False
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) % (VOCABULARY - 3) for letter in text]
+
+    def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
+        if self.context == "window" or not turns:
+            return self.encode("now " + observation)
+        return [CLOSE] * (turns[-1].action[-1] != STOP) + self.encode(observation)
+
+    def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
+        text = "".join(chr(ord("a") + i % 26) for i in ids[: len(ids) - stopped])
+        return text, text.upper(), stopped
