@@ -4,8 +4,6 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6,<4; platform_system == 'Linux' and platform_machine == 'x86_64'"]
-
 setup(
     name="atod_fast",
     version="0.1.0",
@@ -24,10 +22,11 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.10",
         "rich>=13",
+        "tomli-w>=1.1",
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": TEST,
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
         "vllm": ["vllm==0.32.*"],
         "cuda": ["flash-attn>=2.8", "liger-kernel>=0.8"],
         "alfworld": ["alfworld==0.4.2"],

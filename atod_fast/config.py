@@ -81,7 +81,7 @@ class Eval(Section):
 
 
 class Train(Section):
-    steps: int = Field(200, ge=1, description="optimisation steps (rollout + update)")
+    steps: int = Field(120, ge=1, description="optimisation steps (rollout + update)")
     seed: int = Field(0, ge=0, description="seed of everything random")
     learning_rate: float = Field(7e-4, ge=0, description="peak AdamW learning rate")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
@@ -107,7 +107,7 @@ class Objective(Section):
         "the others: over the full vocabulary, as a loss",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="mixture weight of jsd and the skewed divergences")
-    log_ratio_clip: float = Field(0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)")
+    log_ratio_clip: float = Field(10.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)")
     advantage: Literal["grpo", "rloo", "gigpo"] = Field("grpo", description="reinforcement-learning advantage")
     normalise_std: bool = Field(True, description="divide by the group's standard deviation")
     std_epsilon: float = Field(1e-6, gt=0, description="added to that standard deviation")
@@ -116,10 +116,10 @@ class Objective(Section):
     )
     gigpo_omega: float = Field(1.0, ge=0, description="weight of GiGPO's step-level advantage")
     gigpo_gamma: float = Field(0.95, gt=0, le=1, description="discount of GiGPO's step returns")
-    invalid_penalty: float = Field(0.1, ge=0, description="taken from the reward of a turn whose action is invalid")
+    invalid_penalty: float = Field(0.0, ge=0, description="taken from the reward of a turn whose action is invalid")
     clip: float = Field(0.2, gt=0, description="PPO clip range")
     dual_clip: float = Field(3.0, ge=0, description="dual clip bound for negative advantages; 0 = off")
-    entropy_bonus: float = Field(0.001, ge=0, description="coefficient of the entropy bonus")
+    entropy_bonus: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
     aggregation: Literal["token", "trajectory", "turn"] = Field("token", description="what the loss is a mean over; trajectory and turn: of their token means")
     tis_cap: float = Field(0.0, ge=0, description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine); 0 = off")
 
@@ -144,7 +144,7 @@ class Slide(Section):
     )
     start: float = Field(1.0, ge=0, description="value before the slide")
     end: float = Field(0.1, ge=0, description="value after it; constant and adaptive do not use it")
-    horizon: int = Field(106, ge=1, description="steps the slide takes; step: the step at which it jumps, after `hold`")
+    horizon: int = Field(64, ge=1, description="steps the slide takes; step: the step at which it jumps, after `hold`")
     hold: int = Field(0, ge=0, description="steps at `start` before the slide begins")
 
     @property

@@ -17,13 +17,13 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import partial
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from atod_fast import cli, objective, ranks, rundir
+from atod_fast import cli, objective, plan, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.errors import GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
@@ -98,33 +98,33 @@ class Run:
 
                 with clock("rollout"):
                     everyone = self.play(f"step {step}", partial(self.actor.train, self.engine, step))
+                    self.engine.sleep()
                     trajectories = [t for t in everyone if t.failure is None]
                     sequences = rows(trajectories)
                     if not sequences:
                         raise GuardError(f"step {step}: every trajectory failed, first with: {everyone[0].failure}; mend env.* and use --resume auto")
 
                 minibatches, members = learner.plan(sequences, step)
+                imitate = objective.needs_teacher(kappa)
                 with clock("teacher"):
-                    if objective.needs_teacher(kappa):
+                    if imitate:
                         learner.score_teacher(minibatches)
                 with clock("score"):
-                    learner.score_student(minibatches, with_teacher=objective.needs_teacher(kappa))
+                    learner.score_student(minibatches, with_teacher=imitate)
                     gap = self.checked_gap(learner.logprob_gap(minibatches))
                     table = turn_table(trajectories, *learner.turn_signals(minibatches, sum(len(t.turns) for t in trajectories)))
 
-                weights = objective.weigh_turns(table, config.turns, torch.Generator().manual_seed(config.train.seed + step))
-                advantages = objective.rl_advantages(table, config.objective)
-                # Mini-batch by mini-batch: the loss is a mean over the tokens of all its rows, on whichever rank they are.
-                turns = [torch.tensor([turn for row in part for turn in sequences[row].turns]) for part in members]
-                share = partial(objective.token_weights, config.objective.aggregation, table=table)
-                hybrid = partial(objective.make_streams, config.objective, kappa, rho, turn_weight=weights.weight, rl_advantage=advantages.turn)
-                streams = [
-                    [
-                        hybrid(s.batch.turn, s.logp, s.teacher_logp, s.batch.rollout_logp, token_weight=share(s.batch.turn, minibatch_turns=part))
-                        for s in minibatch
+                with clock("weigh"):
+                    weights = objective.weigh_turns(table, config.turns, torch.Generator().manual_seed(config.train.seed + step))
+                    advantages = objective.rl_advantages(table, config.objective)
+                    # A mini-batch is a mean over the tokens of all its rows, on whichever rank they are.
+                    turns = [torch.tensor([turn for row in part for turn in sequences[row].turns]) for part in members]
+                    mean = partial(objective.token_weights, config.objective.aggregation, table=table)
+                    hybrid = partial(objective.make_streams, config.objective, kappa, rho, turn_weight=weights.weight, rl_advantage=advantages.turn)
+                    streams = [
+                        [hybrid(*scored.facts, token_weight=mean(scored.batch.turn, minibatch_turns=part)) for scored in minibatch]
+                        for minibatch, part in zip(minibatches, turns, strict=True)
                     ]
-                    for minibatch, part in zip(minibatches, turns, strict=True)
-                ]
 
                 with clock("train"):
                     learned = learner.update(minibatches, streams, learning_rate(config, step))
@@ -133,7 +133,7 @@ class Run:
                 self.done = step
 
                 metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, **gap} | policy_metrics(learned)
-                metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages) | clock.seconds
+                metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages, imitate) | clock.seconds
                 metrics |= {"time/step": clock.total, "perf/tokens_per_second": float(table.length.sum()) / clock.total}
                 metrics |= {"memory/peak_gib": peak_memory(self.device)}
                 record_turns = partial(transcripts.write, trajectories=trajectories, table=table, weight=weights.weight, advantage=advantages.turn)
@@ -176,6 +176,7 @@ class Run:
         return found
 
     def resync(self) -> None:
+        self.engine.wake()
         self.engine.load_weights(stream_weights(self.learner.student))
 
     def checked_gap(self, gap: tuple[float, float]) -> dict[str, float]:
@@ -264,9 +265,9 @@ def policy_metrics(learned: dict[str, float]) -> dict[str, float]:
     }
 
 
-def turn_metrics(table: TurnTable, weights: objective.TurnWeights, advantages: objective.Advantages) -> dict[str, float | list[float]]:
+def turn_metrics(table: TurnTable, weights: objective.TurnWeights, advantages: objective.Advantages, with_teacher: bool) -> dict[str, float | list[float]]:
     return {
-        "turns/disagreement": float(table.disagreement.mean()),
+        "turns/disagreement": float(table.disagreement.mean()) if with_teacher else float("nan"),
         "turns/uncertainty": float(table.uncertainty.mean()),
         "turns/weight_mean": float(weights.weight.mean()),
         "turns/weight_min": float(weights.weight.min()),
@@ -292,7 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted after saving."""
     speaks = ranks.rank() == 0
     try:
-        options = cli.parse(sys.argv[1:] if argv is None else argv)
+        with nullcontext() if speaks else redirect_stdout(None):  # --help, once
+            options = cli.parse(sys.argv[1:] if argv is None else argv)
         if options.dry_run:
             if speaks:
                 print(plan.describe(options.config, ranks.world_size()))

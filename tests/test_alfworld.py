@@ -171,7 +171,8 @@ def test_the_sentences_come_from_the_game_file():
         ("grammar", '#examineReceptacle.feedback#"', '#nowhere#"', "no #nowhere#"),
         ("grammar", "action OpenObject", "action Unlock", "no text for the action openobject"),
         ("pddl_problem", "(exists (?r - receptacle)", "(forall (?r - receptacle)", "(forall ...)"),
-        ("pddl_problem", " - receptacle\n", " - object\n", "things that are not in the game"),
+        ("pddl_problem", " - receptacle\n", " - object\n", "is not of the form the domain declares"),
+        ("pddl_problem", "(receptacleType ?r ", "(receptacleType ?r No", "things that are not in the game"),
         ("pddl_problem", "(:init", "(:inti", "not (define"),
     ],
 )
@@ -276,6 +277,12 @@ def test_clones_and_threads_do_not_disturb_each_other():
     with ThreadPoolExecutor(6) as threads:
         assert list(threads.map(play, clones, range(6))) == alone
     assert clones[0].game is not clones[1].game and clones[0]._games is clones[1]._games
+
+
+def test_a_missing_textworld_is_said_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "alfworld.agents.utils.misc", None)
+    with pytest.raises(UserError, match=r"engine='textworld' needs alfworld .* pip install alfworld==0.4.2"):
+        make("alfworld", generate=1, engine="textworld")
 
 
 def test_environments_do_not_import_torch():

@@ -236,6 +236,16 @@ def test_any_unquoted_text_is_a_path(text):
     assert override_level([f"student.path={text}"]) == {"student.path": text}
 
 
+def test_a_line_break_in_a_value_is_no_second_key():
+    assert override_level(['env.options.note="a"\ntrain.steps = 1']) == {"env.options.note": '"a"\ntrain.steps = 1'}
+
+
+def test_the_last_of_equal_overrides_wins():
+    assert parse(["train.steps=3", "train.steps=4"]).config.train.steps == 4
+    again = parse(["env.train={a=1}", "env.train.b=2", "env.train={c=3}"]).config.env.train
+    assert again == {"c": 3}
+
+
 # --- bad input
 
 

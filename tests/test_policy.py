@@ -115,12 +115,9 @@ def update(student, teacher, divergence, aggregation, budget, checkpointing):
         [
             objective.make_streams(
                 config.objective,
-                kappa=0.7,
-                rho=1.5,
-                turn=s.batch.turn,
-                old_logp=s.logp,
-                teacher_logp=s.teacher_logp,
-                rollout_logp=s.batch.rollout_logp,
+                0.7,
+                1.5,
+                *s.facts,
                 turn_weight=weight,
                 rl_advantage=advantage,
                 token_weight=objective.token_weights(aggregation, s.batch.turn, table, part),
@@ -242,5 +239,3 @@ def test_a_missing_model_folder_is_one_clear_line(tmp_path):
         with pytest.raises(UserError, match="nothing|nowhere") as caught:
             resolve(path)
         assert "\n" not in str(caught.value)
-
-

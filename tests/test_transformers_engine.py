@@ -138,6 +138,10 @@ def test_only_the_uncached_suffix_is_computed(grows):
     fed.clear()
     answer(engine, [Request(0, head + [7, 8] + first.ids + [9] if grows else head + [9, 8, 7], seed=1)])
     assert sum(fed) == (2 if grows else 3) + 3
+    engine.release(0)
+    fed.clear()
+    answer(engine, [Request(1, head + [5, 6], seed=1)])  # another trajectory in that slot
+    assert sum(fed) == 2 + 3
 
 
 def test_draws_have_the_model_s_frequencies():

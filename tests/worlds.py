@@ -71,6 +71,7 @@ class Letters:
         self.context = context
         self.valid_columns = torch.ones(VOCABULARY, dtype=torch.bool)
         self.valid_columns[[0, CLOSE]] = False
+        self.valid_columns[16:] = False  # so that the stop token is drawn often enough
 
     def encode(self, text: str) -> list[int]:
         return [3 + ord(letter) % (VOCABULARY - 3) for letter in text]

@@ -49,7 +49,7 @@ class Recipe:
     seed: int
 
 
-RECIPES = {"teacher": Recipe(traces=2, tokens=700_000, seed=0), "student": Recipe(traces=1, tokens=450_000, seed=1)}
+RECIPES = {"teacher": Recipe(traces=2, tokens=700_000, seed=0), "student": Recipe(traces=1, tokens=400_000, seed=1)}
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Scored:
     divergence: Tensor | None = None  # [A] full-vocabulary divergence between pi_old and the teacher
     teacher_hidden: Tensor | None = None  # [A, H_t], where the whole distribution of the teacher is needed
 
+    @property
+    def facts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """turn, log pi_old, log pi_T, the rollout engine's log-prob: what `objective.make_streams` reads of a token."""
+        return self.batch.turn, self.logp, self.teacher_logp, self.batch.rollout_logp
+
 
 MiniBatches = list[list[Scored]]  # [mini-batch][micro-batch] of this rank
 

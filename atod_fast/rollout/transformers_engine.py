@@ -72,12 +72,13 @@ class TransformersEngine:
         self._model.set_attn_implementation("atod_slots")
         self._pass_tokens = pass_tokens
         self._slots = Slots(slots, max_model_len, model.dtype, self._device)
-        self._cached = np.zeros(slots, np.int64)  # tokens of each slot whose keys and values are cached
-        self._held: list[list[int]] = [[] for _ in range(slots)]  # at least those tokens: the slot's prompt, then its response
+        self._capacity = slots
         self._reset()
 
     def _reset(self) -> None:
-        slots = len(self._held)
+        slots = self._capacity
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # each slot's latest prompt and response, also after its release
+        self._cached = np.zeros(slots, np.int64)  # tokens of `_held` whose keys and values are cached
         self._waiting: list[Request] = []
         self._slot_of: dict[int, int] = {}
         self._free = list(range(slots))  # a heap: low slots first keeps the rows of a pass close together
@@ -97,7 +98,7 @@ class TransformersEngine:
         self._banned = None if valid is None or valid.all() else ~valid.to(self._device)
         self._stops = np.zeros(vocabulary, bool)
         self._stops[list(sampling.stop_ids)] = True
-        shape = len(self._held), sampling.max_tokens
+        shape = self._capacity, sampling.max_tokens
         self._uniform, self._ids, self._logprobs = np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
 
     def add(self, request: Request) -> None:
@@ -133,7 +134,6 @@ class TransformersEngine:
                     waiting.append(request)
                     continue
                 slot = self._slot_of[request.key] = heapq.heappop(self._free)
-                self._cached[slot] = 0
             self._cached[slot] = common_prefix(self._held[slot][: self._cached[slot]], request.prompt[:-1])
             self._held[slot] = list(request.prompt)
             self._busy[slot] = request

@@ -208,6 +208,7 @@ def linear_logprob(
         TokenLogprob of [T] values, differentiable with respect to hidden, weight and bias for any upstream gradient per token.
     """
     validate.one_of("schedule", schedule, validate.SCHEDULES)
+    validate.tensor("target", target, 1)
     arguments = head_arguments(
         hidden,
         weight,

@@ -72,10 +72,11 @@ class Problem:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Rows and columns of a tile. With fewer tokens than rows the tile is wider instead, for the same work per call."""
+        """Rows and columns of a tile. Where tokens or columns are few the tile grows the other way, for the same work per call."""
         rows, columns = TILE["cpu" if self.student.hidden.device.type == "cpu" else "accelerator"]
-        widen = max(1, rows // max(self.tokens, 1))
-        return min(rows, max(self.tokens, 1)), min(columns * widen, self.columns)
+        area = rows * columns
+        rows = min(max(self.tokens, 1), max(rows, area // self.columns))
+        return rows, min(self.columns, max(columns, area // rows))
 
     def parts(self) -> list[slice]:
         """The tokens of each chunk."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from atod_fast.envs.alfworld.engine import FastAlfWorld
 from atod_fast.envs.alfworld.game import Game
-from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec
-from atod_fast.envs.alfworld.generator import generate as generate_game
+from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec, generate
 from atod_fast.envs.alfworld.loader import SPLITS, find_games, playable, read_file, split_folder, task_id
 from atod_fast.envs.alfworld.textworld import TextWorldEngine
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
 
-CACHED_GAMES = 256  # parsed games kept, about 100 kB each
+CACHED_GAMES = 256  # parsed games kept, 75 to 250 kB each
+
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 class Engine(Protocol):
@@ -34,7 +35,7 @@ class Engine(Protocol):
 class Games:
     """A fixed list of games, parsed (or generated) when first played. Shared by all clones and threads."""
 
-    def __init__(self, count: int, load: Any) -> None:
+    def __init__(self, count: int, load: Callable[[int], Game]) -> None:
         self.count = count
         self.get = lru_cache(maxsize=CACHED_GAMES)(load)
 
@@ -46,11 +47,11 @@ class AlfWorld:
       generate: number of generated games, with seed, scene ("small" | "full") and, for small scenes, the most receptacles
         and objects. Even and odd seeds share no game.
       split: "train", "valid_seen" or "valid_unseen" of the official data below `data` or $ALFWORLD_DATA.
-      games: paths of game files or of folders with such.
+      games: paths of game files or of folders with such, or a split's name.
     task_types: only these of the six types; by default all, but in small scenes the four that a kitchen with one thing of
       each type allows.
     engine: "fast" (pure Python, the default) or "textworld" (the original; needs `pip install alfworld==0.4.2`).
-    reward: given once, when the goal is reached.
+    reward: of the step that reaches the goal, after which the episode is over; all others give 0.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class AlfWorld:
         objects: int = 6,
         split: str | None = None,
         data: str | None = None,
-        games: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+        games: Paths | None = None,
         engine: str = "fast",
         reward: float = 10.0,
     ) -> None:
@@ -89,7 +90,7 @@ class AlfWorld:
             self._games = _generated(Spec(seed, types, scene, receptacles, objects), generate)
         self.instant = engine == "fast"
         self._reward = float(reward)
-        self.engine: Engine | None = None
+        self.engine: Engine | None = None if self.instant else TextWorldEngine()  # at once, to fail early where it is missing
         self.game: Game | None = None
 
     def __len__(self) -> int:
@@ -103,12 +104,12 @@ class AlfWorld:
         if self.instant:
             self.engine = FastAlfWorld(self.game)
         else:
-            self.engine = self.engine or TextWorldEngine()
+            self.engine = self.engine or TextWorldEngine()  # a clone loads its own copy of the planner
             self.engine.load(self.game)
         return self.engine.reset(), self._info(True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
-        if self.engine is None:
+        if self.game is None:
             raise RuntimeError("step before reset")
         observation, accepted = self.engine.step(action)
         won = self.engine.won
@@ -127,7 +128,7 @@ class AlfWorld:
     def _info(self, accepted: bool) -> Info:
         return Info(
             won=self.engine.won,
-            admissible_actions=self.engine.admissible,
+            admissible_actions=list(self.engine.admissible),
             is_action_valid=accepted,
             task_type=self.game.task.type,
             task_id=self.game.task_id,
@@ -136,13 +137,13 @@ class AlfWorld:
 
 def _generated(spec: Spec, count: int) -> Games:
     def load(index: int) -> Game:
-        name, data = generate_game(spec, index)
+        name, data = generate(spec, index)
         return Game.parse(data, name)
 
     return Games(count, load)
 
 
-def _official(split: str | None, data: str | None, games: Any, task_types: tuple[str, ...]) -> Games:
+def _official(split: str | None, data: str | None, games: Paths | None, task_types: tuple[str, ...]) -> Games:
     if isinstance(games, str) and games in SPLITS and not os.path.exists(games):
         split = games
     if split is not None:

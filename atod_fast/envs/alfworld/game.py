@@ -74,10 +74,16 @@ class Game:
             at[location[receptacle]].append(receptacle)
         receptacle_types, object_types = _sets(facts.get("receptacletype", [])), _sets(facts.get("objecttype", []))
         room_for = _sets(facts.get("cancontain", []))
+        of_type = _sets([(kind, name) for name, kinds in object_types.items() for kind in kinds])
         names = _names({name for rows in facts.values() for row in rows for name in row})
 
-        def objects_of(kinds: set[str] | frozenset[str]) -> frozenset[str]:
-            return frozenset(name for name, types in object_types.items() if types & kinds)
+        def fitting(receptacle: str) -> frozenset[str]:
+            kinds = {fits for kind in receptacle_types.get(receptacle, ()) for fits in room_for.get(kind, ())}
+            return frozenset().union(*(of_type.get(kind, ()) for kind in kinds))
+
+        def usable(action: str, kinds: frozenset[str]) -> frozenset[str]:
+            things = object_types if action == "sliceobject" else {place: receptacle_types.get(place, set()) for place in location}
+            return frozenset(name for name, types in things.items() if types & kinds)
 
         return cls(
             task_id=task_id,
@@ -94,11 +100,8 @@ class Game:
             location=location,
             at={place: tuple(there) for place, there in at.items()},
             kind={name: min(types).removesuffix("type") for name, types in (object_types | receptacle_types).items()},
-            accepts={r: objects_of({t for kind in receptacle_types.get(r, ()) for t in room_for.get(kind, ())}) for r in location},
-            tools={
-                action: objects_of(kinds) if action == "sliceobject" else frozenset(r for r in location if receptacle_types.get(r, set()) & kinds)
-                for action, kinds in domain.tools.items()
-            },
+            accepts={place: fitting(place) for place in location},
+            tools={action: usable(action, kinds) for action, kinds in domain.tools.items()},
             properties={
                 name: frozenset(row[0] for row in facts.get(name, []))
                 for name in ("openable", "pickupable", "cleanable", "heatable", "coolable", "toggleable", "sliceable")

@@ -3,9 +3,9 @@
 A room is one of ALFRED's 120 floor plans with what its layout leaves out added, and objects put where they may lie.
 `full` keeps the whole room; `small` keeps one receptacle of each type and a handful of objects.
 
-Game i is a pure function of (seed, i, options). What an agent could tell games apart by (task, furniture, what lies where) is hashed, and a
-seed only admits its own parity: **games of an even and of an odd seed never coincide**, so that training on seed 0 and
-evaluating on seed 1 is held out by construction.
+Game i is a pure function of (seed, i, options). What an agent could tell games apart by (task, furniture, what lies where)
+is hashed, and a seed admits only hashes of its own parity: games of an even and of an odd seed never coincide, so that
+training on seed 0 and evaluating on seed 1 is held out by construction.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TASK_TYPES = (
     "pick_cool_then_place_in_recep",
     "pick_two_obj_and_place",
 )
-# What a small scene, with one receptacle and one object of each type, has room for.
+# Of small scenes unless asked otherwise: what a kitchen with one thing of each type allows.
 SMALL_TASK_TYPES = tuple(kind for kind in TASK_TYPES if kind not in ("look_at_obj_in_light", "pick_two_obj_and_place"))
 # Rooms of each task type, as in ALFRED; in small scenes kitchens wherever they serve.
 ROOMS = {

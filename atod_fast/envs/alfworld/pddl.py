@@ -138,13 +138,13 @@ def _effects(action: dict[str, list]) -> Action:
 
 def problem(text: str, domain: Domain) -> Problem:
     """Parse a game's `pddl_problem`. Its facts are flat, so they are read by pattern, several times faster than by `read`."""
-    text = _COMMENT.sub("", text).lower()
-    found = _SECTIONS.fullmatch(text)
-    if not found or _FACT.sub("", found["init"]).strip():
+    found = _SECTIONS.fullmatch(_COMMENT.sub("", text).lower())
+    listed = _FACT.findall(found["init"]) if found else []
+    if not found or not len(listed) == found["init"].count("(") == found["init"].count(")"):
         raise GameError("the PDDL problem is not (define ... (:objects ...) (:init ...) (:goal ...))")
     types = typed(found["objects"].split())
     facts: dict[str, list[Row]] = defaultdict(list)
-    for fact in _FACT.findall(found["init"]):
+    for fact in listed:
         predicate, *row = fact.split()
         if predicate == "=":
             continue

@@ -56,10 +56,8 @@ class TextWorldEngine:
             return self._observe(self._env.step(command)[0]), accepted
 
     def close(self) -> None:
-        """Unload this instance's copy of the planner."""
-        import fast_downward
-
-        fast_downward.close_lib(self._env.downward_lib)
+        """Free what the planner holds. Its library stays loaded: to unload a second copy crashes Python on exit."""
+        self._env.downward_lib.cleanup()
 
     def _observe(self, state) -> str:
         self.admissible: list[str] = state["admissible_commands"]

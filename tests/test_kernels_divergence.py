@@ -1,0 +1,467 @@
+"""atod_kernels' head against the readable reference in fp64: every divergence, every option, every gradient."""
+
+import pytest
+import torch
+from atod_kernels import linear_divergence, linear_logprob, naive, operators, tiles, torch_backend
+from gloo import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+torch.set_num_threads(1)
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
+SCHEDULES = ("fast", "lean")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 7 tokens and 16 columns, so that small problems have many, ragged ones among them."""
+    monkeypatch.setitem(torch_backend.TILE, "cpu", (7, 16))
+
+
+def make(tokens, student=(50, 6), teacher=(43, 9), *, seed=0, dtype=torch.float64, scale=1.5, ignored=0.25):
+    """Random hidden states, weights and targets; the targets are columns of both vocabularies."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    (vs, hs), (vt, ht) = student, teacher
+    case = {"student_hidden": scale * normal(tokens, hs), "student_weight": normal(vs, hs) / hs**0.5, "teacher_hidden": scale * normal(tokens, ht)}
+    case = {k: v.to(dtype) for k, v in (case | {"teacher_weight": normal(vt, ht) / ht**0.5}).items()}
+    target = torch.randint(0, min(vs, vt), (tokens,), generator=g)
+    target[torch.rand(tokens, generator=g) < ignored] = -100
+    return case | {"target": target}
+
+
+def close_pair(tokens=24, columns=700, width=32, *, spread=3.0, kl=5e-3, seed=0, dtype=torch.float32):
+    """A student near its teacher: logits of standard deviation `spread`, reverse KL about `kl`."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=g, dtype=torch.float64)
+    weight = torch.randn(columns, width, generator=g, dtype=torch.float64) * spread / width**0.5
+    moved = weight + torch.randn(columns, width, generator=g, dtype=torch.float64) * (2 * kl / width) ** 0.5
+    target = torch.randint(0, columns, (tokens,), generator=g)
+    case = {"student_hidden": hidden, "student_weight": weight, "teacher_hidden": hidden, "teacher_weight": moved}
+    return {k: v.to(dtype) for k, v in case.items()} | {"target": target}
+
+
+def as_double(case):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
+
+
+def run(function, case, seed=0, names=("student_hidden", "student_weight", "student_bias"), **options):
+    """Outputs, and gradients under a random signed upstream for every token of every differentiable output."""
+    case = {k: v.detach().clone().requires_grad_() if k in names and v is not None else v for k, v in case.items()}
+    out = function(**case, **options)
+    g = torch.Generator().manual_seed(seed)
+    out = [x for x in out if x is not None]
+    upstream = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in out]
+    sum((u * x).sum() for u, x in zip(upstream, out, strict=True) if x.requires_grad).backward()
+    return [x.detach() for x in out], [case[k].grad for k in names if case.get(k) is not None]
+
+
+def assert_equal_runs(actual, expected, tolerance=1e-10):
+    for a, b in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+problems = st.fixed_dictionaries(
+    {
+        "tokens": st.integers(1, 20),
+        "student": st.tuples(st.integers(2, 60), st.integers(1, 9)),
+        "teacher": st.tuples(st.integers(2, 60), st.integers(1, 9)),
+        "seed": st.integers(0, 2**20),
+    }
+)
+options = st.fixed_dictionaries(
+    {
+        "divergence": st.sampled_from(DIVERGENCES),
+        "alpha": st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+        "schedule": st.sampled_from(SCHEDULES),
+        "softcap": st.sampled_from((None, 4.0)),
+        "teacher_softcap": st.sampled_from((None, 6.0)),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems, option=options, temperature=st.sampled_from((1.0, 0.6, "per token")), bias=st.booleans(), mask=st.booleans())
+def test_outputs_and_gradients_equal_the_reference(problem, option, temperature, bias, mask):
+    # hypothesis runs its examples within one call of the fixture, so the small tiles are in place.
+    case = make(**problem)
+    g = torch.Generator().manual_seed(problem["seed"])
+    common = min(problem["student"][0], problem["teacher"][0])
+    if bias:
+        case["student_bias"], case["teacher_bias"] = (torch.randn(case[f"{s}_weight"].shape[0], generator=g).double() for s in ("student", "teacher"))
+    if mask:
+        keep = torch.rand(common, generator=g) < 0.7
+        keep[0] = True
+        case["valid_columns"] = keep
+        case["target"] = torch.where(keep[case["target"].clamp(min=0)] | (case["target"] < 0), case["target"], 0)
+    case["temperature"] = 0.5 + torch.rand(problem["tokens"], generator=g).double() if temperature == "per token" else temperature
+    expected = run(naive.linear_divergence, case, **{k: v for k, v in option.items() if k != "schedule"})
+    assert_equal_runs(run(linear_divergence, case, **option), expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("softcap", (None, 5.0))
+def test_logprob_and_entropy_equal_the_reference(schedule, softcap):
+    case = make(19, student=(77, 5), seed=3)
+    case = {"hidden": case["student_hidden"], "weight": case["student_weight"], "target": case["target"], "bias": torch.linspace(-1, 1, 77).double()}
+    names = ("hidden", "weight", "bias")
+    expected = run(naive.linear_logprob, case, names=names, temperature=0.7, softcap=softcap)
+    assert_equal_runs(run(linear_logprob, case, names=names, temperature=0.7, softcap=softcap, schedule=schedule), expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck(divergence):
+    case = make(3, student=(9, 2), teacher=(11, 3), seed=1, ignored=0.3)
+
+    def f(hidden, weight, bias):
+        out = linear_divergence(hidden, weight, case["teacher_hidden"], case["teacher_weight"], case["target"], student_bias=bias, divergence=divergence, softcap=3.0)
+        return out[:3]
+
+    assert torch.autograd.gradcheck(f, [x.requires_grad_() for x in (case["student_hidden"], case["student_weight"], torch.randn(9).double())])
+
+
+def test_without_a_target_there_is_no_logprob_and_the_rest_is_the_same():
+    case = make(11, ignored=0)
+    with_target = run(linear_divergence, case)
+    out = linear_divergence(**(case | {"target": None}))
+    assert out.logp is None and out.teacher_logp is None
+    assert torch.equal(out.divergence, with_target[0][0]) and torch.equal(out.entropy, with_target[0][1])
+
+
+def test_the_teacher_never_gets_a_gradient():
+    case = make(9)
+    teacher = [case[k].requires_grad_() for k in ("teacher_hidden", "teacher_weight")]
+    case["student_hidden"].requires_grad_()
+    out = linear_divergence(**case)
+    assert not out.teacher_logp.requires_grad and not out.teacher_entropy.requires_grad
+    (out.divergence + out.logp).sum().backward()
+    assert all(x.grad is None for x in teacher)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_fp32_gradients_are_within_2e_4_of_fp64_where_student_is_close_to_teacher(divergence, schedule, monkeypatch):
+    monkeypatch.setitem(torch_backend.TILE, "cpu", (8, 128))
+    case = close_pair()
+    exact = run(naive.linear_divergence, as_double(case), divergence=divergence)
+    assert 1e-3 < naive.linear_divergence(**as_double(case)).divergence.mean() < 1e-2
+    outputs, grads = run(linear_divergence, case, divergence=divergence, schedule=schedule)
+    assert all(x.dtype == torch.float32 for x in outputs)
+    assert all(relative(a, b) < 2e-4 for a, b in zip(grads, exact[1], strict=True))
+    assert all(relative(a, b) < 2e-4 for a, b in zip(outputs, exact[0], strict=True))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_divergence_alone_is_as_exact_as_torch_with_logits_of_deviation_30(divergence):
+    """The upstream here is of the divergence only: with the others it would drown in the gradient of the log-probability."""
+    case = close_pair(spread=30.0, seed=2)
+
+    def gradient(function, case):
+        case = case | {"student_weight": case["student_weight"].clone().requires_grad_()}
+        signs = torch.randn(24, generator=torch.Generator().manual_seed(0)).to(case["student_weight"].dtype)
+        (function(**case, divergence=divergence).divergence * signs).sum().backward()
+        return case["student_weight"].grad
+
+    exact = gradient(naive.linear_divergence, as_double(case))
+    torch_error = relative(gradient(naive.linear_divergence, case), exact)
+    assert relative(gradient(linear_divergence, case), exact) <= 2 * torch_error + 1e-6
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_logits_of_16_bit_inputs_are_not_rounded(dtype, schedule):
+    """Rounding the logits to bf16 makes this gradient wrong by tenths; one rounding of the result by about 2e-3."""
+    case = close_pair(dtype=dtype)
+    exact = run(naive.linear_divergence, as_double(case))
+    outputs, grads = run(linear_divergence, case, schedule=schedule)
+    assert all(x.dtype == torch.float32 for x in outputs) and all(x.dtype == dtype for x in grads)
+    assert all(relative(a, b) < 2e-4 for a, b in zip(outputs, exact[0], strict=True))
+    assert all(relative(a, b) < 4e-3 for a, b in zip(grads, exact[1], strict=True))
+
+
+def test_student_and_teacher_may_differ_in_dtype():
+    case = make(9, dtype=torch.float32)
+    half = case | {k: case[k].bfloat16() for k in ("teacher_hidden", "teacher_weight")}
+    expected = run(naive.linear_divergence, as_double(half))
+    assert_equal_runs([[x.double() for x in part] for part in run(linear_divergence, half)], expected, 1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tokens", (0, 1))
+def test_no_token_and_one_token(tokens, divergence, schedule):
+    case = make(tokens, ignored=0)
+    expected = run(naive.linear_divergence, case, divergence=divergence)
+    assert_equal_runs(run(linear_divergence, case, divergence=divergence, schedule=schedule), expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gigantic_logits_keep_probabilities_that_sum_to_one(divergence, schedule):
+    """Per token the gradients of the logits sum to 0 only if the backward's logits and normalisers are the forward's to the last bit."""
+    case = make(1, dtype=torch.float32, scale=3e4, ignored=0) | {"student_bias": torch.zeros(50)}
+    case["teacher_hidden"] = torch.nn.functional.pad(case["student_hidden"], (0, 3))
+    case["teacher_weight"] = torch.nn.functional.pad(case["student_weight"][:43], (0, 3)) * (1 + 1e-5)
+    outputs, grads = run(linear_divergence, case, divergence=divergence, schedule=schedule)
+    assert all(x.isfinite().all() for x in outputs + grads)
+    assert case["student_hidden"].mm(case["student_weight"].T).abs().max() > 1e4
+    assert grads[2].sum().abs() <= 1e-6 * (1 + grads[2].abs().sum())
+
+
+@pytest.mark.parametrize("divergence", ("reverse_kl", "jsd"))
+def test_a_bias_of_minus_infinity_in_both_models_is_a_masked_column(divergence):
+    case = make(13, student=(40, 6), teacher=(40, 9), ignored=0)
+    case["target"] %= 20
+    masked = torch.zeros(40).double().masked_fill(torch.arange(40) >= 20, -torch.inf)
+    expected = run(linear_divergence, case | {"valid_columns": masked == 0, "student_bias": torch.zeros(40).double()}, divergence=divergence)
+    assert_equal_runs(run(linear_divergence, case | {"student_bias": masked, "teacher_bias": masked}, divergence=divergence), expected)
+
+
+def test_a_whole_tile_of_masked_columns_changes_nothing():
+    case = make(13, student=(64, 6), teacher=(64, 9))
+    case["target"] = case["target"].clamp(max=15)
+    keep = torch.arange(64) < 16
+    expected = run(linear_divergence, case | {"student_weight": case["student_weight"][:16], "teacher_weight": case["teacher_weight"][:16]})
+    outputs, (dx, dw) = run(linear_divergence, case | {"valid_columns": keep})
+    assert_equal_runs((outputs, [dx, dw[:16]]), expected)
+    assert not dw[16:].any()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ignored_tokens_are_zero_and_touch_no_gradient_whatever_they_hold(schedule):
+    case = make(20)
+    ignored = case["target"] == -100
+    clean = run(linear_divergence, {k: v if k.endswith("weight") else v[~ignored] for k, v in case.items()} | {"student_bias": torch.ones(50).double()}, seed=5)
+    for k in ("student_hidden", "teacher_hidden"):
+        case[k][ignored] = torch.nan
+    dirty = {k: v.clone().requires_grad_() if k.startswith("student") else v for k, v in case.items()}
+    out = linear_divergence(**dirty, schedule=schedule)
+    assert all((x[ignored] == 0).all() for x in out)
+    for a, b in zip(out, clean[0], strict=True):
+        torch.testing.assert_close(a[~ignored].detach(), b)
+    sum(x.sum() for x in out).backward()
+    assert not dirty["student_hidden"].grad[ignored].any() and dirty["student_weight"].grad.isfinite().all()
+
+
+def test_all_tokens_ignored():
+    case = make(10)
+    case["target"][:] = -100
+    outputs, grads = run(linear_divergence, case)
+    assert not any(x.any() for x in outputs + grads)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_size_of_tiles_does_not_matter(schedule, monkeypatch):
+    case = make(23, seed=8)
+    expected = run(linear_divergence, case, schedule=schedule, divergence="jsd")
+    for tile in ((1, 1), (2, 64), (23, 3), (64, 64)):
+        monkeypatch.setitem(torch_backend.TILE, "cpu", tile)
+        assert_equal_runs(run(linear_divergence, case, schedule=schedule, divergence="jsd"), expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_two_runs_are_equal_to_the_last_bit(divergence, schedule):
+    case = make(40, student=(300, 16), teacher=(300, 16), dtype=torch.float32)
+    a, b = (run(linear_divergence, case, divergence=divergence, schedule=schedule) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a[0] + a[1], b[0] + b[1], strict=True))
+
+
+def test_a_tied_embedding_gets_both_gradients():
+    case = make(12, teacher=(50, 9), ignored=0)
+    ids = torch.arange(12) * 3
+
+    def gradient(function):
+        weight = case["student_weight"].clone().requires_grad_()
+        out = function(weight[ids] * 1.0, weight, case["teacher_hidden"], case["teacher_weight"], case["target"])
+        (out.divergence - 0.1 * out.entropy).sum().backward()
+        return weight.grad
+
+    torch.testing.assert_close(gradient(linear_divergence), gradient(naive.linear_divergence))
+
+
+def test_the_expected_k1_gradient_over_the_vocabulary_is_the_reverse_kl_gradient():
+    """E_{y~p}[(log p(y) - log q(y)) grad log p(y)] = grad KL(p||q), here with every y of the vocabulary as one token (method.md, 1)."""
+    case = make(1, student=(37, 6), teacher=(37, 9), ignored=0)
+    full = run(linear_divergence, case)
+    hidden, weight = (case[k].clone().requires_grad_() for k in ("student_hidden", "student_weight"))
+    everything = torch.arange(37)
+    teacher_logp = linear_logprob(case["teacher_hidden"].expand(37, -1), case["teacher_weight"], everything).logp
+    logp = linear_logprob(hidden.expand(37, -1), weight, everything).logp
+    (logp * (logp.exp() * (logp - teacher_logp)).detach()).sum().backward()
+    kl = linear_divergence(*(x := [case["student_hidden"].requires_grad_(), case["student_weight"].requires_grad_()]), case["teacher_hidden"], case["teacher_weight"])
+    kl.divergence.sum().backward()
+    torch.testing.assert_close(kl.divergence.detach(), full[0][0])
+    torch.testing.assert_close(hidden.grad, x[0].grad)
+    torch.testing.assert_close(weight.grad, x[1].grad)
+
+
+def test_nothing_is_kept_for_backward_without_gradients_and_no_logits_with_them():
+    case = make(30, student=(400, 6), teacher=(400, 6), dtype=torch.float32)
+    case["student_weight"].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        with torch.no_grad():
+            assert not linear_divergence(**case).divergence.requires_grad
+        assert not kept
+        linear_divergence(**case)
+    assert 0 < max(kept) <= 400 * 6
+
+
+class Largest(TorchDispatchMode):
+    """The most elements any tensor made within has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+def arguments(case, divergence="jsd", lean=False, **tensors):
+    """The operators' flat arguments."""
+    named = {"student_bias": None, "teacher_bias": None, "temperature": None, "valid_columns": None} | case | tensors
+    order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "target", "temperature", "valid_columns")
+    return tuple(named[k] for k in order) + (0.0, 0.0, divergence, 0.5, "", 0, lean)
+
+
+def test_lean_holds_tiles_and_fast_a_chunk():
+    case = make(70, student=(900, 4), teacher=(900, 4), dtype=torch.float32)
+    largest = {}
+    for lean in (False, True):
+        with Largest() as mode:
+            torch_backend.head_statistics(operators.problem(*arguments(case, lean=lean)))
+        largest[lean] = mode.elements
+    assert largest[False] == 2 * 7 * 900  # both models' logits of 7 tokens
+    assert largest[True] < 7 * 900
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """FLOPs of the matrix products, counted."""
+    count = [0]
+    product = torch_backend.product
+
+    def counted(a, b, out, add=False):
+        count[0] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return product(a, b, out, add)
+
+    monkeypatch.setattr(torch_backend, "product", counted)
+    return count
+
+
+@pytest.mark.parametrize(
+    "divergence, schedule, forward", (("reverse_kl", "fast", 2), ("reverse_kl", "lean", 2), ("jsd", "fast", 2), ("jsd", "lean", 4), ("jsd", "auto", 2))
+)
+def test_products_are_those_of_the_schedule(products, divergence, schedule, forward):
+    """In units of G = 2 T V H, with equal models: statistics 2 G, twice that for a lean mixture; the backward 4 G."""
+    case = make(21, student=(48, 5), teacher=(48, 5))
+    g = 2 * 21 * 48 * 5
+    with torch.no_grad():
+        linear_divergence(**case, divergence=divergence, schedule=schedule)
+    assert products[0] == forward * g
+    run(linear_divergence, case, divergence=divergence, schedule=schedule)
+    assert products[0] == (2 * forward + 4) * g
+
+
+def test_a_target_out_of_range_that_was_not_checked_is_nan_and_has_no_gradient():
+    """What accelerators do, where reading the target would wait for the device; the operator is called past the check."""
+    case = make(9, ignored=0)
+    case["target"][4] = 43
+    weight = case["student_weight"].requires_grad_()
+    out = operators.head(*arguments(case, "reverse_kl"))[: tiles.OUTPUTS]
+    assert out[:, 4].isnan().all() and not out[:, torch.arange(9) != 4].isnan().any()
+    out[:3].nan_to_num().sum().backward()
+    gradient, weight.grad = weight.grad, None
+    case["target"][4] = -100
+    operators.head(*arguments(case, "reverse_kl"))[:3].sum().backward()
+    assert torch.equal(gradient, weight.grad)
+
+
+def test_operators_pass_opcheck_and_compile_to_one_graph():
+    case = make(20, dtype=torch.float32)
+    bias = torch.zeros(50)
+    flat = arguments(case, lean=True, student_bias=bias)
+    torch.library.opcheck(operators.head, tuple(x.clone().requires_grad_() if i < 3 else x for i, x in enumerate(flat)))
+    statistics = operators.head(*flat)
+    torch.library.opcheck(operators.head_backward, (*flat, statistics, torch.randn_like(statistics), True, True, True))
+    assert_equal_runs(run(torch.compile(linear_divergence, fullgraph=True, backend="aot_eager"), case), run(linear_divergence, case), 0)
+
+
+def _sharded(case, option):
+    """One rank's outputs, gradient of the hidden states, and gradient of its shard of the weight, as arrays (a tensor dies with its process)."""
+    torch.distributed.init_process_group("gloo")
+    torch_backend.TILE["cpu"] = (7, 16)
+    rank = torch.distributed.get_rank()
+    columns = slice(0, 20) if rank == 0 else slice(20, 43)
+    shard = case | {k: case[k][columns] for k in ("student_weight", "teacher_weight", "valid_columns")}
+    group = torch.distributed.group.WORLD.group_name
+    return [[x.numpy() for x in part] for part in run(linear_divergence, shard, vocab_group=group, vocab_start=columns.start, **option)]
+
+
+@pytest.mark.parametrize("option", ({"divergence": "reverse_kl"}, {"divergence": "jsd", "alpha": 0.3, "schedule": "lean"}))
+def test_a_vocabulary_sharded_over_ranks_gives_the_whole_ones_result(option):
+    case = make(15, student=(43, 6)) | {"valid_columns": torch.arange(43) != 1}
+    case["target"][case["target"] == 1] = 2
+    outputs, (dx, dw) = run(linear_divergence, case, **option)
+    ranks = [[[torch.from_numpy(x) for x in part] for part in rank] for rank in run_ranks(2, _sharded, case, option)]
+    for rank in ranks:
+        assert_equal_runs((rank[0], rank[1][:1]), (outputs, [dx]))
+    torch.testing.assert_close(torch.cat([rank[1][1] for rank in ranks]), dw)
+
+
+bad = {
+    "student_hidden has shape": {"student_hidden": torch.zeros(4)},
+    "student_hidden is torch.int64": {"student_hidden": torch.zeros(4, 6, dtype=torch.int64)},
+    "student_weight is torch.float32; expected torch.float64": {"student_weight": torch.zeros(50, 6)},
+    "student_weight has shape .* to fit student_hidden": {"student_weight": torch.zeros(50, 7).double()},
+    "student_weight has shape .* at least one row": {"student_weight": torch.zeros(0, 6).double()},
+    "student_bias has shape": {"student_bias": torch.zeros(49).double()},
+    "teacher_hidden has shape .* a row for each": {"teacher_hidden": torch.zeros(5, 9).double()},
+    "teacher_hidden is NoneType": {"teacher_hidden": None},
+    "teacher_weight has shape": {"teacher_weight": torch.zeros(43, 8).double()},
+    "teacher_hidden is on meta": {"teacher_hidden": torch.zeros(4, 9, device="meta").double()},
+    "target has shape": {"target": torch.zeros(3, dtype=torch.int64)},
+    "target is torch.float32": {"target": torch.zeros(4)},
+    r"target\[2\] is 43; expected 0 to 42": {"target": torch.tensor([0, 1, 43, 2])},
+    r"target\[0\] is -1": {"target": torch.tensor([-1, 1, 4, 2])},
+    r"target\[1\] is 7, a column that valid_columns leaves out": {"target": torch.tensor([0, 7, 4, 2]), "valid_columns": torch.arange(43) != 7},
+    "valid_columns is torch.float32": {"valid_columns": torch.ones(43)},
+    "valid_columns has shape": {"valid_columns": torch.ones(42, dtype=torch.bool)},
+    "valid_columns is False everywhere": {"valid_columns": torch.zeros(43, dtype=torch.bool)},
+    "temperature is 0": {"temperature": 0.0},
+    "temperature has shape": {"temperature": torch.ones(3)},
+    "temperature has an entry": {"temperature": torch.tensor([1.0, 1.0, -1.0, 1.0])},
+    "temperature requires a gradient": {"temperature": torch.ones(4, requires_grad=True)},
+    "softcap is -1": {"softcap": -1.0},
+    "teacher_softcap is 0": {"teacher_softcap": 0.0},
+    "alpha is 1.5": {"alpha": 1.5},
+    "divergence is 'kl'": {"divergence": "kl"},
+    "schedule is 'slow'": {"schedule": "slow"},
+    "backend is 'cuda'": {"backend": "cuda"},
+    "backend is 'triton', which this version does not have": {"backend": "triton"},
+    "vocab_start is 8": {"vocab_start": 8},
+    "vocab_group: student and teacher shards": {"vocab_group": "0"},
+}
+
+
+@pytest.mark.parametrize("message", bad)
+def test_a_bad_argument_is_named(message):
+    with pytest.raises(ValueError, match=message):
+        linear_divergence(**(make(4, ignored=0) | bad[message]))
+
+
+def test_the_single_model_function_names_its_own_arguments():
+    with pytest.raises(ValueError, match=r"^weight has shape \[5, 3\]; expected \[V, 2\] to fit hidden"):
+        linear_logprob(torch.zeros(4, 2), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="^target is NoneType"):
+        linear_logprob(torch.zeros(4, 2), torch.zeros(5, 2), None)
