@@ -28,9 +28,10 @@ from atod_fast.trajectory import Trajectory
 
 def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     """Trajectories of `model` on the first `eval.tasks` held-out tasks at `eval.temperature`, on every rank. Collective."""
-    check_model(config, model, load_config(model).to_dict())
+    shape = load_config(model)
+    check_model(config, model, shape.to_dict())
     device, _ = ranks.start()
-    actor = Actor(config, load_tokenizer(model), rank=ranks.rank(), ranks=ranks.world_size())
+    actor = Actor(config, load_tokenizer(model), shape.get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
     engine = make_engine(config, model, device)
     with console.progress("evaluating") as progress:
         mine = actor.evaluate(engine, progress)

@@ -55,15 +55,14 @@ class Run:
         self.console = Console(speaks=ranks.rank() == 0)
         self.run_dir, resume = rundir.agree(options)
 
-        tokenizers = []
-        for path in (config.student.path, config.teacher.path):
-            check_model(config, path, load_config(path).to_dict())
-            tokenizers.append(load_tokenizer(path))
+        shapes, tokenizers = zip(*((load_config(path), load_tokenizer(path)) for path in (config.student.path, config.teacher.path)), strict=True)
+        for path, shape in zip((config.student.path, config.teacher.path), shapes, strict=True):
+            check_model(config, path, shape.to_dict())
         compare_tokenizers(*tokenizers)
         self.tokenizer = tokenizers[0]
         # The engine comes before the trainer: on an accelerator it measures the memory that is free.
         self.engine = make_engine(config, config.student.path, self.device)
-        self.actor = Actor(config, self.tokenizer, rank=ranks.rank(), ranks=ranks.world_size())
+        self.actor = Actor(config, self.tokenizer, shapes[0].get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
 
         self.done = 0  # steps

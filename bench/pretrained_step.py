@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from transformers.utils import logging
 
 from atod_fast import train
@@ -28,9 +27,9 @@ from atod_fast import train
 logging.disable_progress_bar()
 
 SETTINGS = """
-env.options={} env.train.games='GAMES' env.eval.games='GAMES' env.max_turns=4 eval.tasks=1 eval.every=0 eval.teacher=false
+env.train={games='GAMES'} env.eval={games='GAMES'} env.max_turns=3 eval.tasks=1 eval.every=0 eval.teacher=false
 rollout.context=window rollout.prompt_tokens=1024 rollout.response_tokens=48 rollout.history=2 rollout.concurrency=8
-train.steps=1 train.tasks_per_step=2 train.group_size=2 train.minibatch_rows=8 train.microbatch_tokens=4096 train.learning_rate=1e-6
+train.steps=1 train.tasks_per_step=1 train.group_size=2 train.minibatch_rows=4 train.microbatch_tokens=4096 train.learning_rate=1e-6
 train.warmup_steps=0 observe.trajectories_every=1 checkpoint.every=0 schedule.kappa.horizon=80 schedule.rho.horizon=80
 """.split()
 

@@ -122,7 +122,9 @@ def test_gradcheck(divergence):
     case = make(3, student=(9, 2), teacher=(11, 3), seed=1, ignored=0.3)
 
     def f(hidden, weight, bias):
-        out = linear_divergence(hidden, weight, case["teacher_hidden"], case["teacher_weight"], case["target"], student_bias=bias, divergence=divergence, softcap=3.0)
+        out = linear_divergence(
+            hidden, weight, case["teacher_hidden"], case["teacher_weight"], case["target"], student_bias=bias, divergence=divergence, softcap=3.0
+        )
         return out[:3]
 
     assert torch.autograd.gradcheck(f, [x.requires_grad_() for x in (case["student_hidden"], case["student_weight"], torch.randn(9).double())])
@@ -297,7 +299,9 @@ def test_the_expected_k1_gradient_over_the_vocabulary_is_the_reverse_kl_gradient
     teacher_logp = linear_logprob(case["teacher_hidden"].expand(37, -1), case["teacher_weight"], everything).logp
     logp = linear_logprob(hidden.expand(37, -1), weight, everything).logp
     (logp * (logp.exp() * (logp - teacher_logp)).detach()).sum().backward()
-    kl = linear_divergence(*(x := [case["student_hidden"].requires_grad_(), case["student_weight"].requires_grad_()]), case["teacher_hidden"], case["teacher_weight"])
+    kl = linear_divergence(
+        *(x := [case["student_hidden"].requires_grad_(), case["student_weight"].requires_grad_()]), case["teacher_hidden"], case["teacher_weight"]
+    )
     kl.divergence.sum().backward()
     torch.testing.assert_close(kl.divergence.detach(), full[0][0])
     torch.testing.assert_close(hidden.grad, x[0].grad)
@@ -397,6 +401,19 @@ def test_operators_pass_opcheck_and_compile_to_one_graph():
     assert_equal_runs(run(torch.compile(linear_divergence, fullgraph=True, backend="aot_eager"), case), run(linear_divergence, case), 0)
 
 
+@pytest.mark.parametrize("lean", (False, True))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_products_of_16_bit_operands_have_fp32_results_of_the_right_shape(divergence, lean, monkeypatch):
+    """The path of CUDA tensors, whose products take 16-bit operands, on meta tensors: shapes and dtypes only."""
+    monkeypatch.setattr(torch_backend, "operand", lambda x, dtype: x)
+    case = {k: v.to("meta") for k, v in make(30, dtype=torch.bfloat16).items()}
+    p = operators.problem(*arguments(case, divergence, lean, student_bias=torch.empty(50, device="meta")))
+    stats = torch_backend.head_statistics(p)
+    assert stats.shape == (tiles.STATISTICS, 30) and stats.dtype == torch.float32
+    grads = torch_backend.head_gradients(p, stats, stats, True, True, True)
+    assert [(x.shape, x.dtype) for x in grads] == [((30, 6), torch.bfloat16), ((50, 6), torch.bfloat16), ((50,), torch.float32)]
+
+
 def _sharded(case, option):
     """One rank's outputs, gradient of the hidden states, and gradient of its shard of the weight, as arrays (a tensor dies with its process)."""
     torch.distributed.init_process_group("gloo")
@@ -426,7 +443,7 @@ bad = {
     "student_weight has shape .* to fit student_hidden": {"student_weight": torch.zeros(50, 7).double()},
     "student_weight has shape .* at least one row": {"student_weight": torch.zeros(0, 6).double()},
     "student_bias has shape": {"student_bias": torch.zeros(49).double()},
-    "teacher_hidden has shape .* a row for each": {"teacher_hidden": torch.zeros(5, 9).double()},
+    "teacher_hidden has shape .* as student_hidden": {"teacher_hidden": torch.zeros(5, 9).double()},
     "teacher_hidden is NoneType": {"teacher_hidden": None},
     "teacher_weight has shape": {"teacher_weight": torch.zeros(43, 8).double()},
     "teacher_hidden is on meta": {"teacher_hidden": torch.zeros(4, 9, device="meta").double()},

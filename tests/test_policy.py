@@ -78,6 +78,19 @@ def test_head_gradients_equal_those_of_materialised_logits(folder, tied):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize("extra", [-3, 4])
+def test_a_teacher_padded_to_another_width_scores_the_common_columns(folder, tmp_path, extra):
+    path = save_model(tmp_path / "padded", tied=False, vocabulary=VOCABULARY + extra)
+    policy = CausalPolicy(load_model(path, torch.float32))
+    batch = collate(random_rows(3), packed=False)
+    batch.target.clamp_(max=VOCABULARY - 4)
+    valid = torch.ones(VOCABULARY, dtype=torch.bool)
+    batch.input_ids.clamp_(max=VOCABULARY - 4)
+    out = policy(batch, HeadJob(batch.target, 1.0, valid))
+    logits = (policy(batch, None) @ policy.lm_head.weight.T)[:, : min(VOCABULARY, VOCABULARY + extra)].log_softmax(-1)
+    torch.testing.assert_close(out.logp, logits.gather(1, batch.target[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+
+
 def update(student, teacher, divergence, aggregation, budget, checkpointing):
     """One update of 20 made-up rows; what came of it as plain numbers."""
     keys = {

@@ -60,6 +60,9 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
         )
+        columns, theirs = (model.lm_head.weight.shape[0] for model in (self.student, self.teacher.policy))
+        if valid_columns is None and columns != theirs:
+            valid_columns = torch.ones(columns, dtype=torch.bool)
         self.valid_columns = None if valid_columns is None else valid_columns.to(device)
         self.packed = attention_of(config.student.attention, device) == "flash_attention_2"
         # The loss, or only the turn signal, may need the teacher's whole distribution; the signal is the reverse KL then.

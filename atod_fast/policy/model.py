@@ -57,6 +57,9 @@ class Head(nn.Module):
         """hidden [A, H] -> statistics of the next-token distributions."""
         common = {"temperature": job.temperature, "softcap": self.softcap, "valid_columns": job.valid_columns}
         if job.divergence is None:
+            # The mask is the student's; a teacher padded to another width has no token in the columns it lacks.
+            missing = self.weight.shape[0] - len(job.valid_columns) if job.valid_columns is not None else 0
+            common["valid_columns"] = nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
             out = linear_logprob(hidden, self.weight, job.target, bias=self.bias, **common)
             return HeadOutput(out.logp.clone(), out.entropy.clone(), None, None)
         out = linear_divergence(

@@ -28,13 +28,13 @@ EVALUATION = 0xE7A1  # head of the seeds of evaluation episodes: equal for every
 class Actor:
     """This rank's share of every rollout. Group g and held-out task t belong to rank g or t modulo the number of ranks."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, *, rank: int, ranks: int):
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, *, rank: int, ranks: int):
         self.config, self.rank, self.ranks = config, rank, ranks
         self.training = make(config.env.name, **(config.env.options | config.env.train))
         self.heldout = make(config.env.name, **(config.env.options | config.env.eval))
         if len(self.heldout) < config.eval.tasks:
             raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {len(self.heldout)} held-out tasks of env.eval; lower it or give more")
-        self.renderer = make_renderer(config, tokenizer, self.training)
+        self.renderer = make_renderer(config, tokenizer, columns, self.training)
 
     def train(self, engine: Engine, step: int, progress: Progress | None = None) -> list[Trajectory]:
         """Groups of a step (counted from 1). Tasks come in a seeded order, each once an epoch; a pure function of the step."""
@@ -61,8 +61,11 @@ def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
-def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env) -> Renderer:
-    """Chat messages for a model with a chat template; the demo's compacted text for its word-level tokenizer."""
+def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, env: Environment) -> Renderer:
+    """Chat messages for a model with a chat template; the demo's compacted text for its word-level tokenizer.
+
+    `columns` is the width of the model's head: those without a token are never sampled.
+    """
     if "<act>" in tokenizer.get_vocab() and tokenizer.chat_template is None:
         from atod_fast.demo.rendering import CompactRenderer
 
@@ -76,6 +79,7 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env) -> Re
         context=config.rollout.context,
         thinking=config.rollout.thinking,
         prompt_tokens=config.rollout.prompt_tokens,
+        columns=columns,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import operators, tiles, validate
@@ -60,7 +59,8 @@ def head_arguments(
         validate.layer("teacher_", teacher_hidden, teacher_weight, teacher_bias, device)
         tokens = student_hidden.shape[0]
         validate.require(
-            teacher_hidden.shape[0] == tokens, f"teacher_hidden has shape {list(teacher_hidden.shape)}; expected [{tokens}, H], a row for each of student_hidden"
+            teacher_hidden.shape[0] == tokens,
+            f"teacher_hidden has shape {list(teacher_hidden.shape)}; expected [{tokens}, H], as student_hidden",
         )
         sizes += (teacher_weight.shape[0],)
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
@@ -72,7 +72,7 @@ def head_arguments(
     if vocab_group is None:
         validate.require(vocab_start == 0, f"vocab_start is {vocab_start}; it is only meaningful with vocab_group, which is None")
     else:
-        validate.require(len(set(sizes)) == 1, f"vocab_group: student and teacher shards have {sizes} rows; expected the same columns in both (use valid_columns)")
+        validate.require(len(set(sizes)) == 1, f"vocab_group: student and teacher shards have {sizes} rows; expected the same columns in both")
         validate.require(vocab_start >= 0, f"vocab_start is {vocab_start}; expected the first column of this rank's shard")
     valid = validate.valid_columns(valid_columns, sizes, device)
     if target is not None:
@@ -152,7 +152,7 @@ def linear_divergence(
         schedule: fast keeps the logits of 256 tokens (CPU; 2048 elsewhere) where a mixture needs them twice and sums the weight's
             gradient in one fp32 [V, H]; lean holds one tile at a time: a mixture recomputes its logits, and the gradient of a 16-bit
             weight needs no fp32 copy. auto is lean for the KLs, where both do the same products, and fast for the mixtures, which
-            save a third of the products.
+            save a quarter of the products.
         backend: torch, or auto, which is torch in this version.
 
     Returns:
@@ -164,7 +164,7 @@ def linear_divergence(
             an accelerator an out-of-range target gives NaN in the outputs of its token and no gradient, without a device sync.
     """
     validate.one_of("schedule", schedule, validate.SCHEDULES)
-    validate.require(isinstance(teacher_hidden, Tensor), f"teacher_hidden is {type(teacher_hidden).__name__}; expected a tensor (linear_logprob needs no teacher)")
+    validate.require(isinstance(teacher_hidden, Tensor), f"teacher_hidden is {type(teacher_hidden).__name__}; expected a tensor (without one: linear_logprob)")
     lean = schedule == "lean" or (schedule == "auto" and divergence in ("reverse_kl", "forward_kl"))
     arguments = head_arguments(
         student_hidden,
@@ -230,5 +230,3 @@ def linear_logprob(
         prefix="",
     )
     return public(operators.head(*arguments), False, True)
-
-

@@ -17,7 +17,7 @@ The mixtures need log S and log Q first and look at the tile a second time. With
     skew_forward_kl    a = 1-alpha, b = alpha     KL(q||m)                    f' = -a (q/p) / D
     skew_reverse_kl    a = alpha, b = 1-alpha     KL(p||m)                    f' = -log D - a / D
 
-Backward, for per-token upstream g (divergence), h (entropy), l (log-probability), with respect to the scaled logits:
+Backward, for per-token upstream g (divergence), h (entropy), lp (log-probability), with respect to the scaled logits:
 
     d KL(p||q) = p (log p - log q - KL)     d KL(q||p) = p - q     d mixture = p (f' - sum p f')
     d entropy  = -p (log p + entropy)       d logp = onehot - p
@@ -28,6 +28,7 @@ and 1/temperature * (1 - (z temperature / softcap)^2) leads from there to the ra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,42 +163,56 @@ def second_look(zs: Tensor, zt: Tensor, stats: Tensor, mixture: Mixture) -> Tens
     return mixture.value(log_p.exp(), log_q.exp(), log_p, log_q)
 
 
-def logit_gradient(
-    zs: Tensor, zt: Tensor | None, target: Tensor | None, start: int, stats: Tensor, upstream: Tensor, kind: str, alpha: float, softcap: float, inverse: Tensor | None, e: Tensor
-) -> Tensor:
-    """The gradient of the student's raw logits, written over zs; zt and e [n, w] are overwritten.
+class Factors(NamedTuple):
+    """Per-token factors [n, 1] of a tile's gradient: exp(u_s) (own u_s + other x + constant), and onehot for the target's logit.
 
-    stats [STATISTICS, n], upstream [3, n] of divergence, entropy and logp, inverse [n] the inverse temperature (None for 1).
+    x is u_t for the reverse KL and f' for a mixture; the forward KL adds other exp(u_t) instead. 1/S and 1/Q are folded in.
     """
-    slope = None
-    if softcap:
-        scaled = zs if inverse is None else zs / inverse[:, None]
-        slope = (scaled / softcap).square_().clamp_(max=1).neg_().add_(1)
-    if inverse is not None:
-        upstream = upstream * inverse
-    g, h, l = upstream
+
+    own: Tensor
+    other: Tensor
+    constant: Tensor
+    onehot: Tensor
+
+    @staticmethod
+    def of(stats: Tensor, upstream: Tensor, kind: str) -> Factors:
+        """stats [STATISTICS, n]; upstream [3, n] of divergence, entropy and logp."""
+        g, h, lp = upstream
+        log_s, log_t = stats[LOG_S], stats[LOG_T]
+        norm = log_s.neg().exp()
+        own, other, constant = -h, g, h * (log_s - stats[ENTROPY]) - lp
+        if kind == "reverse_kl":
+            own, other, constant = own + g, -g, constant - g * (log_s - log_t + stats[DIVERGENCE])
+        elif kind == "forward_kl":
+            other, constant = -g * (log_s - log_t).exp(), constant + g
+        else:
+            constant = constant - g * stats[MEAN_SLOPE]
+        return Factors(*(x[:, None] for x in (own * norm, other * norm, constant * norm, lp)))
+
+
+def logit_gradient(
+    zs: Tensor, zt: Tensor | None, target: Tensor | None, start: int, stats: Tensor, factors: Factors, kind: str, mixture: Mixture | None, e: Tensor
+) -> Tensor:
+    """The gradient of the student's scaled logits, written over zs; zt and e [n, w] are overwritten. stats [STATISTICS, n]."""
     at = pick(zs, target, start)
-    log_s, log_t = stats[LOG_S], stats[LOG_T]
     us = zs.sub_(stats[SHIFT_S, :, None])
     ut = None if zt is None else zt.sub_(stats[SHIFT_T, :, None])
-    norm = log_s.neg().exp_()  # p = exp(us) * norm; it is folded into the per-token factors
     torch.exp(us, out=e)
-    mixture = Mixture.of(kind, alpha)
-    if kind == "reverse_kl":
-        constant = h * (log_s - stats[ENTROPY]) - g * (log_s - log_t + stats[DIVERGENCE]) - l
-        dz = us.mul_(((g - h) * norm)[:, None]).addcmul_(ut, (-g * norm)[:, None]).add_((constant * norm)[:, None]).mul_(e)
-    elif kind == "forward_kl":
-        constant = g + h * (log_s - stats[ENTROPY]) - l
-        dz = us.mul_((-h * norm)[:, None]).add_((constant * norm)[:, None]).mul_(e).addcmul_(ut.exp_(), (-g * log_t.neg().exp())[:, None])
-    elif mixture is not None:
-        log_q = ut.add_((log_s - log_t)[:, None])  # against us = log p + log S
-        constant = h * (log_s - stats[ENTROPY]) - g * stats[MEAN_SLOPE] - l
-        slope_p = mixture.slope(us, log_q)
-        dz = us.mul_((-h * norm)[:, None]).addcmul_(slope_p, (g * norm)[:, None]).add_((constant * norm)[:, None]).mul_(e)
+    x = ut
+    if mixture is not None:
+        x = mixture.slope(us, ut.add_((stats[LOG_S] - stats[LOG_T])[:, None]))  # log q against u_s = log p: log S is added to both
+    dz = torch.addcmul(factors.constant, us, factors.own, out=us)
+    if kind == "forward_kl":
+        dz.mul_(e).addcmul_(ut.exp_(), factors.other)
     else:
-        constant = h * (log_s - stats[ENTROPY]) - l
-        dz = us.mul_((-h * norm)[:, None]).add_((constant * norm)[:, None]).mul_(e)
+        (dz if x is None else dz.addcmul_(x, factors.other)).mul_(e)
     if at is not None:
-        where, inside = at[0][:, None], at[1]
-        dz.scatter_(1, where, dz.gather(1, where) + torch.where(inside, l, 0)[:, None])
-    return dz if slope is None else dz.mul_(slope)
+        where, inside = at[0][:, None], at[1][:, None]
+        dz.scatter_(1, where, dz.gather(1, where) + factors.onehot * inside)
+    return dz
+
+
+def softcap_slope(zs: Tensor, temperature: Tensor | None, softcap: float) -> Tensor:
+    """1 - tanh(raw / softcap)^2 [n, w] from the scaled logits; temperature [n]. A masked logit's is 0."""
+    capped = zs / softcap if temperature is None else zs * (temperature / softcap)[:, None]
+    return capped.square_().clamp_(max=1).neg_().add_(1)

@@ -120,7 +120,8 @@ class Chunk:
         self.target = None if target is None else target - p.start
         self.student = self._hidden(p.student)
         self.teacher = None if p.teacher is None else self._hidden(p.teacher)
-        self.inverse = None if p.temperature is None else p.temperature[rows].reciprocal()
+        self.temperature = None if p.temperature is None else p.temperature[rows]
+        self.inverse = None if p.temperature is None else self.temperature.reciprocal()
 
     def _hidden(self, layer: Layer) -> Tensor:
         """Hidden rows as an operand. An ignored row is zeroed: whatever it holds, NaN too, must not reach a sum over tokens."""
@@ -212,38 +213,30 @@ def chunk_statistics(chunk: Chunk, scratch: Scratch, kept: Scratch | None) -> Te
     return out
 
 
-def live(chunk: Chunk, stats: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """A chunk's statistics and upstream with ignored and out-of-range tokens at 0, so that they add nothing to any gradient."""
-    upstream = upstream[: tiles.LOGP + 1].to(stats.dtype)
-    if chunk.ignored is None:
-        return stats, upstream
-    dead = chunk.ignored | stats[tiles.LOGP].isnan()
-    return stats.masked_fill(dead, 0), upstream.masked_fill(dead, 0)
-
-
 class Gradients:
-    """Where gradients are summed, in the compute dtype: dx [T, H], dw [V, H], db [V]; an empty tensor is not wanted."""
+    """Where gradients are summed, in the compute dtype: dx [T, H], dw [V, H], db [V]; an empty tensor is not wanted.
+
+    The first chunk writes dw and the first slice of columns dx, the others add: clearing a [V, H] first would cost a pass over it.
+    """
 
     def __init__(self, dx: Tensor, dw: Tensor, db: Tensor):
         self.dx, self.dw, self.db = dx, dw, db
 
     @staticmethod
     def of(problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients:
-        """Zeros. The lean schedule finishes each slice of dw in fp32 by itself, so its dw is in the weight's dtype."""
+        """The lean schedule finishes each slice of dw in fp32 by itself, so its dw is in the weight's dtype."""
         layer, dtype = problem.student, problem.dtype
         rows, columns = layer.weight.shape
-        return Gradients(
-            layer.hidden.new_zeros(layer.hidden.shape if hidden else 0, dtype=dtype),
-            layer.weight.new_zeros((rows, columns) if weight else 0, dtype=layer.weight.dtype if problem.lean else dtype),
-            layer.weight.new_zeros(rows if bias else 0, dtype=dtype),
-        )
+        dw = layer.weight.new_empty((rows, columns) if weight else 0, dtype=layer.weight.dtype if problem.lean else dtype)
+        dw[problem.columns if problem.tokens else 0 :].zero_()
+        return Gradients(layer.hidden.new_empty(layer.hidden.shape if hidden else 0, dtype=dtype), dw, layer.weight.new_zeros(rows if bias else 0, dtype=dtype))
 
     def add(self, chunk: Chunk, columns: slice, dz: Tensor, weight: Tensor, dw: Tensor | None) -> None:
         """One tile's share; `dw` [w, H] is where the weight's gradient of these columns is summed."""
         if self.dx.numel():
-            product(dz, weight, self.dx[chunk.rows], add=True)
+            product(dz, weight, self.dx[chunk.rows], add=columns.start > 0)
         if dw is not None:
-            product(dz.t(), chunk.student, dw, add=True)
+            product(dz.t(), chunk.student, dw, add=chunk.rows.start > 0)
         if self.db.numel():
             self.db[columns] += dz.sum(0)
 
@@ -256,10 +249,26 @@ class Gradients:
         return self.dx.to(layer.hidden.dtype), self.dw.to(layer.weight.dtype), self.db.to(bias_dtype)
 
 
-def tile_gradient(chunk: Chunk, columns: slice, zs: Tensor, zt: Tensor | None, stats: Tensor, upstream: Tensor, e: Tensor) -> Tensor:
-    """Gradient of one tile's raw logits, over zs."""
-    p = chunk.problem
-    return tiles.logit_gradient(zs, zt, chunk.target, columns.start, stats, upstream, p.kind, p.alpha, p.student.softcap, chunk.inverse, e)
+class ChunkGradient:
+    """The gradient of a chunk's logits, tile by tile, for its statistics [STATISTICS, n] and upstream [>= 3, n]."""
+
+    def __init__(self, chunk: Chunk, stats: Tensor, upstream: Tensor):
+        upstream = upstream[: tiles.LOGP + 1].to(stats.dtype)
+        if chunk.ignored is not None:
+            # Ignored and out-of-range tokens add nothing to any gradient; the latter's statistics are NaN.
+            dead = chunk.ignored | stats[tiles.LOGP].isnan()
+            stats, upstream = stats.masked_fill(dead, 0), upstream.masked_fill(dead, 0)
+        if chunk.inverse is not None:
+            upstream = upstream * chunk.inverse  # from the scaled logits to the raw ones
+        self.chunk, self.stats, self.factors = chunk, stats, tiles.Factors.of(stats, upstream, chunk.problem.kind)
+
+    def tile(self, columns: slice, zs: Tensor, zt: Tensor | None, e: Tensor) -> Tensor:
+        """Over zs; zt and e are overwritten."""
+        chunk, p = self.chunk, self.chunk.problem
+        softcap = p.student.softcap
+        slope = tiles.softcap_slope(zs, chunk.temperature, softcap) if softcap else None
+        dz = tiles.logit_gradient(zs, zt, chunk.target, columns.start, self.stats, self.factors, p.kind, p.mixture, e)
+        return dz if slope is None else dz.mul_(slope)
 
 
 def head_statistics(p: Problem) -> Tensor:
@@ -275,34 +284,33 @@ def head_statistics(p: Problem) -> Tensor:
 def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, H], weight [V, H] and bias [V] with recomputed logits; stats [STATISTICS, T], upstream [>= 3, T]."""
     gradients, scratch = Gradients.of(p, hidden, weight, bias), Scratch.of(p, 3)
-    chunks = [(chunk, *live(chunk, stats[:, chunk.rows], upstream[:, chunk.rows])) for chunk in p.chunks()]
+    chunks = [ChunkGradient(chunk, stats[:, chunk.rows], upstream[:, chunk.rows]) for chunk in p.chunks()]
 
-    def tile(chunk: Chunk, stats: Tensor, upstream: Tensor, columns: slice, w: Tensor, dw: Tensor | None) -> None:
-        zs, zt, e = (scratch(k, chunk.size, columns) for k in range(3))
-        chunk.both(columns, zs, zt, w)
-        dz = tile_gradient(chunk, columns, zs, None if p.teacher is None else zt, stats, upstream, e)
-        gradients.add(chunk, columns, dz, w, dw)
+    def add(gradient: ChunkGradient, columns: slice, w: Tensor, dw: Tensor | None) -> None:
+        chunk = gradient.chunk
+        zs, zt = chunk.both(columns, scratch(0, chunk.size, columns), None if p.teacher is None else scratch(1, chunk.size, columns), w)
+        gradients.add(chunk, columns, gradient.tile(columns, zs, zt, scratch(2, chunk.size, columns)), w, dw)
 
     if p.lean:
         for columns in p.slices():
             w = operand(p.student.weight[columns], p.dtype)
-            dw = torch.zeros_like(w, dtype=p.dtype) if weight else None
-            for chunk in chunks:
-                tile(*chunk, columns, w, dw)
-            if weight:
+            dw = torch.empty_like(w, dtype=p.dtype) if weight else None
+            for gradient in chunks:
+                add(gradient, columns, w, dw)
+            if weight and chunks:
                 gradients.dw[columns] = dw
     else:
-        for chunk in chunks:
+        for gradient in chunks:
             for columns in p.slices():
-                tile(*chunk, columns, operand(p.student.weight[columns], p.dtype), gradients.dw[columns] if weight else None)
+                add(gradient, columns, operand(p.student.weight[columns], p.dtype), gradients.dw[columns] if weight else None)
     return gradients.results(p)
 
 
 def kept_gradients(chunk: Chunk, kept: Scratch, stats: Tensor, upstream: Tensor, gradients: Gradients) -> None:
     """Add one chunk's gradients, from the logits that `chunk_statistics` left in `kept` (they are overwritten)."""
-    p, scratch = chunk.problem, Scratch.of(chunk.problem, 1)
-    stats, upstream = live(chunk, stats, upstream)
+    p, n, scratch = chunk.problem, chunk.size, Scratch.of(chunk.problem, 1)
+    gradient = ChunkGradient(chunk, stats, upstream)
     for columns in p.slices():
-        zs, zt = kept(0, chunk.size, columns), None if p.teacher is None else kept(1, chunk.size, columns)
-        dz = tile_gradient(chunk, columns, zs, zt, stats, upstream, scratch(0, chunk.size, columns))
-        gradients.add(chunk, columns, dz, operand(p.student.weight[columns], p.dtype), gradients.dw[columns] if gradients.dw.numel() else None)
+        dz = gradient.tile(columns, kept(0, n, columns), None if p.teacher is None else kept(1, n, columns), scratch(0, n, columns))
+        dw = gradients.dw[columns] if gradients.dw.numel() else None
+        gradients.add(chunk, columns, dz, operand(p.student.weight[columns], p.dtype), dw)
