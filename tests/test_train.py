@@ -83,7 +83,9 @@ def test_without_a_learning_rate_nothing_moves(tmp_path):
     assert len({line["eval/success"] for line in lines if "eval/success" in line}) == 1
 
 
-@pytest.mark.parametrize("settings", [["objective.preset=opd"], ["objective.preset=grpo"], ["objective.preset=exact"], ["objective.divergence=k3"]])
+@pytest.mark.parametrize(
+    "settings", [["objective.preset=opd"], ["objective.preset=grpo"], ["objective.preset=exact"], ["objective.divergence=k3", "teacher.offload=true"]]
+)
 def test_each_method_runs_from_the_same_command(tmp_path, settings):
     lines = run(tmp_path / "run", "train.steps=2", "eval.teacher=false", *settings)
     teacher = lines[-1]["time/teacher"]
