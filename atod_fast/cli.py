@@ -31,6 +31,7 @@ class Options:
     """What one invocation asks for."""
 
     config: Config
+    overrides: tuple[str, ...] | None  # the settings given, where neither a preset nor a file was
     name: str  # of the run: the CONFIG file's stem, else the preset's name
     run_dir: Path | None
     dry_run: bool
@@ -61,6 +62,7 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
     file = files[0] if files else None
     return Options(
         config=load(arguments.preset, file, overrides),
+        overrides=tuple(overrides) if arguments.preset is None and file is None else None,
         name=file.stem if file else arguments.preset or "demo",
         run_dir=arguments.run_dir,
         dry_run=arguments.dry_run,
@@ -99,7 +101,12 @@ def _parser(program: str) -> _Parser:
     parser.add_argument("--preset", metavar="NAME", help=f"named settings: {', '.join(PRESETS)}")
     parser.add_argument("--run-dir", metavar="PATH", type=Path, help="folder of this run (default: one under runs/, named after CONFIG.toml or the preset)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what a step takes in tokens and memory, then stop")
-    parser.add_argument("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the newest of the run folder, or start if there is none")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue from a checkpoint (auto: the newest of the run folder, or start if there is none), with its run's own settings "
+        "unless --preset or CONFIG.toml is given",
+    )
     parser.add_argument("--list-presets", action="store_true", help="print the presets and stop")
     return parser
 

@@ -56,7 +56,6 @@ class Rollout(Section):
     history: int = Field(2, ge=0, description="turns of history shown with rollout.context=window")
     thinking: bool = Field(False, description="let a model that can think do so, and require <think>...</think>")
     concurrency: int = Field(64, ge=1, description="trajectories in flight on one rank; each holds a slot of the transformers engine's key/value cache")
-    kv_cache_gib: float = Field(8.0, gt=0, description="memory of the KV cache per GPU with rollout.engine=vllm, GiB")
 
     @property
     def longest(self) -> int:

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM, turned into a request that the loop honours where all ranks can do so together.
 
 torchrun passes the signal to every worker and waits 30 s. A rollout stops at once; scoring and an update, whose
-collectives cannot be left half way, are finished first. A second Ctrl-C kills.
+collectives cannot be left half way, are finished first: where they take longer, give torchrun a --shutdown-timeout, or
+the last checkpoint stands. A second Ctrl-C kills.
 """
 
 from __future__ import annotations

@@ -35,10 +35,12 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def attention_of(name: str, device: torch.device) -> str:
+def attention_of(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`auto` is flash-attn where it is installed and can run: on CUDA, in 16 bits."""
     if name != "auto":
         return name
-    return "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+    flash = device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def _from_hub(loader, path: str, **options):
@@ -65,7 +67,7 @@ def load_config(path: str):
 
 
 def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse models whose ids mean different tokens: every id both know, special tokens included."""
+    """Refuse models whose ids mean different tokens: every token of either, special ones included."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     differing = {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)}
     if differing:

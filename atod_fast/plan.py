@@ -207,14 +207,10 @@ def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: t
     if exact:
         yield Item("teacher, final hidden states", share * teacher.hidden * ct, ("score", "update") if exact_loss else ("score",))
 
-    if rollout.engine == "vllm":  # asleep but for its own phase
-        cache = teacher_cache = rollout.kv_cache_gib * 2**30
-        engine_held: tuple[str, ...] = ("rollout",)
-    else:
-        cache, teacher_cache = (rollout.concurrency * rollout.longest * cache_line(shape, c) for shape in (student, teacher))
-        engine_held = phases
-    yield Item("rollout engine, weights", student.parameters * c, engine_held)
-    yield Item("rollout engine, KV cache", cache, engine_held)
+    cache, teacher_cache = (rollout.concurrency * rollout.longest * cache_line(shape, c) for shape in (student, teacher))
+    asleep = device.type == "cuda"  # where the engine gives its cache back between rollouts
+    yield Item("rollout engine, weights", student.parameters * c, phases)
+    yield Item("rollout engine, KV cache", cache, tuple(phase for phase in phases if phase in PHASES[:2]) if asleep else phases)
     if config.eval.teacher:
         yield Item("teacher's engine", teacher.parameters * c + teacher_cache, PHASES[:1])
 

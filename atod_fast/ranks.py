@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from atod_fast.errors import GuardError, UserError
 from atod_fast.trajectory import Trajectory, Turn
 
 
@@ -26,6 +27,9 @@ def world_size() -> int:
 def start() -> tuple[torch.device, DeviceMesh]:
     """Device of this rank and the mesh of all ranks: nccl on CUDA, gloo on a CPU; a process alone is a group of one."""
     if torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"--nproc_per_node {here} exceeds the {gpus} GPUs of this machine; use {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
@@ -65,6 +69,15 @@ def _everyone(value: float) -> list[float]:
 def any_rank(flag: bool) -> bool:
     """True on every rank iff `flag` is on one."""
     return bool(total(torch.tensor(int(flag))))
+
+
+def raise_together(error: UserError | GuardError | None) -> None:
+    """Raise the first rank's error on every rank: one that stopped alone would leave the others waiting for it."""
+    text = "" if error is None else f"{error.exit_code}{error}"
+    for found in _all_gather_bytes(text.encode()):
+        if found:
+            code, message = int(found[:1]), found[1:].decode()
+            raise (UserError if code == UserError.exit_code else GuardError)(message)
 
 
 def barrier() -> None:

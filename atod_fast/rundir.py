@@ -38,7 +38,10 @@ def choose(name: str, run_dir: Path | None, resume: str | None) -> tuple[Path, P
             if newest is None:
                 raise UserError(f"--resume {resume} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN")
             path = newest
-        return run_dir or path.parent.parent, path
+        own = path.parent.parent
+        if run_dir is not None and run_dir.resolve() != own.resolve():
+            _refuse_taken(run_dir)
+        return run_dir or own, path
     if run_dir is None:
         runs = {int(match[1] or 1): path for path in ROOT.glob(f"{name}*") if (match := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", path.name))}
         newest = max(runs, default=0)
@@ -47,6 +50,10 @@ def choose(name: str, run_dir: Path | None, resume: str | None) -> tuple[Path, P
         run_dir = runs[newest]
     if resume == "auto":
         return run_dir, checkpoint.latest(run_dir)
+    _refuse_taken(run_dir)
+    return run_dir, None
+
+
+def _refuse_taken(run_dir: Path) -> None:
     if (run_dir / "metrics.jsonl").exists():
         raise UserError(f"--run-dir {run_dir} already holds a run; add --resume auto to go on with it, or give another folder")
-    return run_dir, None

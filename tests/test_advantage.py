@@ -127,7 +127,7 @@ def test_rounding_is_no_variance():
 @pytest.mark.parametrize("baseline", ["rows", "trajectory"])
 def test_an_invalid_action_in_a_group_that_always_succeeds_never_explodes(baseline, advantage):
     table = make_table([outcome(0, 1.0), outcome(0, 1.0, valid=False), outcome(0, 1.0)])
-    result = rl_advantages(table, Objective(baseline=baseline, advantage=advantage, gigpo_omega=0.0))
+    result = rl_advantages(table, Objective(baseline=baseline, advantage=advantage, gigpo_omega=0.0, invalid_penalty=0.1))
     assert result.turn.abs().max() < 10
     assert result.flat_groups == (1.0 if baseline == "trajectory" else 0.0)
 

@@ -198,3 +198,8 @@ def test_a_build_is_repeatable_and_loads(tmp_path):
         assert all(torch.equal(first[key], second[key]) for key in first)
         initial = build.new_model(AutoTokenizer.from_pretrained(tmp_path / "one" / name), build.RECIPES[name].seed + 3000).state_dict()
         assert any(not torch.equal(first[key], initial[key]) for key in first)
+
+
+def test_the_shipped_teacher_is_ahead_of_the_student_it_ships_with():
+    teacher, student = (build.success(build.DEMO_WEIGHTS / name, 60, 1.0) for name in ("teacher", "student"))
+    assert teacher >= student + 0.1

@@ -189,6 +189,12 @@ def test_logits_of_16_bit_inputs_are_not_rounded(dtype, schedule):
     assert all(relative(a, b) < 4e-3 for a, b in zip(grads, exact[1], strict=True))
 
 
+def test_strides_do_not_matter():
+    case = make(20)
+    strided = case | {k: case[k].T.contiguous().T for k in ("student_hidden", "student_weight", "teacher_weight")}
+    assert_equal_runs(run(linear_divergence, strided), run(linear_divergence, case))
+
+
 def test_student_and_teacher_may_differ_in_dtype():
     case = make(9, dtype=torch.float32)
     half = case | {k: case[k].bfloat16() for k in ("teacher_hidden", "teacher_weight")}
@@ -468,6 +474,7 @@ bad = {
     "backend is 'triton', which this version does not have": {"backend": "triton"},
     "vocab_start is 8": {"vocab_start": 8},
     "vocab_group: student and teacher shards": {"vocab_group": "0"},
+    "vocab_group is 'nobody'": {"vocab_group": "nobody", "teacher_weight": torch.zeros(50, 9).double()},
 }
 
 

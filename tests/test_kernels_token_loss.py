@@ -3,6 +3,7 @@
 import pytest
 import torch
 from atod_kernels import TokenLogprob, linear_divergence, linear_logprob, linear_token_loss, naive, operators, torch_backend
+from gloo import run_ranks
 
 torch.set_num_threads(1)
 NAMES = ("student_hidden", "student_weight", "student_bias")
@@ -214,6 +215,28 @@ def test_the_inner_passes_pass_opcheck():
     stats = operators.chunk_forward(*flat, 7, 14, kept)
     sums = [torch.zeros_like(case[k]) for k in NAMES]
     torch.library.opcheck(operators.chunk_backward, (*flat, 7, 14, kept, stats, torch.ones(3, 7), *sums))
+
+
+def _sharded(case, schedule):
+    """One rank's loss and gradients, as arrays (a tensor dies with its process)."""
+    torch.distributed.init_process_group("gloo")
+    torch_backend.TILE["cpu"] = (7, 16)
+    columns = slice(0, 30) if torch.distributed.get_rank() == 0 else slice(30, 43)
+    shard = case | {k: case[k][columns] for k in ("student_weight", "student_bias", "teacher_weight")}
+    options = {"vocab_group": torch.distributed.group.WORLD.group_name, "vocab_start": columns.start, "schedule": schedule}
+    return [x.numpy() for x in gradients(shard, lambda **c: linear_token_loss(policy_loss, **c, inputs=streams(), **options)[0])]
+
+
+@pytest.mark.parametrize("schedule", ("fast", "lean"))
+def test_a_vocabulary_sharded_over_ranks_gives_the_whole_ones_result(schedule):
+    case = make(student=(43, 6))
+    loss, dx, dw, db = gradients(case, reference(case))
+    first, second = ([torch.from_numpy(x) for x in rank] for rank in run_ranks(2, _sharded, case, schedule))
+    for rank in (first, second):
+        torch.testing.assert_close(rank[0].squeeze(), loss)
+        torch.testing.assert_close(rank[1], dx)
+    torch.testing.assert_close(torch.cat((first[2], second[2])), dw)
+    torch.testing.assert_close(torch.cat((first[3], second[3])), db)
 
 
 def no_token_mean(stats, **_):

@@ -135,12 +135,6 @@ def test_teacher_hidden_states_are_kept_where_its_whole_distribution_is_needed(t
         assert held(config, "score", 2)[name] == plan.step_bounds(config).action_tokens / 2 * 96 * 4
 
 
-def test_vllm_holds_its_cache_only_while_it_rolls_out(tiny):
-    config = parse([*tiny, "rollout.engine=vllm", "rollout.kv_cache_gib=3"]).config
-    assert held(config, "rollout")["rollout engine, KV cache"] == 3 * GIB
-    assert "rollout engine, KV cache" not in held(config, "update")
-
-
 def test_half_precision_halves_what_is_computed_in_it(tiny):
     fp32, bf16 = (held(parse([*tiny, f"teacher.compute_dtype={name}"]).config, "score") for name in ("fp32", "bf16"))
     assert bf16["teacher, shard"] == fp32["teacher, shard"] / 2

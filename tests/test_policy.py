@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from atod_fast import objective, ranks
 from atod_fast.errors import UserError
 from atod_fast.models import compare_tokenizers, load_model, resolve
-from atod_fast.policy import checkpoint
+from atod_fast.policy import checkpoint, sharding
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.model import CausalPolicy, HeadJob
 from atod_fast.policy.packing import collate
@@ -102,6 +102,8 @@ def update(student, teacher, divergence, aggregation, budget, checkpointing):
         "student.gradient_checkpointing": checkpointing,
     }
     config = load(None, None, [*(f"{key}={value}" for key, value in keys.items()), "train.minibatch_rows=8", "turns.disagreement=exact"])
+    if checkpointing == "true":  # as large models do: gather each block again for the backward pass
+        sharding.RESHARD_PARAMETERS = 0
     device, mesh = ranks.start()
     learner = Learner(config, mesh, device, None)
     rows = random_rows(20)
@@ -214,7 +216,7 @@ def save_and_load(path, run):
     other, other_optimizer = make()
     state = checkpoint.load(saved, other, other_optimizer)
     step(other, other_optimizer)
-    checkpoint.export(run / "hf", policy, Nameless())
+    checkpoint.export(run / "hf", policy, Nameless(), torch.float32)
     return {
         "left": left,
         "state": state,

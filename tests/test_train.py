@@ -9,10 +9,12 @@ import time
 import pytest
 import torch
 from gloo import run_ranks
+from test_rendering import make_tokenizer
 from tiny import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atod_fast import evaluate, train
+from atod_fast import evaluate, ranks, train
+from atod_fast.errors import UserError
 from atod_fast.models import resolve
 
 CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty turns/weight_mean loss/total policy/kl
@@ -22,7 +24,11 @@ SMALL = ["train.tasks_per_step=2", "train.group_size=4", "train.minibatch_rows=4
 
 def run(folder, *settings, code=0):
     assert train.main([*SMALL, *settings, "--run-dir", str(folder)]) == code
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if code == 0 else []
+    return read(folder) if code == 0 else []
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def untimed(lines):
@@ -71,8 +77,19 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(three_steps, tmp_path):
     shutil.copytree(folder, copied)
     shutil.rmtree(copied / "checkpoints" / "step_000003")
     shutil.rmtree(copied / "hf")
-    again = run(copied, "train.steps=3", "--resume", "auto")
-    assert untimed(again) == untimed(lines) and (copied / "hf" / "config.json").exists()
+    settings = (copied / "config.toml").read_text()
+    assert train.main(["--run-dir", str(copied), "--resume", "auto"]) == 0, "the run's own settings need not be given again"
+    assert untimed(read(copied)) == untimed(lines) and (copied / "hf" / "config.json").exists()
+    assert (copied / "config.toml").read_text() == settings
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(three_steps, tmp_path):
+    folder, _ = three_steps
+    copied = tmp_path / "back"
+    shutil.copytree(folder, copied)
+    assert train.main(["train.steps=4", "--resume", str(copied / "checkpoints" / "step_000002")]) == 0
+    assert [line["step"] for line in read(copied)] == [0, 1, 2, 3, 4]
+    assert sorted(p.name for p in (copied / "checkpoints").iterdir()) == ["step_000002", "step_000003.abandoned", "step_000004"]
 
 
 def test_without_a_learning_rate_nothing_moves(tmp_path):
@@ -87,10 +104,10 @@ def test_without_a_learning_rate_nothing_moves(tmp_path):
     "settings", [["objective.preset=opd"], ["objective.preset=grpo"], ["objective.preset=exact"], ["objective.divergence=k3", "teacher.offload=true"]]
 )
 def test_each_method_runs_from_the_same_command(tmp_path, settings):
-    lines = run(tmp_path / "run", "train.steps=2", "eval.teacher=false", *settings)
+    lines = run(tmp_path / "run", "train.steps=3", "eval.teacher=false", *settings)
     teacher = lines[-1]["time/teacher"]
     assert (teacher < 1e-3) == ("objective.preset=grpo" in settings), "the teacher is skipped exactly where kappa is 0"
-    assert lines[-1]["policy/gradient_norm"] > 0
+    assert max(line["policy/gradient_norm"] for line in lines[1:]) > 0, "some group of the steps differs in its rewards"
 
 
 def test_an_adaptive_kappa_follows_the_gap_to_the_teacher(tmp_path):
@@ -105,9 +122,41 @@ def test_two_ranks_do_what_one_does(three_steps, tmp_path):
     folder = tmp_path / "pair"
     codes = run_ranks(2, train.main, [*SMALL, "train.steps=3", "--run-dir", str(folder)])
     assert codes == [0, 0]
-    pair = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    pair = read(folder)
     for key in ("train/success", "turns/disagreement", "turns/uncertainty", "turns/weight_mean", "loss/total", "policy/gradient_norm"):
         assert pair[1][key] == pytest.approx(lines[1][key], rel=1e-3, abs=1e-5), key
+
+
+def test_torchrun_starts_it_and_speaks_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "atod_fast.train", *SMALL, "train.steps=1", "--run-dir"]
+    done = subprocess.run([*command, str(tmp_path / "run")], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("held-out success") == 1 and len(read(tmp_path / "run")) == 2
+    refused = subprocess.run([*command, str(tmp_path / "run"), "train.stepz=3"], capture_output=True, text=True, timeout=240)
+    assert refused.returncode != 0 and refused.stderr.count("atod_fast: ") == 1
+
+
+def complain_on_the_second_rank():
+    ranks.start()
+    error = UserError("tasks of rank 1 are too long") if ranks.rank() == 1 else None
+    with pytest.raises(UserError, match="rank 1 are too long"):
+        ranks.raise_together(error)
+    return True
+
+
+def test_an_error_of_one_rank_stops_all():
+    assert run_ranks(2, complain_on_the_second_rank) == [True, True]
+
+
+def test_a_chat_model_learns_in_windows_of_the_last_turns(tmp_path):
+    tokenizer = make_tokenizer()
+    paths = [save_model(tmp_path / name, seed=seed, vocabulary=len(tokenizer) + 3, positions=4096) for seed, name in enumerate(("student", "teacher"))]
+    for path in paths:
+        tokenizer.save_pretrained(path)
+    keys = ["rollout.context=window", "rollout.prompt_tokens=3000", "rollout.response_tokens=6", "env.max_turns=3", "eval.teacher=false", "train.steps=1"]
+    lines = run(tmp_path / "run", *keys, *(f"{name}.path={path}" for name, path in zip(("student", "teacher"), paths, strict=True)), "eval.tasks=1")
+    assert lines[1]["rollout/turns"] == 3 and lines[1]["rollout/invalid_actions"] == 1 and lines[1]["sync/logprob_gap"] < 1e-4
+    assert lines[1]["turns/disagreement"] > 0.1 and lines[1]["policy/gradient_norm"] > 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,16 @@ from atod_fast.trajectory import Row
 VOCABULARY = 61
 
 
-def save_model(folder: Path, *, family: str = "qwen3", tied: bool = True, seed: int = 0, hidden: int = 32, vocabulary: int = VOCABULARY) -> str:
+def save_model(
+    folder: Path,
+    *,
+    family: str = "qwen3",
+    tied: bool = True,
+    seed: int = 0,
+    hidden: int = 32,
+    vocabulary: int = VOCABULARY,
+    positions: int = 512,
+) -> str:
     """A random model with weights large enough that its distributions are far from uniform."""
     kind, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
     config = kind(
@@ -24,7 +33,7 @@ def save_model(folder: Path, *, family: str = "qwen3", tied: bool = True, seed: 
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         dtype="float32",
         eos_token_id=1,

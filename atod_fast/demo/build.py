@@ -161,7 +161,8 @@ def success(folder: Path, tasks: int, temperature: float) -> float:
     """Share of the demo's first `tasks` held-out games that the model in `folder` wins."""
     config = Config(student=Student(path=str(folder)), eval=Eval(tasks=tasks, temperature=temperature))
     engine = make_engine(config, config.student.path, torch.device("cpu"))
-    played = Actor(config, load_tokenizer(config.student.path), rank=0, ranks=1).evaluate(engine)
+    tokenizer = load_tokenizer(config.student.path)
+    played = Actor(config, tokenizer, len(tokenizer), rank=0, ranks=1).evaluate(engine)
     return sum(trajectory.success for trajectory in played) / len(played)
 
 

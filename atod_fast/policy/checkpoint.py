@@ -29,6 +29,14 @@ def latest(run_dir: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
 
 
+def set_aside_after(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints of later steps to `*.abandoned`: the run goes on from `step`, and they are no longer its future."""
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        if re.fullmatch(r"step_\d{6,}", path.name) and int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path.with_suffix(".abandoned"), ignore_errors=True)
+            path.rename(path.with_suffix(".abandoned"))
+
+
 def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, state: dict, *, keep: int) -> Path:
     """Write step's checkpoint beside its final name and rename it when whole; then drop the oldest beyond `keep`.
 
@@ -46,7 +54,7 @@ def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, s
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        complete = sorted(p for p in final.parent.glob("step_*") if (p / "state.json").is_file() and p.suffix != ".partial")
+        complete = sorted(p for p in final.parent.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
         for old in complete[:-keep]:
             shutil.rmtree(old)
     ranks.barrier()
@@ -67,11 +75,11 @@ def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
     return json.loads((path / "state.json").read_text())
 
 
-def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A folder that transformers and vLLM load: safetensors in the source checkpoint's dtype, config, tokenizer. Collective."""
+def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+    """A folder that transformers and vLLM load: safetensors in `dtype`, config, tokenizer. Collective."""
     whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if ranks.rank() == 0:
-        dtype = policy.config.dtype or torch.float32
+        policy.config.dtype = dtype
         # A gathered tensor may be a view of a padded buffer, which safetensors refuses.
         weights = {name: tensor.to(dtype).clone() for name, tensor in whole.items() if not (policy.tied and name == "lm_head.weight")}
         path.mkdir(parents=True, exist_ok=True)

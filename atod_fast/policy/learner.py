@@ -54,7 +54,8 @@ class Learner:
 
     def __init__(self, config: Config, mesh: DeviceMesh, device: torch.device, valid_columns: Tensor | None):
         self.config, self.device = config, device
-        self.student = shard(build_student(config.student, device).to(device), mesh, dtype_of(config.student.compute_dtype, device))
+        dtype = dtype_of(config.student.compute_dtype, device)
+        self.student = shard(build_student(config.student, device).to(device), mesh, dtype)
         assert all(p.dtype == torch.float32 for p in self.student.parameters()), "AdamW needs fp32 masters"
         self.teacher = Teacher(config, mesh, device)
         self.optimizer = torch.optim.AdamW(
@@ -64,7 +65,9 @@ class Learner:
         if valid_columns is None and columns != theirs:
             valid_columns = torch.ones(columns, dtype=torch.bool)
         self.valid_columns = None if valid_columns is None else valid_columns.to(device)
-        self.packed = attention_of(config.student.attention, device) == "flash_attention_2"
+        # Rows lie end to end only where both models' attention skips what is not of the same row; sdpa would compute all of it.
+        attentions = [attention_of(config.student.attention, device, dtype_of(model.compute_dtype, device)) for model in (config.student, config.teacher)]
+        self.packed = attentions == ["flash_attention_2"] * 2
         # The loss, or only the turn signal, may need the teacher's whole distribution; the signal is the reverse KL then.
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)

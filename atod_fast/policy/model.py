@@ -115,7 +115,7 @@ def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None
 
 def build_student(config: Student, device: torch.device) -> CausalPolicy:
     """fp32 masters whatever the checkpoint holds: AdamW at 1e-6 leaves bf16 weights unchanged."""
-    model = load_model(config.path, torch.float32, attention_of(config.attention, device))
+    model = load_model(config.path, torch.float32, attention_of(config.attention, device, dtype_of(config.compute_dtype, device)))
     apply_liger(model, config.liger, device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -125,5 +125,6 @@ def build_student(config: Student, device: torch.device) -> CausalPolicy:
 
 def build_teacher(config: Teacher, attention: str, device: torch.device) -> CausalPolicy:
     """Frozen, in its compute precision."""
-    model = load_model(config.path, dtype_of(config.compute_dtype, device), attention_of(attention, device))
+    dtype = dtype_of(config.compute_dtype, device)
+    model = load_model(config.path, dtype, attention_of(attention, device, dtype))
     return CausalPolicy(model.eval().requires_grad_(False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,15 +27,19 @@ EVALUATION = 0xE7A1  # head of the seeds of evaluation episodes: equal for every
 
 
 class Actor:
-    """This rank's share of every rollout. Group g and held-out task t belong to rank g or t modulo the number of ranks."""
+    """This rank's share of every rollout. Group g of a step belongs to rank g modulo their number, and so do the held-out tasks in turn."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, *, rank: int, ranks: int):
         self.config, self.rank, self.ranks = config, rank, ranks
-        self.training = make(config.env.name, **(config.env.options | config.env.train))
         self.heldout = make(config.env.name, **(config.env.options | config.env.eval))
         if len(self.heldout) < config.eval.tasks:
             raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {len(self.heldout)} held-out tasks of env.eval; lower it or give more")
-        self.renderer = make_renderer(config, tokenizer, columns, self.training)
+        self.renderer = make_renderer(config, tokenizer, columns, self.heldout)
+
+    @cached_property
+    def training(self) -> Environment:
+        """Made when first asked for: an evaluation needs none."""
+        return make(self.config.env.name, **(self.config.env.options | self.config.env.train))
 
     def train(self, engine: Engine, step: int, progress: Progress | None = None) -> list[Trajectory]:
         """Groups of a step (counted from 1). Tasks come in a seeded order, each once an epoch; a pure function of the step."""
@@ -48,8 +53,12 @@ class Actor:
         return self._play(engine, self.training, episodes, self.config.rollout.temperature, progress)
 
     def evaluate(self, engine: Engine, progress: Progress | None = None) -> list[Trajectory]:
-        """One episode of each of the first `eval.tasks` held-out tasks, with seeds that no run's seed changes."""
-        mine = range(self.rank, self.config.eval.tasks, self.ranks)
+        """One episode of each of `eval.tasks` held-out tasks, the same tasks and seeds in every run.
+
+        They are drawn from all, as official games are listed by task type.
+        """
+        drawn = np.sort(np.random.default_rng(EVALUATION).permutation(len(self.heldout))[: self.config.eval.tasks])
+        mine = drawn[self.rank :: self.ranks].tolist()
         episodes = [Episode(task, task, 0, seed=_seed(EVALUATION, task), env_seed=_seed(EVALUATION, task)) for task in mine]
         return self._play(engine, self.heldout, episodes, self.config.eval.temperature, progress)
 

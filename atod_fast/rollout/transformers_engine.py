@@ -65,7 +65,7 @@ class TransformersEngine:
             raise UserError(f"rollout.prompt_tokens: sequences of {max_model_len} tokens exceed the model's {limit} positions; lower it")
         kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"])
         if kinds != {"full_attention"}:
-            raise UserError(f"rollout.engine=transformers: a {config.model_type} model has layers of {', '.join(sorted(kinds))}; use rollout.engine=vllm")
+            raise UserError(f"rollout.engine=transformers: a {config.model_type} model has layers of {', '.join(sorted(kinds))}; use another model")
         self.max_model_len = max_model_len
         self._device = torch.device(device)
         self._model = model.to(self._device).eval().requires_grad_(False)

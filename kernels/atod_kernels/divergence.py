@@ -73,6 +73,7 @@ def head_arguments(
         validate.require(vocab_start == 0, f"vocab_start is {vocab_start}; it is only meaningful with vocab_group, which is None")
     else:
         validate.require(len(set(sizes)) == 1, f"vocab_group: student and teacher shards have {sizes} rows; expected the same columns in both")
+        validate.group(vocab_group)
         validate.require(vocab_start >= 0, f"vocab_start is {vocab_start}; expected the first column of this rank's shard")
     valid = validate.valid_columns(valid_columns, sizes, device)
     if target is not None:

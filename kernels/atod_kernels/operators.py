@@ -102,7 +102,7 @@ def head_backward(
 @head_backward.register_fake
 def _(student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     parameters = (student_hidden, student_weight, student_hidden if student_bias is None else student_bias)
-    return tuple(torch.empty_like(x) if wanted else student_hidden.new_empty(0) for x, wanted in zip(parameters, args[-3:], strict=True))
+    return tuple(x.new_empty(x.shape) if wanted else student_hidden.new_empty(0) for x, wanted in zip(parameters, args[-3:], strict=True))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

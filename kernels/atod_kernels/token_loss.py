@@ -127,6 +127,7 @@ def linear_token_loss(
         ValueError: naming the argument; also if check finds loss_fn not separable (on an accelerator a device-side assertion).
     """
     validate.one_of("schedule", schedule, validate.SCHEDULES)
+    validate.one_of("divergence", divergence, validate.DIVERGENCES)
     teacher = teacher_hidden is not None
     require(teacher == (teacher_weight is not None), "teacher_hidden and teacher_weight must be given together; one of them is None")
     require(teacher or target is not None, "target is None; expected token ids [T] where there is no teacher")

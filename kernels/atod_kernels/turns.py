@@ -63,7 +63,7 @@ def _turn_reduce_backward(upstream: Tensor, values: Tensor, offsets: Tensor, out
 
 @_turn_reduce_backward.register_fake
 def _(upstream: Tensor, values: Tensor, offsets: Tensor, out: Tensor, reduce: str) -> Tensor:
-    return torch.empty_like(values)
+    return values.new_empty(values.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
@@ -33,6 +34,7 @@ def backend(value: str) -> None:
 
 def tensor(name: str, value: object, rank: int) -> None:
     require(isinstance(value, Tensor), f"{name} is {type(value).__name__}; expected a tensor")
+    require(not hasattr(value, "full_tensor"), f"{name} is a DTensor; expected a plain tensor: call this in the forward of the module that FSDP2 unshards")
     require(value.dim() == rank, f"{name} has shape {list(value.shape)}; expected {rank} dimension{'s' if rank != 1 else ''}")
 
 
@@ -118,6 +120,13 @@ def valid_columns(value: Tensor | None, sizes: tuple[int, ...], device: torch.de
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         require(bool(value.any()), "valid_columns is False everywhere; expected at least one column to be left")
     return value
+
+
+def group(name: str) -> None:
+    try:
+        dist.distributed_c10d._resolve_process_group(name)
+    except RuntimeError:
+        raise ValueError(f"vocab_group is {name!r}; expected the name of a process group of this process (ProcessGroup.group_name)") from None
 
 
 def offsets(name: str, value: Tensor, total: int | None, of: str) -> None:
