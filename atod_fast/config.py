@@ -63,7 +63,9 @@ class Rollout(Section):
         return self.prompt_tokens if self.context == "full" else self.prompt_tokens + self.response_tokens
 
     @model_validator(mode="after")
-    def _room_for_a_response(self) -> Rollout:
+    def _can_be_played(self) -> Rollout:
+        if self.engine == "vllm":
+            raise ValueError("rollout.engine=vllm is not in this version; use rollout.engine=transformers")
         if self.longest <= self.response_tokens:
             raise ValueError(
                 f"rollout.response_tokens={self.response_tokens} leaves no room in rollout.prompt_tokens={self.prompt_tokens}, "

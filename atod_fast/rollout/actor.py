@@ -94,8 +94,6 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: i
 
 def make_engine(config: Config, model_path: str, device: torch.device) -> Engine:
     """The engine of `rollout.engine`, holding the checkpoint at `model_path`."""
-    if config.rollout.engine == "vllm":
-        raise UserError("rollout.engine='vllm' is not in this version; use rollout.engine=transformers")
     dtype = dtype_of(config.student.compute_dtype, device)
     model = load_model(model_path, dtype).to(device)
     return TransformersEngine(model, slots=config.rollout.concurrency, max_model_len=config.rollout.longest, device=device)
