@@ -22,8 +22,8 @@ from torch import Tensor
 from . import tiles
 from .validate import IGNORE
 
-# Tokens and columns of a tile. CPU: four fp32 tiles of 256 x 512 are the 2 MiB of an L2 cache; twice the columns made the statistics 20% slower,
-# and a product needs about 256 rows to run at full speed (256 x 256, 128 x 1024 and 256 x 2048 were all slower).
+# Tokens and columns of a tile. CPU: four fp32 tiles of 256 x 512 are the 2 MiB of an L2 cache. Twice the rows or columns measured the same;
+# 128 rows were slower, as a product needs about 256 to run at full speed, and so were 256 columns.
 # Accelerators: enough rows for the product to be compute bound, few enough columns for the temporaries to be small.
 TILE = {"cpu": (256, 512), "accelerator": (2048, 8192)}
 
@@ -257,9 +257,10 @@ class ChunkGradient:
     def __init__(self, chunk: Chunk, stats: Tensor, upstream: Tensor):
         upstream = upstream[: tiles.LOGP + 1].to(stats.dtype)
         if chunk.ignored is not None:
-            # Ignored and out-of-range tokens add nothing to any gradient; the latter's statistics are NaN.
+            # Ignored and out-of-range tokens add nothing to any gradient; the latter's outputs are NaN. The normalisers stay.
             dead = chunk.ignored | stats[tiles.LOGP].isnan()
-            stats, upstream = stats.masked_fill(dead, 0), upstream.masked_fill(dead, 0)
+            stats, upstream = stats.clone(), upstream.masked_fill(dead, 0)
+            stats[: tiles.OUTPUTS].masked_fill_(dead, 0)
         if chunk.inverse is not None:
             upstream = upstream * chunk.inverse  # from the scaled logits to the raw ones
         self.chunk, self.stats, self.factors = chunk, stats, tiles.Factors.of(stats, upstream, chunk.problem.kind)
