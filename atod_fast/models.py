@@ -23,7 +23,8 @@ def resolve(path: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError(f"model path {path!r} names no shipped model; use demo:student or demo:teacher, or run python -m atod_fast.demo.build")
         return str(folder)
-    if (Path(path).is_absolute() or path.startswith((".", "~"))) and not (Path(path).expanduser() / "config.json").is_file():
+    local = Path(path).is_absolute() or path.startswith((".", "~")) or ("/" in path and Path(Path(path).parts[0]).is_dir())
+    if local and not (Path(path).expanduser() / "config.json").is_file():
         raise UserError(f"model path {path!r} holds no config.json; give a Hugging Face model folder or a hub name")
     return str(Path(path).expanduser()) if path.startswith("~") else path
 

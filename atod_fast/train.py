@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import cli, objective, plan, ranks, rundir
 from atod_fast.config import Config
+from atod_fast.envs import find
 from atod_fast.errors import GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer
@@ -57,6 +58,7 @@ class Run:
         check_world(config, ranks.world_size())
         torch.manual_seed(config.train.seed)
 
+        find(config.env.name)  # before a model is fetched for a world that is not there
         shapes, tokenizers = zip(*((load_config(path), load_tokenizer(path)) for path in (config.student.path, config.teacher.path)), strict=True)
         for path, shape in zip((config.student.path, config.teacher.path), shapes, strict=True):
             check_model(config, path, shape.to_dict())

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,13 +168,16 @@ def test_a_chat_model_learns_in_windows_of_the_last_turns(tmp_path):
         (["rollout.prompt_tokens=99999"], ["rollout.prompt_tokens", "positions"]),
         (["eval.tasks=999999"], ["eval.tasks=999999", "held-out"]),
         (["env.name=nowhere"], ["nowhere"]),
+        (["--preset", "webshop-0.6b"], ["webshop", "not in this version"]),
+        (["student.path=tests/nothing"], ["tests/nothing", "config.json"]),
         (["rollout.engine=vllm"], ["rollout.engine", "transformers"]),
         (["rollout.context=window"], ["rollout.context", "full"]),
         (["env.train={games='/nowhere/games'}"], ["/nowhere/games"]),
         (["--resume", "/nowhere/run"], ["--resume", "/nowhere/run"]),
     ],
 )
-def test_bad_input_is_one_clear_line(tmp_path, capfd, settings, words):
+def test_bad_input_is_one_clear_line(tmp_path, capfd, monkeypatch, settings, words):
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
     run(tmp_path / "run", *settings, code=2)
     (line,) = [text for text in capfd.readouterr().err.splitlines() if text.startswith("atod_fast:")]
     assert all(word in line for word in words), line

@@ -21,9 +21,7 @@ def make(name: str, **options: Any) -> Environment:
 
     `name`: alfworld, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option.
     """
-    if name in NOT_YET:
-        raise UserError(f"env.name={name!r} is not in this version; use alfworld or your own module:Class")
-    factory = _find(name)
+    factory = find(name)
     parameters = inspect.signature(factory).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for option in options:
@@ -34,7 +32,10 @@ def make(name: str, **options: Any) -> Environment:
     return factory(**options)
 
 
-def _find(name: str) -> Any:
+def find(name: str) -> Any:
+    """What makes the environment `name`; UserError where there is none."""
+    if name in NOT_YET:
+        raise UserError(f"env.name={name!r} is not in this version; use alfworld or your own module:Class")
     if name in BUILT_IN:
         return _load(BUILT_IN[name], name)
     offered = {point.name: point for point in entry_points(group=GROUP)}

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 COLUMNS = (  # heading, metric, format
     ("step", "step", "{:>5d}"),
     ("success", "train/success", "{:>7.1%}"),
+    ("held-out", "eval/success", "{:>8.1%}"),
     ("kappa", "schedule/kappa", "{:>6.3f}"),
     ("rho", "schedule/rho", "{:>5.2f}"),
     ("d", "turns/disagreement", "{:>6.3f}"),
