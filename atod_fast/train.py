@@ -237,7 +237,7 @@ class Run:
             self.log.write(metrics)
 
     def finish_run(self) -> None:
-        """Export for transformers and vLLM, draw the curves, say what was gained."""
+        """Export for transformers, draw the curves, say what was gained."""
         if self.after is None:  # resumed with every step done
             self.after = self.success(self.engine, "evaluating")
         checkpoint.export(self.run_dir / "hf", self.learner.student, self.tokenizer, self.export_dtype)

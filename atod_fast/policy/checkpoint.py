@@ -76,7 +76,7 @@ def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
 
 
 def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-    """A folder that transformers and vLLM load: safetensors in `dtype`, config, tokenizer. Collective."""
+    """A folder that transformers loads: safetensors in `dtype`, config, tokenizer. Collective."""
     whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if ranks.rank() == 0:
         policy.config.dtype = dtype
