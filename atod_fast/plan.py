@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from atod_kernels.torch_backend import TILE
+from atod_kernels.problem import TILE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atod_fast.config import Config

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from atod_kernels import linear_divergence, linear_logprob, naive, operators, tiles, torch_backend
+from atod_kernels import linear_divergence, linear_logprob, naive, operators, problem, products, tiles, torch_backend
 from gloo import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ SCHEDULES = ("fast", "lean")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 7 tokens and 16 columns, so that small problems have many, ragged ones among them."""
-    monkeypatch.setitem(torch_backend.TILE, "cpu", (7, 16))
+    monkeypatch.setitem(problem.TILE, "cpu", (7, 16))
 
 
 def make(tokens, student=(50, 6), teacher=(43, 9), *, seed=0, dtype=torch.float64, scale=1.5, ignored=0.25):
@@ -151,7 +151,7 @@ def test_the_teacher_never_gets_a_gradient():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_fp32_gradients_are_within_2e_4_of_fp64_where_student_is_close_to_teacher(divergence, schedule, monkeypatch):
-    monkeypatch.setitem(torch_backend.TILE, "cpu", (8, 128))
+    monkeypatch.setitem(problem.TILE, "cpu", (8, 128))
     case = close_pair()
     exact = run(naive.linear_divergence, as_double(case), divergence=divergence)
     assert 1e-3 < naive.linear_divergence(**as_double(case)).divergence.mean() < 1e-2
@@ -271,7 +271,7 @@ def test_the_size_of_tiles_does_not_matter(schedule, monkeypatch):
     case = make(23, seed=8)
     expected = run(linear_divergence, case, schedule=schedule, divergence="jsd")
     for tile in ((1, 1), (2, 64), (23, 3), (64, 64)):
-        monkeypatch.setitem(torch_backend.TILE, "cpu", tile)
+        monkeypatch.setitem(problem.TILE, "cpu", tile)
         assert_equal_runs(run(linear_divergence, case, schedule=schedule, divergence="jsd"), expected)
 
 
@@ -341,7 +341,7 @@ def arguments(case, divergence="jsd", lean=False, **tensors):
     """The operators' flat arguments."""
     named = {"student_bias": None, "teacher_bias": None, "temperature": None, "valid_columns": None} | case | tensors
     order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "target", "temperature", "valid_columns")
-    return tuple(named[k] for k in order) + (0.0, 0.0, divergence, 0.5, "", 0, lean)
+    return tuple(named[k] for k in order) + (0.0, 0.0, divergence, 0.5, "", 0, lean, False)
 
 
 def test_lean_holds_tiles_and_fast_a_chunk():
@@ -355,32 +355,18 @@ def test_lean_holds_tiles_and_fast_a_chunk():
     assert largest[True] < 7 * 900
 
 
-@pytest.fixture
-def products(monkeypatch):
-    """FLOPs of the matrix products, counted."""
-    count = [0]
-    product = torch_backend.product
-
-    def counted(a, b, out, add=False):
-        count[0] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return product(a, b, out, add)
-
-    monkeypatch.setattr(torch_backend, "product", counted)
-    return count
-
-
 @pytest.mark.parametrize(
     "divergence, schedule, forward", (("reverse_kl", "fast", 2), ("reverse_kl", "lean", 2), ("jsd", "fast", 2), ("jsd", "lean", 4), ("jsd", "auto", 2))
 )
-def test_products_are_those_of_the_schedule(products, divergence, schedule, forward):
+def test_products_are_those_of_the_schedule(flops, divergence, schedule, forward):
     """In units of G = 2 T V H, with equal models: statistics 2 G, twice that for a lean mixture; the backward 4 G."""
     case = make(21, student=(48, 5), teacher=(48, 5))
     g = 2 * 21 * 48 * 5
     with torch.no_grad():
         linear_divergence(**case, divergence=divergence, schedule=schedule)
-    assert products[0] == forward * g
+    assert flops[0] == forward * g
     run(linear_divergence, case, divergence=divergence, schedule=schedule)
-    assert products[0] == (2 * forward + 4) * g
+    assert flops[0] == (2 * forward + 4) * g
 
 
 def test_a_target_out_of_range_that_was_not_checked_is_nan_and_has_no_gradient():
@@ -411,7 +397,8 @@ def test_operators_pass_opcheck_and_compile_to_one_graph():
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_products_of_16_bit_operands_have_fp32_results_of_the_right_shape(divergence, lean, monkeypatch):
     """The path of CUDA tensors, whose products take 16-bit operands, on meta tensors: shapes and dtypes only."""
-    monkeypatch.setattr(torch_backend, "operand", lambda x, dtype: x)
+    for module in (torch_backend, products):
+        monkeypatch.setattr(module, "operand", lambda x, dtype: x)
     case = {k: v.to("meta") for k, v in make(30, dtype=torch.bfloat16).items()}
     p = operators.problem(*arguments(case, divergence, lean, student_bias=torch.empty(50, device="meta")))
     stats = torch_backend.head_statistics(p)
@@ -423,7 +410,7 @@ def test_products_of_16_bit_operands_have_fp32_results_of_the_right_shape(diverg
 def _sharded(case, option):
     """One rank's outputs, gradient of the hidden states, and gradient of its shard of the weight, as arrays (a tensor dies with its process)."""
     torch.distributed.init_process_group("gloo")
-    torch_backend.TILE["cpu"] = (7, 16)
+    problem.TILE["cpu"] = (7, 16)
     rank = torch.distributed.get_rank()
     columns = slice(0, 20) if rank == 0 else slice(20, 43)
     shard = case | {k: case[k][columns] for k in ("student_weight", "teacher_weight", "valid_columns")}
@@ -471,7 +458,7 @@ bad = {
     "divergence is 'kl'": {"divergence": "kl"},
     "schedule is 'slow'": {"schedule": "slow"},
     "backend is 'cuda'": {"backend": "cuda"},
-    "backend is 'triton', which this version does not have": {"backend": "triton"},
+    "backend is 'triton' and the tensors are on cpu": {"backend": "triton"},
     "vocab_start is 8": {"vocab_start": 8},
     "vocab_group: student and teacher shards": {"vocab_group": "0"},
     "vocab_group is 'nobody'": {"vocab_group": "nobody", "teacher_weight": torch.zeros(50, 9).double()},

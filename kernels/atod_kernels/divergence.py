@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import operators, tiles, validate
-from .torch_backend import compute_dtype
+from .problem import compute_dtype
 
 
 class TokenDivergence(NamedTuple):
@@ -49,9 +49,9 @@ def head_arguments(
     prefix: str = "student_",
 ) -> tuple:
     """The checked arguments of the operators, in their order. `prefix` is how the caller names the student's tensors."""
-    validate.backend(backend)
     validate.tensor(f"{prefix}hidden", student_hidden, 2)
     device = student_hidden.device
+    triton = validate.backend(backend, device)
     validate.layer(prefix, student_hidden, student_weight, student_bias, device)
     sizes = (student_weight.shape[0],)
     if teacher_hidden is not None:
@@ -95,6 +95,7 @@ def head_arguments(
         vocab_group or "",
         vocab_start,
         lean,
+        triton,
     )
 
 

@@ -1,4 +1,4 @@
-"""The torch backend as operators of torch.library, so that torch.compile, fake tensors and autograd treat each as one node.
+"""The backends as operators of torch.library, so that torch.compile, fake tensors and autograd treat each as one node.
 
 `head` is differentiable; `head_backward` is its gradient; `chunk_forward` and `chunk_backward` are the two passes of
 `linear_token_loss` over one chunk of tokens, between which the caller's loss is evaluated.
@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles
-from . import torch_backend as backend
-from .torch_backend import Chunk, Gradients, Layer, Problem, Scratch, compute_dtype
+from . import tiles, torch_backend
+from .problem import Layer, Problem, compute_dtype
+from .products import Gradients
+
+TENSORS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? target, Tensor? temperature, Tensor? valid"
+)
+OPTIONS = "float softcap, float teacher_softcap, str kind, float alpha, str group, int start, bool lean, bool triton"
+COMMON = f"{TENSORS}, {OPTIONS}"
+WIDTH = COMMON.count(",") + 1  # how many arguments every operator shares
 
 
 def problem(
@@ -28,40 +36,28 @@ def problem(
     valid: Tensor | None,
     softcap: float,
     teacher_softcap: float,
-    kind: str,
-    alpha: float,
-    group: str,
-    start: int,
-    lean: bool,
+    *options: Any,
 ) -> Problem:
     """The operators' common arguments as a `Problem`."""
     student = Layer(student_hidden, student_weight, student_bias, softcap)
     teacher = None if teacher_hidden is None or teacher_weight is None else Layer(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
-    return Problem(student, teacher, target, temperature, valid, kind, alpha, group, start, lean)
+    return Problem(student, teacher, target, temperature, valid, *options)
 
 
-@torch.library.custom_op("atod_kernels::head", mutates_args=())
-def head(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    target: Tensor | None,
-    temperature: Tensor | None,
-    valid: Tensor | None,
-    softcap: float,
-    teacher_softcap: float,
-    kind: str,
-    alpha: float,
-    group: str,
-    start: int,
-    lean: bool,
-) -> Tensor:
+def backend(p: Problem) -> Any:
+    """The module that computes it."""
+    if not p.triton:
+        return torch_backend
+    from . import triton_backend
+
+    return triton_backend
+
+
+@torch.library.custom_op("atod_kernels::head", mutates_args=(), schema=f"({COMMON}) -> Tensor")
+def head(*common: Any) -> Tensor:
     """Statistics [STATISTICS, T] of all tokens (`tiles` names the rows)."""
-    args = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, target, temperature, valid)
-    return backend.head_statistics(problem(*args, softcap, teacher_softcap, kind, alpha, group, start, lean))
+    p = problem(*common)
+    return backend(p).head_statistics(p)
 
 
 @head.register_fake
@@ -69,34 +65,15 @@ def _(student_hidden: Tensor, *args: Any) -> Tensor:
     return student_hidden.new_empty(tiles.STATISTICS, student_hidden.shape[0], dtype=compute_dtype(student_hidden, args[2]))
 
 
-@torch.library.custom_op("atod_kernels::head_backward", mutates_args=())
-def head_backward(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    target: Tensor | None,
-    temperature: Tensor | None,
-    valid: Tensor | None,
-    softcap: float,
-    teacher_softcap: float,
-    kind: str,
-    alpha: float,
-    group: str,
-    start: int,
-    lean: bool,
-    statistics: Tensor,
-    upstream: Tensor,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "atod_kernels::head_backward",
+    mutates_args=(),
+    schema=f"({COMMON}, Tensor statistics, Tensor upstream, bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor)",
+)
+def head_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, H], weight [V, H] and bias [V], each empty if not wanted; upstream [STATISTICS, T]."""
-    args = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, target, temperature, valid)
-    p = problem(*args, softcap, teacher_softcap, kind, alpha, group, start, lean)
-    return backend.head_gradients(p, statistics, upstream, wants_hidden, wants_weight, wants_bias)
+    p = problem(*args[:WIDTH])
+    return backend(p).head_gradients(p, *args[WIDTH:])
 
 
 @head_backward.register_fake
@@ -106,85 +83,43 @@ def _(student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | Non
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:9], output)
-    ctx.options = inputs[9:]
+    tensors = TENSORS.count(",") + 1
+    ctx.save_for_backward(*inputs[:tensors], output)
+    ctx.options = inputs[tensors:]
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, output = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
     grads = head_backward(*tensors, *ctx.options, output, upstream, *wanted)
-    return (*(g if wants else None for g, wants in zip(grads, wanted, strict=True)), *(None,) * (6 + len(ctx.options)))
+    return (*(g if wants else None for g, wants in zip(grads, wanted, strict=True)), *(None,) * (WIDTH - 3))
 
 
 head.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("atod_kernels::chunk_forward", mutates_args=("kept",))
-def chunk_forward(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    target: Tensor | None,
-    temperature: Tensor | None,
-    valid: Tensor | None,
-    softcap: float,
-    teacher_softcap: float,
-    kind: str,
-    alpha: float,
-    group: str,
-    start: int,
-    lean: bool,
-    first: int,
-    last: int,
-    kept: Tensor,
-) -> Tensor:
-    """Statistics [STATISTICS, n] of tokens first to last; leaves their logits in `kept` [2, n * V]."""
-    args = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, target, temperature, valid)
-    p = problem(*args, softcap, teacher_softcap, kind, alpha, group, start, lean)
-    return backend.chunk_statistics(Chunk(p, slice(first, last)), Scratch.of(p, 4), Scratch(kept, keep=True))
+@torch.library.custom_op("atod_kernels::chunk_forward", mutates_args=("kept",), schema=f"({COMMON}, int first, int last, Tensor(a!) kept) -> Tensor")
+def chunk_forward(*args: Any) -> Tensor:
+    """Statistics [STATISTICS, n] of tokens first to last; leaves their logits in `kept` (`Problem.kept`)."""
+    p, (first, last, kept) = problem(*args[:WIDTH]), args[WIDTH:]
+    return backend(p).chunk_statistics(p, slice(first, last), kept)
 
 
 @chunk_forward.register_fake
 def _(*args: Any) -> Tensor:
-    first, last, kept = args[-3:]
+    first, last, kept = args[WIDTH:]
     return kept.new_empty(tiles.STATISTICS, last - first)
 
 
-@torch.library.custom_op("atod_kernels::chunk_backward", mutates_args=("kept", "dx", "dw", "db"))
-def chunk_backward(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    target: Tensor | None,
-    temperature: Tensor | None,
-    valid: Tensor | None,
-    softcap: float,
-    teacher_softcap: float,
-    kind: str,
-    alpha: float,
-    group: str,
-    start: int,
-    lean: bool,
-    first: int,
-    last: int,
-    kept: Tensor,
-    statistics: Tensor,
-    upstream: Tensor,
-    dx: Tensor,
-    dw: Tensor,
-    db: Tensor,
-) -> None:
+@torch.library.custom_op(
+    "atod_kernels::chunk_backward",
+    mutates_args=("kept", "dx", "dw", "db"),
+    schema=f"({COMMON}, int first, int last, Tensor(a!) kept, Tensor statistics, Tensor upstream, Tensor(b!) dx, Tensor(c!) dw, Tensor(d!) db) -> ()",
+)
+def chunk_backward(*args: Any) -> None:
     """Add the gradients of tokens first to last to dx, dw and db (empty = not wanted), overwriting the logits in `kept`."""
-    args = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, target, temperature, valid)
-    p = problem(*args, softcap, teacher_softcap, kind, alpha, group, start, lean)
-    backend.kept_gradients(Chunk(p, slice(first, last)), Scratch(kept, keep=True), statistics, upstream, Gradients(dx, dw, db))
+    p, (first, last, kept, statistics, upstream, dx, dw, db) = problem(*args[:WIDTH]), args[WIDTH:]
+    backend(p).chunk_gradients(p, slice(first, last), kept, statistics, upstream, Gradients(dx, dw, db))
 
 
 @chunk_backward.register_fake

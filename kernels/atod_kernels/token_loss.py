@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from . import operators, tiles, validate
 from .divergence import TokenDivergence, TokenLogprob, head_arguments, public
-from .torch_backend import Gradients, Problem, Scratch
+from .problem import Problem
+from .products import Gradients
 from .validate import IGNORE, require
 
 Statistics = TokenDivergence | TokenLogprob
@@ -183,7 +184,7 @@ def two_passes(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], chec
 def one_pass(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Chunk by chunk: logits, statistics, loss, gradients."""
     p: Problem = operators.problem(*arguments)
-    kept = Scratch.of(p, 1 if p.teacher is None else 2, keep=True).buffers
+    kept = p.kept()
     gradients = Gradients.of(p, *wanted)
     stats = kept.new_empty(tiles.STATISTICS, p.tokens)
     losses, upstream = kept.new_empty(p.tokens), kept.new_empty(tiles.LOGP + 1, p.tokens)

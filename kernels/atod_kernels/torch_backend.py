@@ -12,103 +12,13 @@ lean  nothing larger than a tile is held. A mixture recomputes its logits, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import tiles
+from .problem import Layer, Problem, over_shards
+from .products import Gradients, operand, product
 from .validate import IGNORE
-
-# Tokens and columns of a tile. CPU: four fp32 tiles of 256 x 512 are the 2 MiB of an L2 cache. Twice the rows or columns measured the same;
-# 128 rows were slower, as a product needs about 256 to run at full speed, and so were 256 columns.
-# Accelerators: enough rows for the product to be compute bound, few enough columns for the temporaries to be small.
-TILE = {"cpu": (256, 512), "accelerator": (2048, 8192)}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One model's output layer: hidden [T, H], weight [V, H], bias [V] or None, softcap (0 = none)."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the operators compute on. target [T], temperature [T] or None, valid [V] or None; kind '' = no teacher."""
-
-    student: Layer
-    teacher: Layer | None
-    target: Tensor | None
-    temperature: Tensor | None
-    valid: Tensor | None
-    kind: str
-    alpha: float
-    group: str
-    start: int
-    lean: bool
-
-    @property
-    def tokens(self) -> int:
-        return self.student.hidden.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """Size of the common vocabulary: what lies beyond belongs to neither softmax."""
-        size = self.student.weight.shape[0]
-        return size if self.teacher is None else min(size, self.teacher.weight.shape[0])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return compute_dtype(self.student.hidden, None if self.teacher is None else self.teacher.hidden)
-
-    @property
-    def mixture(self) -> tiles.Mixture | None:
-        return tiles.Mixture.of(self.kind, self.alpha)
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Rows and columns of a tile. Where tokens or columns are few the tile grows the other way, for the same work per call."""
-        rows, columns = TILE["cpu" if self.student.hidden.device.type == "cpu" else "accelerator"]
-        area = rows * columns
-        # Shards may differ in columns, but every rank must cut the tokens alike: each chunk is a collective.
-        rows = min(max(self.tokens, 1), rows if self.group else max(rows, area // self.columns))
-        return rows, min(self.columns, max(columns, area // rows))
-
-    def parts(self) -> list[slice]:
-        """The tokens of each chunk."""
-        rows = self.tile[0]
-        return [slice(a, min(a + rows, self.tokens)) for a in range(0, self.tokens, rows)]
-
-    def chunks(self) -> Iterator[Chunk]:
-        return (Chunk(self, rows) for rows in self.parts())
-
-    def slices(self) -> list[slice]:
-        columns = self.tile[1]
-        return [slice(a, min(a + columns, self.columns)) for a in range(0, self.columns, columns)]
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 where an input is fp64 (tests), else fp32: logits are never rounded to 16 bits."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix as its product wants it: 16-bit as it is where the product can accumulate and return fp32, else in the compute dtype."""
-    return x if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32 else x.to(dtype)
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, in the dtype of `out`; 16-bit operands (CUDA) accumulate in fp32."""
-    if b.dtype == out.dtype:
-        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    result = torch.mm(a.to(b.dtype), b, out_dtype=out.dtype)
-    return out.add_(result) if add else out.copy_(result)
 
 
 class Chunk:
@@ -174,19 +84,7 @@ class Scratch:
         return self.buffers[i, first : first + n * (columns.stop - columns.start)].view(n, -1)
 
 
-def resolve(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group)
-
-
-def over_shards(problem: Problem, part: Tensor) -> Tensor:
-    """[k, ...] of this rank -> [k, ranks, ...] of the group's ranks, in rank order."""
-    group = resolve(problem.group)
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.stack(parts, 1)
-
-
-def chunk_statistics(chunk: Chunk, scratch: Scratch, kept: Scratch | None) -> Tensor:
+def statistics(chunk: Chunk, scratch: Scratch, kept: Scratch | None) -> Tensor:
     """Statistics [STATISTICS, n] of one chunk; leaves the logits in `kept` if given."""
     p, n, slices = chunk.problem, chunk.size, chunk.problem.slices()
 
@@ -213,42 +111,6 @@ def chunk_statistics(chunk: Chunk, scratch: Scratch, kept: Scratch | None) -> Te
         unheld = ~chunk.ignored & (sums[tiles.OWNED] != 1)
         out[: tiles.OUTPUTS].masked_fill_(unheld, torch.nan).masked_fill_(chunk.ignored, 0)
     return out
-
-
-class Gradients:
-    """Where gradients are summed, in the compute dtype: dx [T, H], dw [V, H], db [V]; an empty tensor is not wanted.
-
-    The first chunk writes dw and the first slice of columns dx, the others add: clearing a [V, H] first would cost a pass over it.
-    """
-
-    def __init__(self, dx: Tensor, dw: Tensor, db: Tensor):
-        self.dx, self.dw, self.db = dx, dw, db
-
-    @staticmethod
-    def of(problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients:
-        """The lean schedule finishes each slice of dw in fp32 by itself, so its dw is in the weight's dtype."""
-        layer, dtype = problem.student, problem.dtype
-        rows, columns = layer.weight.shape
-        dw = layer.weight.new_empty((rows, columns) if weight else 0, dtype=layer.weight.dtype if problem.lean else dtype)
-        dw[problem.columns if problem.tokens else 0 :].zero_()
-        return Gradients(layer.hidden.new_empty(layer.hidden.shape if hidden else 0, dtype=dtype), dw, layer.weight.new_zeros(rows if bias else 0, dtype=dtype))
-
-    def add(self, chunk: Chunk, columns: slice, dz: Tensor, weight: Tensor, dw: Tensor | None) -> None:
-        """One tile's share; `dw` [w, H] is where the weight's gradient of these columns is summed."""
-        if self.dx.numel():
-            product(dz, weight, self.dx[chunk.rows], add=columns.start > 0)
-        if dw is not None:
-            product(dz.t(), chunk.student, dw, add=chunk.rows.start > 0)
-        if self.db.numel():
-            self.db[columns] += dz.sum(0)
-
-    def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtypes of the parameters. Shards of the vocabulary add up in dx."""
-        layer = problem.student
-        if self.dx.numel() and problem.group:
-            dist.all_reduce(self.dx, group=resolve(problem.group))
-        bias_dtype = layer.weight.dtype if layer.bias is None else layer.bias.dtype
-        return self.dx.to(layer.hidden.dtype), self.dw.to(layer.weight.dtype), self.db.to(bias_dtype)
 
 
 class ChunkGradient:
@@ -279,20 +141,20 @@ def head_statistics(p: Problem) -> Tensor:
     out = p.student.hidden.new_zeros(tiles.STATISTICS, p.tokens, dtype=p.dtype)
     scratch = Scratch.of(p, 4)
     kept = Scratch.of(p, 2, keep=True) if p.mixture is not None and not p.lean else None
-    for chunk in p.chunks():
-        out[:, chunk.rows] = chunk_statistics(chunk, scratch, kept)
+    for rows in p.parts():
+        out[:, rows] = statistics(Chunk(p, rows), scratch, kept)
     return out
 
 
 def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, H], weight [V, H] and bias [V] with recomputed logits; stats [STATISTICS, T], upstream [>= 3, T]."""
     gradients, scratch = Gradients.of(p, hidden, weight, bias), Scratch.of(p, 3)
-    chunks = [ChunkGradient(chunk, stats[:, chunk.rows], upstream[:, chunk.rows]) for chunk in p.chunks()]
+    chunks = [ChunkGradient(Chunk(p, rows), stats[:, rows], upstream[:, rows]) for rows in p.parts()]
 
     def add(gradient: ChunkGradient, columns: slice, w: Tensor, dw: Tensor | None) -> None:
         chunk = gradient.chunk
         zs, zt = chunk.both(columns, scratch(0, chunk.size, columns), None if p.teacher is None else scratch(1, chunk.size, columns), w)
-        gradients.add(chunk, columns, gradient.tile(columns, zs, zt, scratch(2, chunk.size, columns)), w, dw)
+        gradients.add(chunk.rows, columns, gradient.tile(columns, zs, zt, scratch(2, chunk.size, columns)), chunk.student, w, dw)
 
     if p.lean:
         for columns in p.slices():
@@ -309,11 +171,17 @@ def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, we
     return gradients.results(p)
 
 
-def kept_gradients(chunk: Chunk, kept: Scratch, stats: Tensor, upstream: Tensor, gradients: Gradients) -> None:
-    """Add one chunk's gradients, from the logits that `chunk_statistics` left in `kept` (they are overwritten)."""
-    p, n, scratch = chunk.problem, chunk.size, Scratch.of(chunk.problem, 1)
-    gradient = ChunkGradient(chunk, stats, upstream)
+def chunk_statistics(p: Problem, rows: slice, kept: Tensor) -> Tensor:
+    """Statistics [STATISTICS, n] of the tokens `rows`; leaves their logits in `kept` (`Problem.kept`)."""
+    return statistics(Chunk(p, rows), Scratch.of(p, 4), Scratch(kept, keep=True))
+
+
+def chunk_gradients(p: Problem, rows: slice, kept: Tensor, stats: Tensor, upstream: Tensor, gradients: Gradients) -> None:
+    """Add the gradients of the tokens `rows`, from the logits that `chunk_statistics` left in `kept` (they are overwritten)."""
+    logits, scratch = Scratch(kept, keep=True), Scratch.of(p, 1)
+    gradient = ChunkGradient(Chunk(p, rows), stats, upstream)
+    n = rows.stop - rows.start
     for columns in p.slices():
-        dz = gradient.tile(columns, kept(0, n, columns), None if p.teacher is None else kept(1, n, columns), scratch(0, n, columns))
+        dz = gradient.tile(columns, logits(0, n, columns), None if p.teacher is None else logits(1, n, columns), scratch(0, n, columns))
         dw = gradients.dw[columns] if gradients.dw.numel() else None
-        gradients.add(chunk, columns, dz, operand(p.student.weight[columns], p.dtype), dw)
+        gradients.add(rows, columns, dz, gradient.chunk.student, operand(p.student.weight[columns], p.dtype), dw)

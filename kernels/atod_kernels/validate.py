@@ -5,7 +5,10 @@ Checks read shapes, dtypes and devices always, and values only on the CPU: readi
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import os
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from torch import Tensor
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 SCHEDULES = ("auto", "fast", "lean")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 IGNORE = -100
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,9 +30,24 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     require(value in choices, f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def backend(value: str) -> None:
-    require(value != "triton", "backend is 'triton', which this version does not have; use backend='torch' or 'auto'")
+def backend(value: str, device: torch.device) -> bool:
+    """Whether Triton computes it: on request, and by itself on an accelerator where triton is installed."""
     one_of("backend", value, BACKENDS)
+    if value == "torch" or (value == "auto" and (device.type != "cuda" or not has_triton())):
+        return False
+    require(has_triton(), "backend is 'triton', which is not installed; pip install triton, or use backend='torch'")
+    require(device.type == "cuda" or interpreted(), f"backend is 'triton' and the tensors are on {device}; move them to a GPU, or use backend='torch'")
+    return True
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Triton's interpreter runs kernels on CPU tensors, slowly: for tests. It is chosen when the kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def tensor(name: str, value: object, rank: int) -> None:

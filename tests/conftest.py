@@ -1,0 +1,17 @@
+import pytest
+from atod_kernels import products, torch_backend
+
+
+@pytest.fixture
+def flops(monkeypatch):
+    """FLOPs of the matrix products of atod_kernels, counted."""
+    count = [0]
+    product = products.product
+
+    def counted(a, b, out, add=False):
+        count[0] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return product(a, b, out, add)
+
+    for module in (products, torch_backend):
+        monkeypatch.setattr(module, "product", counted)
+    return count
