@@ -74,9 +74,15 @@ class Problem:
         rows = self.tile[0]
         return [slice(a, min(a + rows, self.tokens)) for a in range(0, self.tokens, rows)]
 
+    @property
+    def stride(self) -> int:
+        """Elements between two rows of a tile in memory: kernels load 16 bytes at a time, from addresses that are multiples of that."""
+        return -(-self.tile[1] // 16) * 16 if self.triton else self.tile[1]
+
     def kept(self) -> Tensor:
         """Room for both models' logits of one chunk."""
-        return self.student.hidden.new_empty(1 if self.teacher is None else 2, self.tile[0] * self.columns, dtype=self.dtype)
+        width = len(self.slices()) * self.stride if self.triton else self.columns
+        return self.student.hidden.new_empty(1 if self.teacher is None else 2, self.tile[0] * width, dtype=self.dtype)
 
     def slices(self) -> list[slice]:
         columns = self.tile[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,11 +17,33 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, in the dtype of `out`; 16-bit operands (CUDA) accumulate in fp32."""
-    if b.dtype == out.dtype:
+    """out = a @ b, or out += a @ b, in the dtype of `out`; bf16 operands (CUDA) accumulate in fp32.
+
+    Operands of two dtypes are a gradient of logits and a 16-bit operand: they meet in bf16, which has the range of fp32, never in fp16.
+    """
+    if a.dtype != b.dtype:
+        common = torch.bfloat16 if torch.bfloat16 in (a.dtype, b.dtype) else torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(common), b.to(common)
+    if a.is_cpu:
+        a, b = a.to(out.dtype), b.to(out.dtype)  # no product of 16-bit operands with a result in fp32 there
+    if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    result = torch.mm(a.to(b.dtype), b, out_dtype=out.dtype)
-    return out.add_(result) if add else out.copy_(result)
+    if not add:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if adds_in_fp32(a.device):
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return out.add_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+@functools.cache
+def adds_in_fp32(device: torch.device) -> bool:
+    """Whether this release of torch adds a product of 16-bit operands to an fp32 matrix in one call."""
+    a, out = torch.zeros(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Gradients:

@@ -1,0 +1,177 @@
+"""Both models' logits made and used in registers: a tile of the two matrix products, then the algebra of `triton_tiles.py`.
+
+No logits reach memory. The three passes share one loop over the hidden dimension, so that the statistics, a mixture's second look and
+the gradient see the same logits to the last bit. The teacher's product comes first and its tile waits in registers for the student's.
+Operands come through tensor-memory descriptors made on the host (TMA) where the hardware has them, through pointers elsewhere.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    IGNORED,
+    LOG_S,
+    LOG_T,
+    MASKED,
+    SHIFT_S,
+    SHIFT_T,
+    absorb_both,
+    factors,
+    logit_gradient,
+    mixture_value,
+    row_values,
+    scaled,
+    store_sums,
+)
+
+
+@triton.jit
+def product(
+    x, w, row, column, tokens, width, H, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr
+):
+    """x[row : row + BM] @ w[column : column + BN].T in fp32; rows beyond `tokens` and `width` read others' memory, harmlessly, or zeros."""
+    z = tl.zeros([BM, BN], tl.float32)
+    if TMA:
+        for k in tl.range(0, H, BK):
+            z = tl.dot(x.load([row, k]), w.load([column, k]).T, z, input_precision=PRECISION)
+    else:
+        rows = row + tl.arange(0, BM)
+        columns = column + tl.arange(0, BN)
+        at = tl.arange(0, BK)
+        px = x + tl.where(rows < tokens, rows, 0).to(tl.int64)[:, None] * H + at[None, :]
+        pw = w + tl.where(columns < width, columns, 0).to(tl.int64)[None, :] * H + at[:, None]
+        for k in range(0, H, BK):
+            if EVEN:
+                a = tl.load(px)
+                b = tl.load(pw)
+            else:
+                a = tl.load(px, mask=(k + at)[None, :] < H, other=0.0)
+                b = tl.load(pw, mask=(k + at)[:, None] < H, other=0.0)
+            if PRECISION == "interpreter":
+                z = tl.dot(a.to(tl.float32), b.to(tl.float32), z, input_precision="ieee")  # its dot multiplies bf16 operands as if they were integers
+            else:
+                z = tl.dot(a, b, z, input_precision=PRECISION)
+            px += BK
+            pw += BK
+    return z
+
+
+@triton.jit
+def logits(
+    xs, ws, xt, wt, bias_s, bias_t, valid, inv, row, column, end, tokens, HS, HT,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scaled logits [BM, BN] of both models; columns from `end` on are MASKED."""
+    at = column + tl.arange(0, BN)
+    if KIND != "":
+        zt = product(xt, wt, row, column, tokens, end, HT, BM, BN, BK, TMA, EVEN, PRECISION)
+    zs = product(xs, ws, row, column, tokens, end, HS, BM, BN, BK, TMA, EVEN, PRECISION)
+    if KIND == "":
+        zt = zs
+    else:
+        zt = scaled(zt, bias_t, valid, inv, at, at < end, CAP_T)
+    return scaled(zs, bias_s, valid, inv, at, at < end, CAP_S), zt
+
+
+@triton.jit
+def fused_sums(
+    xs, ws, xt, wt, target, bias_s, bias_t, valid, inverse, parts, tokens, V, HS, HT, start, share, step,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`tiles.partial` of `share` columns a program, into parts [PARTIALS, splits, T]. Grid: (cdiv(T, BM), splits), rows of blocks fastest:
+    programs that run together read the same slice of the weights."""
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
+    live = rows < tokens
+    inv = row_values(inverse, rows, live)
+    if target is not None:
+        wanted = (tl.load(target + rows, mask=live, other=IGNORED) - start).to(tl.int32)
+    max_s = tl.full([BM], MASKED, tl.float32)
+    max_t = tl.full([BM], MASKED, tl.float32)
+    sum_s = tl.zeros([BM], tl.float32)
+    sum_t = tl.zeros([BM], tl.float32)
+    dot_s = tl.zeros([BM], tl.float32)
+    dot_t = tl.zeros([BM], tl.float32)
+    cross = tl.zeros([BM], tl.float32)
+    pick_s = tl.zeros([BM], tl.float32)
+    pick_t = tl.zeros([BM], tl.float32)
+    owned = tl.zeros([BM], tl.float32)
+    first = tl.program_id(1) * share
+    end = tl.minimum(first + share, V)
+    for column in tl.range(first, end, BN, num_stages=1):
+        zs, zt = logits(
+            xs, ws, xt, wt, bias_s, bias_t, valid, inv, row, column, end, tokens, HS, HT, CAP_S, CAP_T, KIND, BM, BN, BK, TMA, EVEN, PRECISION
+        )  # fmt: skip
+        if target is not None:
+            at = column + tl.arange(0, BN)
+            hit = (at[None, :] == wanted[:, None]) & (at < end)[None, :]
+            pick_s += tl.sum(tl.where(hit, zs, 0.0), 1)
+            if KIND != "":
+                pick_t += tl.sum(tl.where(hit, zt, 0.0), 1)
+            owned += tl.where((wanted >= column) & (wanted < tl.minimum(column + BN, end)), 1.0, 0.0)
+        max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross = absorb_both(zs, zt, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND)
+    part = parts + tl.program_id(1).to(tl.int64) * tokens
+    store_sums(part, rows, live, step, max_s, sum_s, dot_s, pick_s, max_t, sum_t, dot_t, pick_t, cross, owned)
+
+
+@triton.jit
+def fused_look(
+    xs, ws, xt, wt, bias_s, bias_t, valid, inverse, stats, look, tokens, V, HS, HT, share, step, step_look,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`tiles.second_look` of `share` columns a program, into look [2, splits, T]. Grid: as `fused_sums`."""
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
+    live = rows < tokens
+    inv = row_values(inverse, rows, live)
+    shift_s = tl.load(stats + SHIFT_S * step + rows, mask=live, other=0.0)
+    log_s = tl.load(stats + LOG_S * step + rows, mask=live, other=0.0)
+    shift_t = tl.load(stats + SHIFT_T * step + rows, mask=live, other=0.0)
+    log_t = tl.load(stats + LOG_T * step + rows, mask=live, other=0.0)
+    value = tl.zeros([BM], tl.float32)
+    slope = tl.zeros([BM], tl.float32)
+    first = tl.program_id(1) * share
+    end = tl.minimum(first + share, V)
+    for column in tl.range(first, end, BN, num_stages=1):
+        zs, zt = logits(
+            xs, ws, xt, wt, bias_s, bias_t, valid, inv, row, column, end, tokens, HS, HT, CAP_S, CAP_T, KIND, BM, BN, BK, TMA, EVEN, PRECISION
+        )  # fmt: skip
+        v, s = mixture_value(zs - shift_s[:, None] - log_s[:, None], zt - shift_t[:, None] - log_t[:, None], KIND, A, B)
+        value += v
+        slope += s
+    part = look + tl.program_id(1).to(tl.int64) * tokens + rows
+    tl.store(part, value, mask=live)
+    tl.store(part + step_look, slope, mask=live)
+
+
+@triton.jit
+def fused_gradient(
+    xs, ws, xt, wt, dz, target, bias_s, bias_t, valid, inverse, temperature, stats, upstream, tokens, row0, n, column0, end, HS, HT, start,
+    stride_dz, step, step_up,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`tiles.logit_gradient` of tokens row0 to row0 + n and columns column0 to end, into dz [n, w]. Grid: (cdiv(n, BM), cdiv(w, BN))."""
+    row = row0 + tl.program_id(0) * BM
+    column = column0 + tl.program_id(1) * BN
+    rows = row + tl.arange(0, BM)
+    live = rows < row0 + n
+    inv = row_values(inverse, rows, live)
+    zs, zt = logits(
+        xs, ws, xt, wt, bias_s, bias_t, valid, inv, row, column, end, tokens, HS, HT, CAP_S, CAP_T, KIND, BM, BN, BK, TMA, EVEN, PRECISION
+    )  # fmt: skip
+    own, other, constant, onehot, shift_s, shift_t, log_ratio, dead = factors(stats, upstream, target, inv, rows, live, step, step_up, KIND)
+    at = column + tl.arange(0, BN)
+    hit = at[None, :] < 0
+    if target is not None:
+        wanted = (tl.load(target + rows, mask=live, other=IGNORED) - start).to(tl.int32)
+        hit = at[None, :] == wanted[:, None]
+    temp = row_values(temperature, rows, live)
+    g = logit_gradient(zs, zt, hit, temp, own, other, constant, onehot, shift_s, shift_t, log_ratio, dead, CAP_S, KIND, A, B)
+    p = dz + (rows - row0).to(tl.int64)[:, None] * stride_dz + (at - column0)[None, :]
+    tl.store(p, g.to(dz.dtype.element_ty), mask=live[:, None] & (at < end)[None, :])
