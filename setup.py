@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["atod_fast", "atod_fast.*"]) + ["atod_kernels"],
     package_dir={"": ".", "atod_kernels": "kernels/atod_kernels"},
-    package_data={"atod_fast": ["presets/*.toml", "demo/weights/*/*", "envs/alfworld/data/*"]},
+    package_data={"atod_fast": ["presets/*.toml", "demo/weights/*/*", "envs/alfworld/data/*"], "atod_kernels": ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.16.1,<5.20",
@@ -26,7 +26,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6; sys_platform == 'linux'"],
         "vllm": ["vllm==0.32.*"],
         "cuda": ["flash-attn>=2.8", "liger-kernel>=0.8"],
         "alfworld": ["alfworld==0.4.2"],

@@ -1,5 +1,11 @@
+import os
+
 import pytest
-from atod_kernels import products, torch_backend
+
+# Read when the kernels are imported: here they run on CPU tensors, in Triton's interpreter.
+os.environ["TRITON_INTERPRET"] = "1"
+
+from atod_kernels import products, torch_backend  # noqa: E402
 
 
 @pytest.fixture

@@ -44,14 +44,16 @@ def head_arguments(
     valid_columns: Tensor | None,
     vocab_group: str | None,
     vocab_start: int,
-    lean: bool,
+    schedule: str,
+    lean_on_cpu: bool,
     backend: str,
     prefix: str = "student_",
 ) -> tuple:
-    """The checked arguments of the operators, in their order. `prefix` is how the caller names the student's tensors."""
+    """The checked arguments of the operators, in their order. `prefix` is how the caller names the student's tensors, `lean_on_cpu` what
+    the schedule auto means on the torch backend."""
+    validate.one_of("schedule", schedule, validate.SCHEDULES)
     validate.tensor(f"{prefix}hidden", student_hidden, 2)
     device = student_hidden.device
-    triton = validate.backend(backend, device)
     validate.layer(prefix, student_hidden, student_weight, student_bias, device)
     sizes = (student_weight.shape[0],)
     if teacher_hidden is not None:
@@ -65,6 +67,8 @@ def head_arguments(
         sizes += (teacher_weight.shape[0],)
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
         teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    dtype = compute_dtype(student_hidden, teacher_hidden)
+    triton = validate.backend(backend, device, dtype)
     alpha = validate.alpha(alpha)
     # A mixture that is one of the two models alone is the plain KL, exactly.
     if alpha == 0 and divergence in ("skew_reverse_kl", "skew_forward_kl"):
@@ -86,7 +90,7 @@ def head_arguments(
         teacher_weight,
         teacher_bias,
         target,
-        validate.temperature(temperature, student_hidden.shape[0], compute_dtype(student_hidden, teacher_hidden), device),
+        validate.temperature(temperature, student_hidden.shape[0], dtype, device),
         valid,
         validate.softcap("softcap", softcap),
         validate.softcap("teacher_softcap", teacher_softcap),
@@ -94,7 +98,7 @@ def head_arguments(
         alpha,
         vocab_group or "",
         vocab_start,
-        lean,
+        schedule == "lean" or (schedule == "auto" and lean_on_cpu and not triton),
         triton,
     )
 
@@ -151,11 +155,12 @@ def linear_divergence(
         vocab_group, vocab_start: the name of a process group over which both weights are sharded by rows, and the first column of this
             rank's shard. Hidden states and targets are the same on every rank; so are the outputs and the gradient of student_hidden.
             A target that no shard holds gives NaN in the outputs of its token.
-        schedule: fast keeps the logits of 256 tokens (CPU; 2048 elsewhere) where a mixture needs them twice and sums the weight's
-            gradient in one fp32 [V, H]; lean holds one tile at a time: a mixture recomputes its logits, and the gradient of a 16-bit
-            weight needs no fp32 copy. auto is lean for the KLs, where both do the same products, and fast for the mixtures, which
-            save a quarter of the products.
-        backend: torch, or auto, which is torch in this version.
+        schedule: fast makes tiles of logits with the vendor's products and sums the weight's gradient in one fp32 [V, H]; a mixture keeps
+            the logits of a chunk of tokens, as it needs them twice. lean holds less: torch one tile at a time, a mixture recomputing its
+            logits; Triton no logits at all (they live in registers); either finishes the gradient of a 16-bit weight slice by slice.
+            auto: on torch lean for the KLs, where both do the same products, and fast for the mixtures, which save a quarter of them;
+            on Triton fast, as the vendor's products are the faster ones.
+        backend: torch, triton, or auto: triton for tensors on a GPU where it is installed and no input is float64.
 
     Returns:
         TokenDivergence of [T] values. divergence, entropy and logp are differentiable once with respect to student_hidden,
@@ -165,9 +170,7 @@ def linear_divergence(
         ValueError: naming the argument and what was expected. Values (target range, offsets, temperature) are read on the CPU only; on
             an accelerator an out-of-range target gives NaN in the outputs of its token and no gradient, without a device sync.
     """
-    validate.one_of("schedule", schedule, validate.SCHEDULES)
     validate.require(isinstance(teacher_hidden, Tensor), f"teacher_hidden is {type(teacher_hidden).__name__}; expected a tensor (without one: linear_logprob)")
-    lean = schedule == "lean" or (schedule == "auto" and divergence in ("reverse_kl", "forward_kl"))
     arguments = head_arguments(
         student_hidden,
         student_weight,
@@ -184,7 +187,8 @@ def linear_divergence(
         valid_columns=valid_columns,
         vocab_group=vocab_group,
         vocab_start=vocab_start,
-        lean=lean,
+        schedule=schedule,
+        lean_on_cpu=divergence in ("reverse_kl", "forward_kl"),
         backend=backend,
     )
     return public(operators.head(*arguments), True, target is not None)
@@ -204,12 +208,11 @@ def linear_logprob(
     schedule: str = "auto",
     backend: str = "auto",
 ) -> TokenLogprob:
-    """Log-probability of the target and entropy, per token; the arguments are `linear_divergence`'s, auto is lean.
+    """Log-probability of the target and entropy, per token; the arguments are `linear_divergence`'s; auto is lean on torch, fast on Triton.
 
     Returns:
         TokenLogprob of [T] values, differentiable with respect to hidden, weight and bias for any upstream gradient per token.
     """
-    validate.one_of("schedule", schedule, validate.SCHEDULES)
     validate.tensor("target", target, 1)
     arguments = head_arguments(
         hidden,
@@ -227,7 +230,8 @@ def linear_logprob(
         valid_columns=valid_columns,
         vocab_group=vocab_group,
         vocab_start=vocab_start,
-        lean=schedule != "fast",
+        schedule=schedule,
+        lean_on_cpu=True,
         backend=backend,
         prefix="",
     )

@@ -74,10 +74,11 @@ class Attach(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # 1 is the usual upstream of a loss; where it can be read for free it saves a second [V, H].
-        unit = upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1
         wanted = ctx.needs_input_grad[1:4]
-        grads = (None if not want else g if unit else g * upstream.to(g.dtype) for g, want in zip(ctx.saved_tensors, wanted, strict=True))
+        # Where the upstream can be read for free it is not rounded to 16 bits, and 1, the usual one of a loss, saves a second [V, H].
+        free = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+        scale = upstream.item() if free else upstream
+        grads = (None if not want else g if free and scale == 1 else g * scale for g, want in zip(ctx.saved_tensors, wanted, strict=True))
         return None, *grads, None, None, None
 
 
@@ -127,7 +128,6 @@ def linear_token_loss(
     Raises:
         ValueError: naming the argument; also if check finds loss_fn not separable (on an accelerator a device-side assertion).
     """
-    validate.one_of("schedule", schedule, validate.SCHEDULES)
     validate.one_of("divergence", divergence, validate.DIVERGENCES)
     teacher = teacher_hidden is not None
     require(teacher == (teacher_weight is not None), "teacher_hidden and teacher_weight must be given together; one of them is None")
@@ -149,7 +149,8 @@ def linear_token_loss(
         valid_columns=valid_columns,
         vocab_group=vocab_group,
         vocab_start=vocab_start,
-        lean=schedule == "lean",
+        schedule=schedule,
+        lean_on_cpu=False,
         backend=backend,
     )
     inputs = {} if inputs is None else inputs

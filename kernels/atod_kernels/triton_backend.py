@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from . import tiles, triton_fused, triton_tiles
-from .problem import Layer, Problem, over_shards
+from .problem import Problem, over_shards
 from .products import Gradients, operand, product
 from .triton_configs import architecture, configuration
 from .validate import IGNORE

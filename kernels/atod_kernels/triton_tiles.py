@@ -45,9 +45,10 @@ def scaled(z, bias, valid, inverse, columns, inside, CAP: tl.constexpr):
 @triton.jit
 def row_values(pointer, rows, live):
     """Per-row values [R], None for none."""
-    if pointer is None:
-        return None
-    return tl.load(pointer + rows, mask=live, other=1.0).to(tl.float32)
+    values = None
+    if pointer is not None:
+        values = tl.load(pointer + rows, mask=live, other=1.0).to(tl.float32)
+    return values
 
 
 @triton.jit

@@ -31,12 +31,25 @@ def segment_reduce(values: Tensor, offsets: Tensor, reduce: str) -> Tensor:
 
 
 def well_formed(offsets: Tensor, total: int) -> Tensor:
-    """Scalar bool on the offsets' device."""
-    return (offsets[0] == 0) & (offsets[-1] == total) & (offsets[1:] >= offsets[:-1]).all()
+    """bool [K] on the offsets' device: segments that lie within [0, total], the first from 0 and the last to total."""
+    low, high = offsets[:-1], offsets[1:]
+    good = (low >= 0) & (low <= high) & (high <= total)
+    good[:1] &= low[:1] == 0
+    good[-1:] &= high[-1:] == total
+    return good
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether the kernels of `triton_turns.py` take it."""
+    return x.device.type == "cuda" and x.dtype == torch.float32 and validate.HAS_TRITON
 
 
 @torch.library.custom_op("atod_kernels::turn_reduce", mutates_args=())
 def _turn_reduce(values: Tensor, offsets: Tensor, reduce: str) -> Tensor:
+    if on_triton(values):
+        from . import triton_turns
+
+        return triton_turns.turn_reduce(values.contiguous(), offsets, reduce)
     if values.device.type == "cpu":
         return segment_reduce(values, offsets, reduce)
     # Offsets cannot be read without waiting for the device: bring them into range, and report bad ones as NaN.
@@ -52,6 +65,10 @@ def _(values: Tensor, offsets: Tensor, reduce: str) -> Tensor:
 @torch.library.custom_op("atod_kernels::turn_reduce_backward", mutates_args=())
 def _turn_reduce_backward(upstream: Tensor, values: Tensor, offsets: Tensor, out: Tensor, reduce: str) -> Tensor:
     """The mean shares a turn's gradient evenly over its tokens, max and min over the tokens that attain them."""
+    if on_triton(values):
+        from . import triton_turns
+
+        return triton_turns.turn_reduce_backward(upstream, values.contiguous(), offsets, out, reduce)
     ids = segment_ids(offsets, values.shape[0]).clamp(max=max(out.shape[0] - 1, 0))
     if reduce == "mean":
         upstream = upstream / (offsets[1:] - offsets[:-1]).clamp(min=1)
@@ -88,7 +105,7 @@ def turn_reduce(values: Tensor, offsets: Tensor, reduce: str = "mean") -> Tensor
         [K], differentiable with respect to values; an empty turn is 0 with no gradient, and tokens that tie for a maximum share it.
 
     Raises:
-        ValueError: on bad arguments. On an accelerator offsets are not read: bad ones give NaN in every turn.
+        ValueError: on bad arguments. On an accelerator offsets are not read: a turn whose offsets are impossible is NaN.
     """
     validate.tensor("values", values, 1)
     require(values.dtype in (torch.float32, torch.float64), f"values is {values.dtype}; expected float32 (or float64)")
@@ -228,6 +245,14 @@ def turn_weight_report(
     require(len(clip) == 2 and 0 <= clip[0] <= 1 <= clip[1], f"clip is {clip!r}; expected (low, high) with 0 <= low <= 1 <= high")
     require(budget == "raw" or turn_lengths is not None, "turn_lengths is None; expected the tokens of each turn [K] for budget='mean1'")
     require(fuse != "shuffled" or generator is not None, "generator is None; expected a torch.Generator for fuse='shuffled'")
+    if scope == "trajectory" and normalise != "rank" and fuse != "shuffled" and on_triton(disagreement):
+        validate.offsets("trajectory_offsets", trajectory_offsets, count, "disagreement")
+        from . import triton_turns
+
+        offsets = trajectory_offsets.long()
+        return triton_turns.turn_weights(
+            disagreement, uncertainty, offsets, turn_lengths if budget == "mean1" else None, normalise, fuse, budget, clip, min_turns, min_disagreement
+        )
     left = unweighted(disagreement, trajectory_offsets, min_turns=min_turns, min_disagreement=min_disagreement)
     trajectory_offsets = trajectory_offsets.long()
     trajectory = segment_ids(trajectory_offsets, count)

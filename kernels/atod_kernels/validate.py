@@ -5,7 +5,6 @@ Checks read shapes, dtypes and devices always, and values only on the CPU: readi
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
@@ -18,6 +17,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forwa
 SCHEDULES = ("auto", "fast", "lean")
 BACKENDS = ("auto", "torch", "triton")
 IGNORE = -100
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,19 +30,15 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     require(value in choices, f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def backend(value: str, device: torch.device) -> bool:
-    """Whether Triton computes it: on request, and by itself on an accelerator where triton is installed."""
+def backend(value: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton computes it: on request, and by itself on an accelerator where triton is installed; dtype: of the logits."""
     one_of("backend", value, BACKENDS)
-    if value == "torch" or (value == "auto" and (device.type != "cuda" or not has_triton())):
+    if value == "torch" or (value == "auto" and not (device.type == "cuda" and dtype == torch.float32 and HAS_TRITON)):
         return False
-    require(has_triton(), "backend is 'triton', which is not installed; pip install triton, or use backend='torch'")
+    require(HAS_TRITON, "backend is 'triton', which is not installed; pip install triton, or use backend='torch'")
+    require(dtype == torch.float32, "backend is 'triton' and an input is float64; expected at most float32, or backend='torch'")
     require(device.type == "cuda" or interpreted(), f"backend is 'triton' and the tensors are on {device}; move them to a GPU, or use backend='torch'")
     return True
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -69,6 +65,7 @@ def layer(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, devi
     require(weight.dtype == hidden.dtype, f"{w} is {weight.dtype}; expected {hidden.dtype}, the dtype of {h}")
     require(hidden.shape[1] == weight.shape[1], f"{w} has shape {list(weight.shape)}; expected [V, {hidden.shape[1]}] to fit {h} {list(hidden.shape)}")
     require(weight.shape[0] > 0, f"{w} has shape {list(weight.shape)}; expected at least one row (column of the vocabulary)")
+    require(weight.is_contiguous(), f"{w} is not contiguous (strides {list(weight.stride())}); expected rows of H one after the other, pass {w}.contiguous()")
     same_device(h, hidden, device)
     same_device(w, weight, device)
     if bias is not None:
