@@ -9,7 +9,7 @@ from atod_kernels import linear_divergence, linear_logprob, linear_token_loss, n
 from gloo import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_divergence import DIVERGENCES, SCHEDULES, arguments, as_double, assert_equal_runs, close_pair, make, relative, run
+from test_kernels_divergence import DIVERGENCES, SCHEDULES, arguments, as_double, assert_equal_runs, close_pair, make, problems, relative, run
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -43,6 +43,14 @@ def test_near_the_teacher_values_and_gradients_equal_the_reference(schedule, div
     for a, b in zip(out, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=2e-4)
     assert max(relative(a, b) for a, b in zip(grads, gradients, strict=True)) < 2e-4
+
+
+@settings(max_examples=8, deadline=None)
+@given(problem=problems, schedule=st.sampled_from(SCHEDULES), divergence=st.sampled_from(DIVERGENCES), alpha=st.sampled_from((0.0, 0.3, 1.0)))
+def test_any_shape(problem, schedule, divergence, alpha):
+    case = make(**problem | {"tokens": min(problem["tokens"], 8)}, dtype=torch.float32)
+    actual, expected = triton(case, divergence=divergence, alpha=alpha, schedule=schedule), reference(case, divergence=divergence, alpha=alpha)
+    assert_equal_runs([[x.double() for x in part] for part in actual], expected, 2e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
