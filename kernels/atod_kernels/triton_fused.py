@@ -39,10 +39,11 @@ def product(
     else:
         rows = row + tl.arange(0, BM)
         columns = column + tl.arange(0, BN)
-        at = tl.arange(0, BK)
+        STEP: tl.constexpr = BK if EVEN else 16  # masked loads need registers
+        at = tl.arange(0, STEP)
         px = x + tl.where(rows < tokens, rows, 0).to(tl.int64)[:, None] * H + at[None, :]
         pw = w + tl.where(columns < width, columns, 0).to(tl.int64)[None, :] * H + at[:, None]
-        for k in range(0, H, BK):
+        for k in range(0, H, STEP):
             if EVEN:
                 a = tl.load(px)
                 b = tl.load(pw)
@@ -53,8 +54,8 @@ def product(
                 z = tl.dot(a.to(tl.float32), b.to(tl.float32), z, input_precision="ieee")  # its dot multiplies bf16 operands as if they were integers
             else:
                 z = tl.dot(a, b, z, input_precision=PRECISION)
-            px += BK
-            pw += BK
+            px += STEP
+            pw += STEP
     return z
 
 
@@ -68,15 +69,15 @@ def logits(
     at = column + tl.arange(0, BN)
     if KIND != "":
         zt = product(xt, wt, row, column, tokens, end, HT, BM, BN, BK, TMA, EVEN, PRECISION)
+        zt = scaled(zt, bias_t, valid, inv, at, at < end, CAP_T)
     zs = product(xs, ws, row, column, tokens, end, HS, BM, BN, BK, TMA, EVEN, PRECISION)
+    zs = scaled(zs, bias_s, valid, inv, at, at < end, CAP_S)
     if KIND == "":
         zt = zs
-    else:
-        zt = scaled(zt, bias_t, valid, inv, at, at < end, CAP_T)
-    return scaled(zs, bias_s, valid, inv, at, at < end, CAP_S), zt
+    return zs, zt
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "V", "start", "share", "step"])
 def fused_sums(
     xs, ws, xt, wt, target, bias_s, bias_t, valid, inverse, parts, tokens, V, HS, HT, start, share, step,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr,
@@ -118,7 +119,7 @@ def fused_sums(
     store_sums(part, rows, live, step, max_s, sum_s, dot_s, pick_s, max_t, sum_t, dot_t, pick_t, cross, owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "V", "share", "step", "step_look"])
 def fused_look(
     xs, ws, xt, wt, bias_s, bias_t, valid, inverse, stats, look, tokens, V, HS, HT, share, step, step_look,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
@@ -149,7 +150,7 @@ def fused_look(
     tl.store(part + step_look, slope, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "row0", "n", "column0", "end", "start", "step", "step_up"])
 def fused_gradient(
     xs, ws, xt, wt, dz, target, bias_s, bias_t, valid, inverse, temperature, stats, upstream, tokens, row0, n, column0, end, HS, HT, start,
     stride_dz, step, step_up,

@@ -2,6 +2,7 @@
 
 Logits are fp32 [n, w] as the matrix product left them; bias, softcap, temperature and excluded columns are applied on the way in, so
 that no pass over memory is spent on them. One program takes one row: the sums of a row stay in registers, the loads are 128 bits wide.
+Numbers and per-row pointers that change no load are not specialised on: a ragged last chunk compiles nothing anew.
 `columns` [N] are the columns of a block within the tile, `rows` [R] its rows; vectors over rows are broadcast as [:, None].
 """
 
@@ -215,7 +216,7 @@ def logit_gradient(
     return tl.where(dead[:, None], 0.0, dz)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "w", "step"], do_not_specialize_on_alignment=["target", "inverse", "parts"])
 def tile_sums(
     zs,
     zt,
@@ -283,7 +284,7 @@ def tile_sums(
     store_sums(parts, rows, live, step, max_s, sum_s, dot_s, pick_s, max_t, sum_t, dot_t, pick_t, cross, owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["w", "step", "step_look"], do_not_specialize_on_alignment=["inverse", "stats", "look"])
 def tile_look(
     zs,
     zt,
@@ -327,7 +328,7 @@ def tile_look(
     tl.store(look + step_look + rows, slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "w", "step", "step_up"], do_not_specialize_on_alignment=["target", "inverse", "temperature", "stats", "upstream"])
 def tile_gradient(
     zs,
     zt,
@@ -376,7 +377,7 @@ def tile_gradient(
     tl.store(dz + row * stride_dz + at[None, :], g.to(dz.dtype.element_ty), mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "k", "step", "step_row", "step_out"], do_not_specialize_on_alignment=["parts", "stats", "target"])
 def combine(parts, stats, target, n, k, step, step_row, step_out, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """`tiles.merge` and `tiles.statistics`: parts [PARTIALS, k, n] of k disjoint column sets into stats [STATISTICS, n]. Grid: (cdiv(n, BLOCK),).
 

@@ -24,7 +24,7 @@ def bounds(offsets, i, K, total):
     return tl.where(good, low, 0), tl.where(good, high, 0), good
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "total"])
 def reduce_kernel(values, offsets, out, K, total, REDUCE: tl.constexpr, BLOCK: tl.constexpr):
     """[total] -> out [K]; an empty segment is 0, one with impossible offsets NaN. Grid: (K,)."""
     i = tl.program_id(0)
@@ -59,7 +59,7 @@ def reduce_kernel(values, offsets, out, K, total, REDUCE: tl.constexpr, BLOCK: t
     tl.store(out + i, tl.where(good & (tl.max(bad, 0) == 0), result, float("nan")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "total"])
 def reduce_backward_kernel(upstream, values, offsets, out, dx, K, total, REDUCE: tl.constexpr, BLOCK: tl.constexpr):
     """dx [total]: a mean's gradient is shared by all tokens of the turn, a maximum's by those that attain it. Grid: (K,)."""
     i = tl.program_id(0)
@@ -150,7 +150,7 @@ def clipped_mean(scale, disagreement, uncertainty, lengths, low, high, d0, d1, h
     return tl.sum(total, 0) / tl.maximum(tl.sum(tokens, 0), 1.0), tl.sum(tokens, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "total", "least", "most", "min_turns", "min_disagreement", "flat"])
 def weights_kernel(
     disagreement, uncertainty, lengths, offsets, weights, unweighted, fallback, N, total, least, most, min_turns, min_disagreement, flat,
     NORMALISE: tl.constexpr, FUSE: tl.constexpr, MEAN_ONE: tl.constexpr, BLOCK: tl.constexpr,
