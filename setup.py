@@ -30,5 +30,6 @@ setup(
         "vllm": ["vllm==0.32.*"],
         "cuda": ["flash-attn>=2.8", "liger-kernel>=0.8"],
         "alfworld": ["alfworld==0.4.2"],
+        "peers": ["trl>=1.16,<2", "liger-kernel>=0.8.5,<0.9"],
     },
 )
