@@ -25,6 +25,11 @@ class Student(Section):
         "auto", description="auto = flash_attention_2 where flash-attn is installed and CUDA present, else sdpa"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations of each block in the backward pass")
+    head: Literal["auto", "fast", "lean"] = Field(
+        "auto",
+        description="the update's pass over the vocabulary: fast forms the gradient from the logits of a chunk of tokens while it holds them; "
+        "lean holds a tile and computes the logits twice, for the least memory; auto = fast",
+    )
     liger: Literal["auto", "on", "off"] = Field("auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto = on CUDA where installed")
 
 

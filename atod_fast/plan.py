@@ -173,17 +173,18 @@ def cache_line(shape: Shape, bytes_: int) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_
 
 
-def head_tiles(shape: Shape, mixture: bool, device: torch.device) -> int:
-    """Bytes of logits at one time: four fp32 tiles, and for a mixture divergence a chunk of both models' whole rows."""
+def head_tiles(shape: Shape, kept: int, device: torch.device) -> int:
+    """Bytes of logits at one time: four fp32 tiles, and a chunk of whole rows of the `kept` models that are needed twice."""
     rows, columns = TILE["cpu" if device.type == "cpu" else "accelerator"]
-    return 4 * (4 * rows * min(columns, shape.vocabulary) + 2 * rows * shape.vocabulary * mixture)
+    return 4 * rows * (4 * columns + kept * max(columns, shape.vocabulary))
 
 
 def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: torch.device) -> Iterator[Item]:
     """What a rank holds and when. P parameters and c bytes an element of student or teacher, W ranks.
 
     Masters 4P/W, gradients 4P/W, AdamW 8P/W; the frozen teacher cP/W. The head's op adds the fp32 gradients of the
-    hidden states [A, H] and of its weight [V, H] to its tiles, A being the action tokens of a micro-batch.
+    hidden states [A, H] and of its weight [V, H] to its tiles, A being the action tokens of a micro-batch; lean, it
+    keeps no logits and rounds the weight's gradient slice by slice.
     """
     c, ct = (dtype_of(part.compute_dtype, device).itemsize for part in (config.student, config.teacher))
     step, rollout, objective = step_bounds(config), config.rollout, config.objective
@@ -216,8 +217,10 @@ def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: t
 
     yield Item("activations", micro * block_activations(student, c), ("score",))
     yield Item("activations", micro * activations(student, c, config.student.gradient_checkpointing), ("update",))
-    yield Item("head, logit tiles", head_tiles(student, mixture, device), ("score", "update"))
-    yield Item("head, fp32 gradients", 4 * student.hidden * (student.vocabulary + min(micro, share)), ("update",))
+    lean = config.student.head == "lean"
+    yield Item("head, logit tiles", head_tiles(student, 2 * mixture, device), ("score",))
+    yield Item("head, logit tiles", head_tiles(student, 0 if lean else 1 + exact_loss, device), ("update",))
+    yield Item("head, fp32 gradients", 4 * student.hidden * (min(micro, share) + (0 if lean else student.vocabulary)), ("update",))
 
 
 def _table(items: list[Item]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from atod_kernels import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob, linear_token_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,6 +56,12 @@ def tokens_of(table, seed=0, dtype=torch.float32):
     turn = torch.repeat_interleave(torch.arange(len(table.length)), table.length)
     logp = [-3 * torch.rand(len(turn), generator=generator, dtype=dtype) for _ in range(4)]
     return SimpleNamespace(turn=turn, logp=logp[0], old_logp=logp[1], teacher_logp=logp[2], rollout_logp=logp[3])
+
+
+def statistics(logp, entropy=None, divergence=None):
+    """The student's, as the head returns them."""
+    entropy = torch.zeros_like(logp) if entropy is None else entropy
+    return TokenLogprob(logp, entropy) if divergence is None else TokenDivergence(divergence, entropy, logp, None, None)
 
 
 # ---- turn weights -------------------------------------------------------------------------------------------------
@@ -182,7 +189,7 @@ def test_kappa_zero_is_grpo_whatever_the_divergence_and_asks_nothing_of_the_teac
     weight = torch.full_like(table.disagreement, torch.nan)
     streams = streams_of(table, tokens, objective, kappa=0.0, rho=1.0, weight=weight)
     logp = tokens.logp.clone().requires_grad_()
-    loss = token_loss(logp, torch.zeros_like(logp), None, streams, objective).sum()
+    loss = token_loss(statistics(logp), streams, objective).sum()
 
     advantage, ratio = rl_advantages(table, objective).turn[tokens.turn], (logp - tokens.old_logp).exp()
     grpo = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
@@ -212,7 +219,7 @@ def test_a_divergence_loss_is_added_to_the_clipped_reward_loss():
     tokens, objective = tokens_of(table), Objective(divergence="reverse_kl", entropy_bonus=0.0)
     divergence = torch.rand(len(tokens.turn))
     w, rl = weigh_turns(table, Turns()).weight[tokens.turn], rl_advantages(table, objective).turn[tokens.turn]
-    loss = token_loss(tokens.logp, torch.zeros_like(tokens.logp), divergence, streams_of(table, tokens, objective, 0.6, 1.5), objective).sum()
+    loss = token_loss(statistics(tokens.logp, divergence=divergence), streams_of(table, tokens, objective, 0.6, 1.5), objective).sum()
     ratio = (tokens.logp - tokens.old_logp).exp()
     surrogate = -torch.min(ratio * rl, ratio.clamp(0.8, 1.2) * rl)
     surrogate = torch.where(rl < 0, torch.min(surrogate, -3 * rl), surrogate)
@@ -241,7 +248,7 @@ def test_truncated_importance_weights_scale_the_policy_term_alone():
     torch.testing.assert_close(streams.policy_weight, (tokens.old_logp - tokens.rollout_logp).exp().clamp(max=2))
     assert streams.policy_weight[0] == 2
     assert (off.policy_weight == 1).all()
-    full, plain = (token_loss(tokens.logp, entropy, None, s, Objective(divergence="k2")) for s in (streams, off))
+    full, plain = (token_loss(statistics(tokens.logp, entropy), s, Objective(divergence="k2")) for s in (streams, off))
     policy = plain - off.weight * (off.divergence_weight * (tokens.logp - tokens.teacher_logp) ** 2 / 2 - off.entropy_weight * entropy)
     torch.testing.assert_close(full - plain, policy * (streams.policy_weight - 1))
 
@@ -304,11 +311,12 @@ def test_loss_gradient_and_diagnostics_do_not_depend_on_the_split_into_micro_bat
         for start, end in zip([0, *borders], [*borders, count], strict=True):
             part = slice(start, end)
             streams = streams_of(table, tokens, objective, part=part)
-            losses = token_loss(logp[part], entropy[part], full_kl[part], streams, objective)
+            stats = statistics(logp[part], entropy[part], full_kl[part])
+            losses = token_loss(stats, streams, objective)
             assert losses.shape == (end - start,)
             losses.sum().backward()
             total += losses.sum().item()
-            for name, x in diagnostics(logp[part], entropy[part], full_kl[part], streams, objective).items():
+            for name, x in diagnostics(stats, streams, objective).items():
                 seen[name] = seen.get(name, 0.0) + x.item()
         return total, logp.grad, seen
 
@@ -328,9 +336,9 @@ def one_token(advantage, ratio, objective):
     tokens = SimpleNamespace(turn=torch.tensor([0]), old_logp=old, teacher_logp=old + advantage, rollout_logp=old)
     streams = streams_of(table, tokens, objective, kappa=1.0, rho=0.0, weight=torch.ones(1))
     logp = (old + torch.tensor(ratio, dtype=torch.float64).log()).requires_grad_()
-    loss = token_loss(logp, torch.zeros_like(logp), None, streams, objective).sum()
+    loss = token_loss(statistics(logp), streams, objective).sum()
     loss.backward()
-    return loss.item(), logp.grad.item() / ratio, diagnostics(logp, torch.zeros_like(logp), None, streams, objective)["clip_fraction"].item()
+    return loss.item(), logp.grad.item() / ratio, diagnostics(statistics(logp), streams, objective)["clip_fraction"].item()
 
 
 @pytest.mark.parametrize(
@@ -360,14 +368,14 @@ def test_an_extreme_ratio_stays_finite():
     tokens.old_logp[0] = -1000.0
     streams = streams_of(table, tokens, objective, weight=torch.zeros(3))
     logp = tokens.logp.clone().requires_grad_()
-    loss = token_loss(logp, torch.zeros_like(logp), None, streams, objective).sum()
+    loss = token_loss(statistics(logp), streams, objective).sum()
     assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, logp)[0]).all()
 
 
 def test_the_entropy_bonus_is_subtracted():
     table = make_table([3, 3])
     tokens, entropy = tokens_of(table), torch.rand(int(table.length.sum()), requires_grad=True)
-    loss = token_loss(tokens.logp, entropy, None, streams_of(table, tokens, Objective(entropy_bonus=0.01)), Objective()).sum()
+    loss = token_loss(statistics(tokens.logp, entropy), streams_of(table, tokens, Objective(entropy_bonus=0.01)), Objective()).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, entropy)[0], torch.full_like(entropy, -0.01 / len(entropy)))
 
 
@@ -375,7 +383,7 @@ def test_diagnostics_are_the_minibatch_means():
     table = make_table([3, 3])
     tokens, objective, entropy = tokens_of(table), Objective(), torch.rand(int(table.length.sum()))
     streams = streams_of(table, tokens, objective)
-    seen = diagnostics(tokens.logp, entropy, None, streams, objective)
+    seen = diagnostics(statistics(tokens.logp, entropy), streams, objective)
     log_ratio = tokens.logp - tokens.old_logp
     expected = {
         "clip_fraction": None,
@@ -404,7 +412,7 @@ def expected_gradient(divergence, vocabulary=11):
     objective = Objective(divergence=divergence, entropy_bonus=0.0, clip=0.2)
     one = torch.ones(1)
     streams = make_streams(objective, 1.0, 0.0, torch.zeros(vocabulary, dtype=torch.int64), old, teacher_logp, old, one, one, old.exp())
-    loss = token_loss(logp, torch.zeros_like(logp), None, streams, objective).sum()
+    loss = token_loss(statistics(logp), streams, objective).sum()
     reverse = (logp.exp() * (logp - teacher_logp)).sum()
     forward = (teacher_logp.exp() * (teacher_logp - logp)).sum()
     return [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, reverse, forward)]
@@ -431,21 +439,34 @@ def test_k2_and_k3_as_values():
     for divergence in ("k2", "k3"):
         objective = Objective(divergence=divergence, entropy_bonus=0.0)
         streams = make_streams(objective, 1.0, 0.0, sampled, student, teacher, student, one, one, torch.ones(9))
-        losses[divergence] = token_loss(student, student, None, streams, objective)
+        losses[divergence] = token_loss(statistics(student, student), streams, objective)
     assert losses["k3"].min() >= 0
     torch.testing.assert_close((student.exp() * losses["k3"]).sum(), (student.exp() * (student - teacher)).sum())
     torch.testing.assert_close(losses["k2"], (student - teacher) ** 2 / 2)
 
 
-@pytest.mark.parametrize("divergence", ["k1", "k2", "k3", "reverse_kl"])
-def test_the_form_for_the_fused_head_is_the_same_loss(divergence):
+@pytest.mark.parametrize("divergence", ["k1", "k2", "k3", *FULL_VOCABULARY])
+@pytest.mark.parametrize("schedule", ["fast", "lean"])
+def test_the_head_that_forms_the_gradient_in_its_forward_learns_the_same(divergence, schedule):
+    """One operator with the loss inside, against autograd through the loss and the statistics."""
     table = make_table([4, 3])
-    tokens, objective = tokens_of(table), Objective(divergence=divergence, tis_cap=1.5)
-    full_kl, entropy = torch.rand(2, len(tokens.turn))
-    streams = streams_of(table, tokens, objective)
-    stats = SimpleNamespace(logp=tokens.logp, entropy=entropy, **({"divergence": full_kl} if divergence in FULL_VOCABULARY else {}))
-    fused = loss_function(objective)(stats, **streams.tensors())
-    torch.testing.assert_close(fused, token_loss(tokens.logp, entropy, full_kl, streams, objective), rtol=0, atol=0)
+    tokens, objective = tokens_of(table), Objective(divergence=divergence, tis_cap=1.5, entropy_bonus=0.02)
+    streams, count = streams_of(table, tokens, objective), len(tokens.turn)
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight, teacher_hidden, teacher_weight = (torch.randn(n, h, generator=generator) for n, h in ((count, 8), (13, 8), (count, 6), (13, 6)))
+    target = torch.randint(0, 13, (count,), generator=generator)
+    teacher = (teacher_hidden, teacher_weight) if divergence in FULL_VOCABULARY else (None, None)
+    options = {"divergence": divergence} if divergence in FULL_VOCABULARY else {}
+    parameters = hidden.requires_grad_(), weight.requires_grad_()
+
+    fused, stats = linear_token_loss(loss_function(objective), hidden, weight, *teacher, target, inputs=streams.tensors(), schedule=schedule, **options)
+    apart = linear_divergence(hidden, weight, *teacher, target, **options) if options else linear_logprob(hidden, weight, target)
+    loss = token_loss(apart, streams, objective).sum()
+    torch.testing.assert_close(fused, loss)
+    for ours, theirs in zip(torch.autograd.grad(fused, parameters), torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not any(x.requires_grad for x in stats if x is not None)
+    torch.testing.assert_close(diagnostics(stats, streams, objective), diagnostics(apart, streams, objective))
 
 
 # ---- every switch does something ------------------------------------------------------------------------------------
@@ -496,7 +517,7 @@ def losses_of(objective, turns, kappa, rho, step=30):
     signals = token_signals(turns, tokens.old_logp, tokens.teacher_logp, entropy, full_kl)
     table.disagreement[:], table.uncertainty[:] = (torch.bincount(tokens.turn, x.double()) / table.length for x in signals)
     streams = streams_of(table, tokens, objective, value(kappa, step), value(rho, step), turns=turns)
-    return token_loss(tokens.logp, entropy, full_kl, streams, objective)
+    return token_loss(statistics(tokens.logp, entropy, full_kl), streams, objective)
 
 
 @pytest.mark.parametrize(

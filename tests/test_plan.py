@@ -141,9 +141,15 @@ def test_half_precision_halves_what_is_computed_in_it(tiny):
     assert bf16["student, fp32 masters"] == fp32["student, fp32 masters"]
 
 
-def test_a_mixture_divergence_keeps_whole_rows_of_logits(tiny):
-    kl, jsd = (held(parse([*tiny, f"objective.divergence={name}"]).config, "update")["head, logit tiles"] for name in ("reverse_kl", "jsd"))
-    assert jsd > kl
+def test_whole_rows_of_logits_are_kept_where_they_are_needed_twice(tiny):
+    """A mixture looks at both models' twice; the update at what its divergence reads, unless the head is lean."""
+
+    def logits(phase, *overrides):
+        return held(parse([*tiny, *overrides]).config, phase)["head, logit tiles"]
+
+    k1, kl, jsd = (f"objective.divergence={name}" for name in ("k1", "reverse_kl", "jsd"))
+    assert logits("score", jsd) > logits("score", kl) == logits("score", k1)
+    assert logits("update", jsd) == logits("update", kl) > logits("update", k1) > logits("update", jsd, "student.head=lean")
 
 
 def test_tokens_of_a_step_are_bounds():

@@ -1,7 +1,8 @@
-import copy
+from functools import partial
 
 import pytest
 import torch
+from atod_kernels import naive
 from gloo import run_ranks
 from tiny import VOCABULARY, random_rows, save_model
 from torch.distributed.tensor import DTensor
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from atod_fast import objective, ranks
 from atod_fast.errors import UserError
 from atod_fast.models import compare_tokenizers, load_model, resolve
-from atod_fast.policy import checkpoint, sharding
+from atod_fast.objective import FULL_VOCABULARY
+from atod_fast.policy import checkpoint, learner, sharding
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.model import CausalPolicy, HeadJob
 from atod_fast.policy.packing import collate
@@ -61,21 +63,45 @@ def test_only_positions_that_predict_action_tokens_get_a_gradient(folder):
     assert torch.equal(touched, expected)
 
 
+def gradients_of(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_head_gradients_equal_those_of_materialised_logits(folder, tied):
+@pytest.mark.parametrize("divergence", [None, *FULL_VOCABULARY])
+@pytest.mark.parametrize("schedule", ["fast", "lean"])
+def test_the_heads_loss_and_gradients_are_those_of_materialised_logits(folder, tied, divergence, schedule):
+    """A teacher of another width, a temperature, columns left out; statistics alone, and a loss of them in the same pass."""
     policy = CausalPolicy(load_model(str(folder / f"qwen3-{tied}"), torch.float32))
-    plain = copy.deepcopy(policy)
     batch = collate(random_rows(5), packed=False)
-    upstream = torch.randn(len(batch.target), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, len(batch.target), generator=generator)
     valid = torch.ones(VOCABULARY, dtype=torch.bool)
     valid[:2] = False
-    out = policy(batch, HeadJob(batch.target, 0.5, valid))
-    (out.logp * upstream + 0.1 * out.entropy).sum().backward()
-    logits = (plain(batch, None) @ plain.lm_head.weight.T / 0.5).masked_fill(~valid, -1e30).log_softmax(-1)
-    logp = logits.gather(1, batch.target[:, None])[:, 0]
-    (logp * upstream - 0.1 * (logits.exp() * logits).sum(-1)).sum().backward()
-    for (name, ours), theirs in zip(policy.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=2e-4, msg=name)
+    job = HeadJob(batch.target, 0.5, valid)
+    if divergence:
+        hidden, weight = (torch.randn(n, 20, generator=generator) for n in (len(batch.target), VOCABULARY + 3))
+        job = job._replace(divergence=divergence, alpha=0.3, teacher_hidden=hidden, teacher_weight=weight)
+
+    def loss(stats, a, b, c):
+        return a * stats.logp - b * stats.entropy + (c * stats.divergence if divergence else 0)
+
+    out, stats = policy(batch, job._replace(loss=loss, inputs={"a": a, "b": b, "c": c}, schedule=schedule, check=True))
+    ours = gradients_of(policy, out)
+
+    operands = policy(batch, None), policy.lm_head.weight
+    if divergence:
+        plain = naive.linear_divergence(*operands, hidden, weight, batch.target, divergence=divergence, alpha=0.3, temperature=0.5, valid_columns=valid)
+    else:
+        plain = naive.linear_logprob(*operands, batch.target, temperature=0.5, valid_columns=valid)
+    expected = loss(plain, a, b, c).sum()
+    theirs = gradients_of(policy, expected)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
+    for found in (stats, policy(batch, job)):
+        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=5e-4)
 
 
 @pytest.mark.parametrize("extra", [-3, 4])
@@ -91,27 +117,21 @@ def test_a_teacher_padded_to_another_width_scores_the_common_columns(folder, tmp
     torch.testing.assert_close(out.logp, logits.gather(1, batch.target[:, None])[:, 0], atol=1e-5, rtol=1e-5)
 
 
-def update(student, teacher, divergence, aggregation, budget, checkpointing):
-    """One update of 20 made-up rows; what came of it as plain numbers."""
-    keys = {
-        "student.path": student,
-        "teacher.path": teacher,
-        "objective.divergence": divergence,
-        "objective.aggregation": aggregation,
-        "train.microbatch_tokens": budget,
-        "student.gradient_checkpointing": checkpointing,
-    }
-    config = load(None, None, [*(f"{key}={value}" for key, value in keys.items()), "train.minibatch_rows=8", "turns.disagreement=exact"])
-    if checkpointing == "true":  # as large models do: gather each block again for the backward pass
-        sharding.RESHARD_PARAMETERS = 0
+def update(student, teacher, *settings):
+    """One step of updates on 12 made-up rows of two turns; what came of it as plain numbers."""
+    config = load(None, None, [f"student.path={student}", f"teacher.path={teacher}", "train.minibatch_rows=6", *settings])
+    # With checkpointing as large models do: gather each block again for the backward pass.
+    sharding.RESHARD_PARAMETERS = 0 if config.student.gradient_checkpointing else 50_000_000
     device, mesh = ranks.start()
-    learner = Learner(config, mesh, device, None)
-    rows = random_rows(20)
+    trainer = Learner(config, mesh, device, None)
+    rows = random_rows(12)
     turns = 2 * len(rows)
-    minibatches, members = learner.plan(rows, step=1)
-    learner.score_teacher(minibatches)
-    learner.score_student(minibatches, with_teacher=True)
-    d, h = learner.turn_signals(minibatches, turns)
+    kappa, rho = objective.value(config.schedule.kappa, 20), objective.value(config.schedule.rho, 20)
+    minibatches, members = trainer.plan(rows, step=1)
+    if kappa:
+        trainer.score_teacher(minibatches)
+    trainer.score_student(minibatches, with_teacher=kappa > 0)
+    d, h = trainer.turn_signals(minibatches, turns)
     table = TurnTable(
         disagreement=d,
         uncertainty=h,
@@ -124,49 +144,118 @@ def update(student, teacher, divergence, aggregation, budget, checkpointing):
         success=torch.zeros(turns // 4, dtype=torch.bool),
         group=torch.arange(turns // 4) // 2,
     )
-    weight, advantage = objective.weigh_turns(table, config.turns).weight, objective.rl_advantages(table, config.objective).turn
+    hybrid = partial(
+        objective.make_streams,
+        config.objective,
+        kappa,
+        rho,
+        turn_weight=objective.weigh_turns(table, config.turns).weight,
+        rl_advantage=objective.rl_advantages(table, config.objective).turn,
+    )
     parts = [torch.tensor([turn for row in part for turn in rows[row].turns]) for part in members]
     streams = [
-        [
-            objective.make_streams(
-                config.objective,
-                0.7,
-                1.5,
-                *s.facts,
-                turn_weight=weight,
-                rl_advantage=advantage,
-                token_weight=objective.token_weights(aggregation, s.batch.turn, table, part),
-            )
-            for s in minibatch
-        ]
+        [hybrid(*s.facts, token_weight=objective.token_weights(config.objective.aggregation, s.batch.turn, table, part)) for s in minibatch]
         for minibatch, part in zip(minibatches, parts, strict=True)
     ]
-    metrics = learner.update(minibatches, streams, 0.01)
-    weights = {name: tensor.clone() for name, tensor in stream_weights(learner.student)}
-    return {"metrics": metrics, "signals": [d.tolist(), h.tolist()], "weights": weights["model.layers.1.mlp.down_proj.weight"].tolist()}
+    metrics = trainer.update(minibatches, streams, 0.01)
+    parameters = dict(trainer.student.named_parameters())
+    moments = {name: trainer.optimizer.state[parameter]["exp_avg"] for name, parameter in parameters.items()}
+    whole = [{name: tensor.detach().full_tensor().tolist() for name, tensor in tensors.items()} for tensors in (parameters, moments)]
+    return {"metrics": metrics, "signals": [d.tolist(), h.tolist()], "weights": whole[0], "gradients": whole[1]}
 
 
-def _close(a, b, tolerance):
-    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=tolerance, rtol=tolerance)
+def updates(student, teacher, cases):
+    return [update(student, teacher, *case) for case in cases]
+
+
+def assert_same(ours, theirs, signals=1e-5, metrics=2e-3, gradients=1e-3, weights=2e-4):
+    """`gradients` are AdamW's running means of them: relative to the largest of a parameter. A weight moved by up to 0.01 an update."""
+    torch.testing.assert_close(torch.tensor(ours["signals"]), torch.tensor(theirs["signals"]), atol=signals, rtol=signals)
+    assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=metrics, abs=1e-5)
+    for name, gradient in theirs["gradients"].items():
+        expected = torch.tensor(gradient)
+        torch.testing.assert_close(torch.tensor(ours["gradients"][name]), expected, atol=gradients * expected.abs().max().item(), rtol=0, msg=name)
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(torch.tensor(ours["weights"][name]), torch.tensor(theirs["weights"][name]), atol=weights, rtol=weights)
+    assert theirs["metrics"]["loss"] != 0 and theirs["metrics"]["gradient_norm"] > 0
 
 
 @pytest.mark.parametrize(
-    ("model", "divergence", "aggregation", "checkpointing"),
-    [("qwen3-True", "k1", "token", "false"), ("llama-False", "reverse_kl", "trajectory", "true"), ("qwen3-False", "k3", "turn", "false")],
+    ("model", "method", "checkpointing"),
+    [
+        ("qwen3-True", ["objective.divergence=k1", "objective.aggregation=token"], "false"),
+        ("llama-False", ["objective.divergence=reverse_kl", "objective.aggregation=trajectory"], "true"),
+        ("qwen3-False", ["objective.divergence=k3", "objective.aggregation=turn"], "false"),
+    ],
 )
-def test_an_update_does_not_depend_on_ranks_or_micro_batches(folder, model, divergence, aggregation, checkpointing):
-    arguments = str(folder / model), str(folder / "teacher"), divergence, aggregation
-    (alone,) = run_ranks(1, update, *arguments, 4096, "false")
-    (small,) = run_ranks(1, update, *arguments, 50, "false")
-    pair = run_ranks(2, update, *arguments, 100, checkpointing)
-    assert pair[0] == pair[1]
-    for other in (small, pair[0]):
-        _close(alone["signals"], other["signals"], 1e-5)
-        assert alone["metrics"].keys() == other["metrics"].keys()
-        for key, value in alone["metrics"].items():
-            assert value == pytest.approx(other["metrics"][key], rel=2e-3, abs=1e-5), key
-        _close(alone["weights"], other["weights"], 2e-4)
-    assert alone["metrics"]["loss"] != 0
+def test_an_update_does_not_depend_on_ranks_or_micro_batches(folder, model, method, checkpointing):
+    """Mini-batches of one row leave the other rank nothing but passes without an action token."""
+    arguments, method = (str(folder / model), str(folder / "teacher")), [*method, "turns.disagreement=exact"]
+    row = [*method, "train.minibatch_rows=1"]
+    ((alone, small, rows),) = run_ranks(1, updates, *arguments, [method, [*method, "train.microbatch_tokens=50"], row])
+    again = f"student.gradient_checkpointing={checkpointing}"
+    first, second = run_ranks(2, updates, *arguments, [[*method, "train.microbatch_tokens=100", again], [*row, again]])
+    assert first == second
+    assert_same(small, alone)
+    assert_same(first[0], alone)
+    assert_same(first[1], rows)
+
+
+DIVERGENCES = [[f"objective.divergence={name}", "objective.entropy_bonus=0.05"] for name in ("k1", "k2", "k3", *FULL_VOCABULARY)]
+PRESETS = [[f"objective.preset={name}"] for name in ("paper", "exact", "opd", "grpo", "fixed", "sequential")]
+
+
+@pytest.mark.parametrize(("world", "model", "methods"), [(1, "qwen3-True", DIVERGENCES + PRESETS), (2, "llama-False", DIVERGENCES)])
+def test_every_method_learns_the_same_whether_logits_are_kept_or_computed_again(folder, world, model, methods):
+    cases = [[*method, f"student.head={head}", "rollout.temperature=0.8"] for method in methods for head in ("fast", "lean")]
+    found = run_ranks(world, updates, str(folder / model), str(folder / "teacher"), cases)[0]
+    for fast, lean in zip(found[::2], found[1::2], strict=True):
+        assert_same(fast, lean)
+
+
+@pytest.mark.parametrize("method", [["objective.divergence=k1"], ["objective.divergence=jsd"]])
+def test_bf16_learns_what_fp32_learns(folder, method):
+    """One update, in which both start from the same weights: on one rank and on two, both ways through the head."""
+    arguments, method = (str(folder / "qwen3-True"), str(folder / "teacher")), [*method, "train.minibatch_rows=0"]
+    bf16 = [*method, "student.compute_dtype=bf16", "teacher.compute_dtype=bf16"]
+    ((exact, fast, lean),) = run_ranks(1, updates, *arguments, [method, bf16, [*bf16, "student.head=lean"]])
+    pair = run_ranks(2, updates, *arguments, [bf16])[0][0]
+    for found in (fast, lean, pair):
+        assert found["metrics"] == pytest.approx(exact["metrics"], rel=2e-2)
+        for name, gradient in exact["gradients"].items():
+            expected = torch.tensor(gradient)
+            assert (torch.tensor(found["gradients"][name]) - expected).norm() < 0.1 * expected.norm(), name
+    assert fast["metrics"] != exact["metrics"]
+
+
+def update_towards(loss, student, teacher):
+    """What an update says to a loss of one's own, and how often it asked for it in its first and in its second step."""
+    calls = []
+
+    def counted(objective):
+        return lambda stats, **inputs: (calls.append(len(stats.logp)), loss(stats.logp))[1]
+
+    learner.loss_function, before = counted, learner.loss_function
+    try:
+        update(student, teacher, "train.minibatch_rows=12", "train.epochs=2")
+    except ValueError as error:
+        return str(error)
+    finally:
+        learner.loss_function = before
+    return calls
+
+
+def centred(logp):
+    return logp - logp.mean()
+
+
+def test_a_loss_that_sees_more_than_its_token_is_refused_at_the_first_update(folder):
+    arguments = str(folder / "qwen3-True"), str(folder / "teacher")
+    (refused,) = run_ranks(1, update_towards, centred, *arguments)
+    assert "not a function of one token at a time" in refused
+    (calls,) = run_ranks(1, update_towards, torch.square, *arguments)
+    whole = max(calls)
+    assert calls.count(whole) == 2 and sum(calls) == 3 * whole, "checked with the tokens in two parts, once"
 
 
 def stream(path, dtype):

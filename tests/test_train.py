@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atod_fast import evaluate, ranks, train
 from atod_fast.errors import UserError
 from atod_fast.models import resolve
+from atod_fast.policy.learner import Learner
 
 CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty turns/weight_mean loss/total policy/kl
 policy/entropy policy/clip_fraction sync/logprob_gap time/rollout time/teacher time/train time/resync perf/tokens_per_second memory/peak_gib""".split()
@@ -200,15 +202,15 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path, capfd):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capfd, monkeypatch):
-    from atod_fast.policy import learner
+    real, steps = Learner.update, []
 
-    real, calls = learner.token_loss, []
+    def poisoned(self, minibatches, streams, learning_rate):
+        steps.append(1)
+        if len(steps) > 2:
+            streams = [[replace(stream, weight=stream.weight * float("nan")) for stream in part] for part in streams]
+        return real(self, minibatches, streams, learning_rate)
 
-    def poisoned(*arguments):
-        calls.append(1)
-        return real(*arguments) * (float("nan") if len(calls) > 4 else 1)
-
-    monkeypatch.setattr(learner, "token_loss", poisoned)
+    monkeypatch.setattr(Learner, "update", poisoned)
     run(tmp_path / "run", "train.steps=9", "checkpoint.every=1", code=3)
     assert "not finite" in capfd.readouterr().err
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())

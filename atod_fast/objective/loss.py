@@ -10,9 +10,9 @@ The surrogate is verl's (core_algos.compute_policy_loss), its clamp of the log-r
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from atod_kernels import TokenDivergence, TokenLogprob
 from torch import Tensor
 
 from atod_fast.config import Objective
@@ -21,72 +21,63 @@ from .streams import FULL_VOCABULARY, Streams
 
 LOG_RATIO_BOUND = 20.0  # exp() beyond it is no number to learn from, and 0 * inf would be NaN
 
+Statistics = TokenDivergence | TokenLogprob  # the student's; without a teacher there is no divergence
 
-def token_loss(logp: Tensor, entropy: Tensor, divergence: Tensor | None, streams: Streams, objective: Objective) -> Tensor:
+
+def token_loss(stats: Statistics, streams: Streams, objective: Objective) -> Tensor:
     """Loss of each token, aggregation weight included: their sum over the mini-batch is the loss. [A] -> [A].
 
-    logp, entropy: the student's, differentiable; divergence: the full-vocabulary one where objective.divergence asks for
-    it, else unused. Of the objective only clip, dual_clip (0 = off) and divergence are read. No token sees another.
+    Of the statistics logp, entropy and, for a full-vocabulary objective.divergence, divergence are read and may be
+    differentiable; of the objective clip, dual_clip (0 = off) and divergence. No token sees another.
     """
-    policy, _ = _surrogate(logp, streams, objective)
-    loss = streams.policy_weight * policy - streams.entropy_weight * entropy
+    _, bounded = _ratios(stats, streams, objective)
+    loss = -streams.policy_weight * streams.advantage * bounded - streams.entropy_weight * stats.entropy
     if streams.divergence_weight is not None:
-        loss = loss + streams.divergence_weight * _divergence(logp, divergence, streams, objective)
+        loss = loss + streams.divergence_weight * _divergence(stats, streams, objective)
     return streams.weight * loss
 
 
 def loss_function(objective: Objective) -> Callable[..., Tensor]:
     """`token_loss` in the form `atod_kernels.linear_token_loss` takes: (statistics, **streams.tensors()) -> [C]."""
-
-    def loss(stats: Any, **inputs: Tensor) -> Tensor:
-        return token_loss(stats.logp, stats.entropy, getattr(stats, "divergence", None), Streams(**inputs), objective)
-
-    return loss
+    return lambda stats, **inputs: token_loss(stats, Streams(**inputs), objective)
 
 
 @torch.no_grad()
-def diagnostics(logp: Tensor, entropy: Tensor, divergence: Tensor | None, streams: Streams, objective: Objective) -> dict[str, Tensor]:
+def diagnostics(stats: Statistics, streams: Streams, objective: Objective) -> dict[str, Tensor]:
     """Scalars that, like the loss, add up over micro-batches and ranks to the mini-batch's mean.
 
     clip_fraction: tokens whose gradient a clip stopped. approx_kl: KL(old || current) by its k3 estimate, never negative.
     opd and rl: mean size of the imitation and the reward term; their quotient is the balance to log. Where imitation is a
     loss, its size is that of the loss term.
     """
-    _, clipped = _surrogate(logp, streams, objective)
-    log_ratio = (logp - streams.old_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    ratio, bounded = _ratios(stats, streams, objective)
     opd = (streams.advantage - streams.reward_advantage).abs()
     if streams.divergence_weight is not None:
-        opd = (streams.divergence_weight * _divergence(logp, divergence, streams, objective)).abs()
+        opd = (streams.divergence_weight * _divergence(stats, streams, objective)).abs()
     values = {
-        "clip_fraction": clipped.to(logp.dtype),
-        "approx_kl": log_ratio.exp() - 1 - log_ratio,
-        "entropy": entropy,
+        "clip_fraction": ((bounded != ratio) & (streams.advantage != 0)).to(ratio.dtype),
+        "approx_kl": ratio - 1 - ratio.log(),
+        "entropy": stats.entropy,
         "opd": opd,
         "rl": streams.reward_advantage.abs(),
     }
     return {name: (streams.weight * value).sum() for name, value in values.items()}
 
 
-def _surrogate(logp: Tensor, streams: Streams, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Clipped policy loss [A], and [A] bool: a clip decides it, so it has no gradient."""
-    advantage = streams.advantage
-    ratio = (logp - streams.old_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    free, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - objective.clip, 1 + objective.clip)
-    policy = torch.maximum(free, bounded)
-    clipped = bounded > free
-    if objective.dual_clip > 0:
-        worst = -objective.dual_clip * advantage
-        clipped = clipped | ((advantage < 0) & (policy > worst))
-        policy = torch.where(advantage < 0, torch.minimum(policy, worst), policy)
-    return policy, clipped
+def _ratios(stats: Statistics, streams: Streams, objective: Objective) -> tuple[Tensor, Tensor]:
+    """pi / pi_old [A], and within its bounds: max(-r A, -clip(r) A) bounds it above where A > 0 and below where A < 0, dual
+    clip above there. Where a bound decides it has no gradient."""
+    ratio = (stats.logp - streams.old_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    good, bad = ratio.clamp(max=1 + objective.clip), ratio.clamp(1 - objective.clip, objective.dual_clip or None)
+    return ratio, torch.where(streams.advantage < 0, bad, good)
 
 
-def _divergence(logp: Tensor, divergence: Tensor | None, streams: Streams, objective: Objective) -> Tensor:
+def _divergence(stats: Statistics, streams: Streams, objective: Objective) -> Tensor:
     """D_t [A]. Sampled: k2 = (log pi - log pi_T)^2 / 2, whose on-policy expected gradient is the reverse KL's, and
     k3 = r - log r - 1 with r = pi_T / pi, whose on-policy expected gradient is the forward KL's."""
     if objective.divergence in FULL_VOCABULARY:
-        return divergence
-    log_ratio = streams.teacher_logp - logp
+        return stats.divergence
+    log_ratio = streams.teacher_logp - stats.logp
     if objective.divergence == "k2":
         return log_ratio**2 / 2
     log_ratio = log_ratio.clamp(max=LOG_RATIO_BOUND)

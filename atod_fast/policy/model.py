@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from atod_kernels import linear_divergence, linear_logprob
+from atod_kernels import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob, linear_token_loss
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,32 +21,31 @@ from atod_fast.trajectory import Batch
 
 
 class HeadJob(NamedTuple):
-    """What the head computes for A action tokens."""
+    """What the head computes for A action tokens. With hidden states of the teacher, divergences from it too."""
 
     target: Tensor  # [A] int64
     temperature: float
-    valid_columns: Tensor | None = None  # bool [V]
-    divergence: str | None = None  # of atod_kernels.linear_divergence; None: log-prob and entropy only
+    valid_columns: Tensor | None = None  # bool [V], of the student
+    divergence: str = "reverse_kl"  # of atod_kernels.linear_divergence
     alpha: float = 0.5
     teacher_hidden: Tensor | None = None  # [A, H_t]
     teacher_weight: Tensor | None = None  # [V_t, H_t]
     teacher_bias: Tensor | None = None  # [V_t]
     teacher_softcap: float | None = None
+    loss: Callable[..., Tensor] | None = None  # loss(statistics, **inputs) -> [A], token by token; None: statistics alone
+    inputs: Mapping[str, Tensor] = {}  # [A] each
+    schedule: str = "auto"  # of atod_kernels.linear_token_loss, as `check`
+    check: bool = False
 
 
-class HeadOutput(NamedTuple):
-    """fp32 [A] each, at the job's temperature. A tuple of whole tensors: FSDP's hooks look for those, and mistrust views."""
-
-    logp: Tensor
-    entropy: Tensor
-    divergence: Tensor | None
-    teacher_logp: Tensor | None
+HeadOutput = TokenDivergence | TokenLogprob | tuple[Tensor, TokenDivergence | TokenLogprob]
 
 
 class Head(nn.Module):
     """The language-model head whose forward is the fused operator: no [tokens, vocabulary] matrix is made.
 
-    As the module's own forward, FSDP2 unshards the weight before it and reduces its gradient after it.
+    As the module's own forward, FSDP2 unshards the weight before it and reduces its gradient after it. Activation
+    checkpointing must stay outside: it would form the gradients of a loss twice.
     """
 
     def __init__(self, linear: nn.Linear, softcap: float | None):
@@ -54,28 +54,22 @@ class Head(nn.Module):
         self.softcap = softcap
 
     def forward(self, hidden: Tensor, job: HeadJob) -> HeadOutput:
-        """hidden [A, H] -> statistics of the next-token distributions."""
-        common = {"temperature": job.temperature, "softcap": self.softcap, "valid_columns": job.valid_columns}
-        if job.divergence is None:
+        """hidden [A, H] -> fp32 statistics [A] of the next-token distributions, at the job's temperature.
+
+        With a loss: its sum over the tokens and the statistics. Its gradients are formed here, the statistics carry none.
+        """
+        options = {"temperature": job.temperature, "softcap": self.softcap, "valid_columns": job.valid_columns}
+        if job.loss is None and job.teacher_hidden is None:
             # The mask is the student's; a teacher padded to another width has no token in the columns it lacks.
             missing = self.weight.shape[0] - len(job.valid_columns) if job.valid_columns is not None else 0
-            common["valid_columns"] = nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
-            out = linear_logprob(hidden, self.weight, job.target, bias=self.bias, **common)
-            return HeadOutput(out.logp.clone(), out.entropy.clone(), None, None)
-        out = linear_divergence(
-            hidden,
-            self.weight,
-            job.teacher_hidden,
-            job.teacher_weight,
-            job.target,
-            divergence=job.divergence,
-            alpha=job.alpha,
-            student_bias=self.bias,
-            teacher_bias=job.teacher_bias,
-            teacher_softcap=job.teacher_softcap,
-            **common,
-        )
-        return HeadOutput(out.logp.clone(), out.entropy.clone(), out.divergence.clone(), out.teacher_logp.clone())
+            options["valid_columns"] = nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
+            return linear_logprob(hidden, self.weight, job.target, bias=self.bias, **options)
+        options |= {"student_bias": self.bias, "teacher_bias": job.teacher_bias, "teacher_softcap": job.teacher_softcap}
+        options |= {"divergence": job.divergence, "alpha": job.alpha}
+        operands = hidden, self.weight, job.teacher_hidden, job.teacher_weight, job.target
+        if job.loss is None:
+            return linear_divergence(*operands, **options)
+        return linear_token_loss(job.loss, *operands, inputs=job.inputs, schedule=job.schedule, check=job.check, **options)
 
 
 class CausalPolicy(nn.Module):
@@ -95,7 +89,7 @@ class CausalPolicy(nn.Module):
         self.tied = source.lm_head.weight is source.get_input_embeddings().weight
 
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
-        """Statistics of the action tokens, or with no job their final hidden states [A, H]."""
+        """What the head makes of the action tokens, or with no job their final hidden states [A, H]."""
         hidden = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.index)
         return hidden if job is None else self.lm_head(hidden, job)

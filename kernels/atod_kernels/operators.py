@@ -98,30 +98,37 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 head.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("atod_kernels::chunk_forward", mutates_args=("kept",), schema=f"({COMMON}, int first, int last, Tensor(a!) kept) -> Tensor")
-def chunk_forward(*args: Any) -> Tensor:
+# Called under no_grad alone: defined without custom_op's autograd wrapper, whose bookkeeping grows with the square of the number of arguments.
+LIBRARY = torch.library.Library("atod_kernels", "FRAGMENT")
+LIBRARY.define(f"chunk_forward({COMMON}, int first, int last, Tensor(a!) kept) -> Tensor")
+LIBRARY.define(
+    f"chunk_backward({COMMON}, int first, int last, Tensor(a!) kept, Tensor statistics, Tensor upstream, Tensor(b!) dx, Tensor(c!) dw, Tensor(d!) db) -> ()"
+)
+
+
+def _chunk_forward(*args: Any) -> Tensor:
     """Statistics [STATISTICS, n] of tokens first to last; leaves their logits in `kept` (`Problem.kept`)."""
     p, (first, last, kept) = problem(*args[:WIDTH]), args[WIDTH:]
     return backend(p).chunk_statistics(p, slice(first, last), kept)
 
 
-@chunk_forward.register_fake
-def _(*args: Any) -> Tensor:
-    first, last, kept = args[WIDTH:]
-    return kept.new_empty(tiles.STATISTICS, last - first)
-
-
-@torch.library.custom_op(
-    "atod_kernels::chunk_backward",
-    mutates_args=("kept", "dx", "dw", "db"),
-    schema=f"({COMMON}, int first, int last, Tensor(a!) kept, Tensor statistics, Tensor upstream, Tensor(b!) dx, Tensor(c!) dw, Tensor(d!) db) -> ()",
-)
-def chunk_backward(*args: Any) -> None:
+def _chunk_backward(*args: Any) -> None:
     """Add the gradients of tokens first to last to dx, dw and db (empty = not wanted), overwriting the logits in `kept`."""
     p, (first, last, kept, statistics, upstream, dx, dw, db) = problem(*args[:WIDTH]), args[WIDTH:]
     backend(p).chunk_gradients(p, slice(first, last), kept, statistics, upstream, Gradients(dx, dw, db))
 
 
-@chunk_backward.register_fake
+LIBRARY.impl("chunk_forward", _chunk_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("chunk_backward", _chunk_backward, "CompositeExplicitAutograd")
+chunk_forward, chunk_backward = torch.ops.atod_kernels.chunk_forward.default, torch.ops.atod_kernels.chunk_backward.default
+
+
+@torch.library.register_fake("atod_kernels::chunk_forward")
+def _(*args: Any) -> Tensor:
+    first, last, kept = args[WIDTH:]
+    return kept.new_empty(tiles.STATISTICS, last - first)
+
+
+@torch.library.register_fake("atod_kernels::chunk_backward")
 def _(*args: Any) -> None:
     return None
