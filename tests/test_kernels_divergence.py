@@ -15,8 +15,9 @@ SCHEDULES = ("fast", "lean")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 7 tokens and 16 columns, so that small problems have many, ragged ones among them."""
+    """Tiles of 7 tokens and 16 columns, 2 tokens a group, so that small problems have many, ragged ones among them."""
     monkeypatch.setitem(problem.TILE, "cpu", (7, 16))
+    monkeypatch.setattr(torch_backend, "GROUP", 32)
 
 
 def make(tokens, student=(50, 6), teacher=(43, 9), *, seed=0, dtype=torch.float64, scale=1.5, ignored=0.25):
@@ -276,7 +277,9 @@ def test_the_size_of_tiles_does_not_matter(schedule, monkeypatch):
     expected = run(linear_divergence, case, schedule=schedule, divergence="jsd")
     for tile in ((1, 1), (2, 64), (23, 3), (64, 64)):
         monkeypatch.setitem(problem.TILE, "cpu", tile)
-        assert_equal_runs(run(linear_divergence, case, schedule=schedule, divergence="jsd"), expected)
+        for group in (1, 40, 4096):
+            monkeypatch.setattr(torch_backend, "GROUP", group)
+            assert_equal_runs(run(linear_divergence, case, schedule=schedule, divergence="jsd"), expected)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -357,6 +360,16 @@ def test_lean_holds_tiles_and_fast_a_chunk():
         largest[lean] = mode.elements
     assert largest[False] == 2 * 7 * 900  # both models' logits of 7 tokens
     assert largest[True] < 7 * 900
+
+
+@pytest.mark.parametrize("tokens, hidden", ((1, 64), (5000, 64), (16, 4096), (5000, 16384)))
+def test_a_tile_is_bounded_whatever_the_vocabulary_and_the_hidden_size(tokens, hidden, monkeypatch):
+    """Its logits, its weight (held in fp32 where it is 16-bit), and the columns that one fp32 product contracts: 150k of them lose digits."""
+    monkeypatch.undo()
+    case = {k: torch.empty(1).expand(n, hidden) for k, n in (("student_hidden", tokens), ("student_weight", 151936), ("teacher_weight", 151936))}
+    p = operators.problem(*arguments(case | {"teacher_hidden": case["student_hidden"], "target": None}))
+    rows, columns = p.tile
+    assert rows * columns <= 2**21 and columns * hidden <= 2**22 and columns <= 2**13
 
 
 @pytest.mark.parametrize(

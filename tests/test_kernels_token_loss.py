@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from atod_kernels import TokenLogprob, linear_divergence, linear_logprob, linear_token_loss, naive, operators, problem
+from atod_kernels import TokenLogprob, linear_divergence, linear_logprob, linear_token_loss, naive, operators, problem, torch_backend
 from gloo import run_ranks
 
 torch.set_num_threads(1)
@@ -11,8 +11,9 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 7 tokens and 16 columns, so that small problems have many, ragged ones among them."""
+    """Tiles of 7 tokens and 16 columns, 2 tokens a group, so that small problems have many, ragged ones among them."""
     monkeypatch.setitem(problem.TILE, "cpu", (7, 16))
+    monkeypatch.setattr(torch_backend, "GROUP", 32)
 
 
 def make(tokens=23, student=(50, 6), teacher=(43, 9), *, dtype=torch.float64):

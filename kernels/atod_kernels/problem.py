@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import tiles
 
-# Tokens and columns of a tile. CPU: four fp32 tiles of 256 x 512 are the 2 MiB of an L2 cache. Twice the rows or columns measured the same;
-# 128 rows were slower, as a product needs about 256 to run at full speed, and so were 256 columns.
+# Tokens and columns of a tile. CPU: a product needs about 256 rows to run at full speed, and tiles of 512 columns cost it 5 to 10%.
 # Accelerators: enough rows for the product to be compute bound, few enough columns for the temporaries to be small.
-TILE = {"cpu": (256, 512), "accelerator": (2048, 8192)}
+TILE = {"cpu": (256, 8192), "accelerator": (2048, 8192)}
+# Elements of a tile's weight on the CPU, where 16-bit ones are held in fp32: 16 MiB. A product with a large hidden size does with fewer columns.
+OPERAND = 2**22
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Problem:
     triton: bool
 
     @property
+    def layers(self) -> list[Layer]:
+        """The models' output layers, student first."""
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    @property
     def tokens(self) -> int:
         return self.student.hidden.shape[0]
 
@@ -62,12 +68,14 @@ class Problem:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Rows and columns of a tile. Where tokens or columns are few the tile grows the other way, for the same work per call."""
-        rows, columns = TILE["cpu" if self.student.hidden.device.type == "cpu" else "accelerator"]
+        """Rows and columns of a tile. Where columns are few it has more rows, on accelerators where tokens are few more columns."""
+        cpu = self.student.hidden.device.type == "cpu"
+        rows, columns = TILE["cpu" if cpu else "accelerator"]
         area = rows * columns
         # Shards may differ in columns, but every rank must cut the tokens alike: each chunk is a collective.
         rows = min(max(self.tokens, 1), rows if self.group else max(rows, area // self.columns))
-        return rows, min(self.columns, max(columns, area // rows))
+        columns = min(columns, max(1, OPERAND // max(x.weight.shape[1] for x in self.layers))) if cpu else max(columns, area // rows)
+        return rows, min(self.columns, columns)
 
     def parts(self) -> list[slice]:
         """The tokens of each chunk."""

@@ -28,7 +28,6 @@ and 1/temperature * (1 - (z temperature / softcap)^2) leads from there to the ra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +40,7 @@ PARTIALS = 10
 
 # Rows of the statistics [STATISTICS, n]. The first five are the public outputs.
 DIVERGENCE, ENTROPY, LOGP, TEACHER_LOGP, TEACHER_ENTROPY, SHIFT_S, LOG_S, SHIFT_T, LOG_T, MEAN_SLOPE = range(10)
+SHIFTS, LOGS = slice(SHIFT_S, MEAN_SLOPE, 2), slice(LOG_S, MEAN_SLOPE, 2)  # of both models
 STATISTICS = 10
 OUTPUTS = 5
 
@@ -91,35 +91,30 @@ class Mixture:
         return mean.log().neg_().sub_(mean.reciprocal_().mul_(self.a))
 
 
-def pick(z: Tensor, target: Tensor | None, start: int) -> tuple[Tensor, Tensor] | None:
-    """Positions [n] of the targets within this tile, and which of them lie in it."""
-    if target is None:
-        return None
-    local = target - start
-    return local.clamp(0, z.shape[1] - 1), (local >= 0) & (local < z.shape[1])
+def pick(z: Tensor, target: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Columns [n, 1] of the targets in a tile z [..., n, w] whose first column is `start`, and which of them [n, 1] lie in it."""
+    local = (target - start)[:, None]
+    return local.clamp(0, z.shape[-1] - 1), (local >= 0) & (local < z.shape[-1])
 
 
-def partial(zs: Tensor, zt: Tensor | None, target: Tensor | None, start: int, kind: str, scratch: tuple[Tensor, ...], out: Tensor) -> None:
-    """The sums of one tile into out [PARTIALS, n]. `scratch`: four tensors like zs, the first two may be zs and zt themselves."""
-    us, ut, e, product = scratch
-    at = pick(zs, target, start)
-    if at is not None:
-        out[OWNED] = at[1]
-        for z, row in ((zs, PICK_S), (zt, PICK_T)):
-            if z is not None:
-                out[row] = torch.where(at[1], z.gather(1, at[0][:, None])[:, 0], 0)
-    for z, u, row in ((zs, us, MAX_S), (zt, ut, MAX_T)):
-        if z is not None:
-            torch.amax(z, 1, out=out[row])
-            torch.sub(z, out[row, :, None], out=u)
-    for u, other, first, crossed in ((us, ut, MAX_S, "reverse_kl"), (ut, us, MAX_T, "forward_kl")):
-        if zt is None and first == MAX_T:
-            continue
-        torch.exp(u, out=e)
-        torch.sum(e, 1, out=out[first + 1])
-        torch.sum(torch.mul(e, u, out=product), 1, out=out[first + 2])
-        if kind == crossed:
-            torch.sum(torch.sub(u, other, out=product).mul_(e), 1, out=out[CROSS])
+def picked(z: Tensor, target: Tensor, start: int, out: Tensor) -> None:
+    """The targets' logits where they lie in the tile z [models, n, w], and whether they do, into out [PARTIALS, n]."""
+    where, inside = pick(z, target, start)
+    out[PICK_S : MAX_T * len(z) : MAX_T] = z.gather(2, where.expand(len(z), -1, -1)).masked_fill_(~inside, 0)[:, :, 0]
+    out[OWNED] = inside[:, 0]
+
+
+def partial(z: Tensor, kind: str, scratch: Tensor, out: Tensor) -> None:
+    """The other sums of logits z [models, n, w], student first, into out [PARTIALS, n, 1]. scratch [2 models + 1, n, w] is overwritten."""
+    models = len(z)
+    u, e, x = scratch.split((models, models, 1))
+    top, total, dot = (out[row : MAX_T * models : MAX_T] for row in (MAX_S, SUM_S, DOT_S))
+    torch.sub(z, torch.amax(z, 2, True, out=top), out=u)
+    torch.sum(torch.exp(u, out=e), 2, True, out=total)
+    if kind in ("reverse_kl", "forward_kl"):
+        mine, other = (0, 1) if kind == "reverse_kl" else (1, 0)
+        torch.sum(torch.sub(u[mine], u[other], out=x[0]).mul_(e[mine]), 1, True, out=out[CROSS])
+    torch.sum(u.mul_(e), 2, True, out=dot)
 
 
 def merge(parts: Tensor, kind: str) -> Tensor:
@@ -156,63 +151,46 @@ def statistics(sums: Tensor, kind: str) -> Tensor:
     return out
 
 
-def second_look(zs: Tensor, zt: Tensor, stats: Tensor, mixture: Mixture) -> Tensor:
-    """[2, n]: a mixture divergence and its mean slope over one tile, once the normalisers are known."""
-    log_p = (zs - stats[SHIFT_S, :, None]).sub_(stats[LOG_S, :, None])
-    log_q = (zt - stats[SHIFT_T, :, None]).sub_(stats[LOG_T, :, None])
+def second_look(z: Tensor, stats: Tensor, mixture: Mixture) -> Tensor:
+    """[2, n]: a mixture divergence and its mean slope over logits z [2, n, w], once the normalisers are known; stats [STATISTICS, n, 1]."""
+    log_p, log_q = (z - stats[SHIFTS]).sub_(stats[LOGS])
     return mixture.value(log_p.exp(), log_q.exp(), log_p, log_q)
 
 
-class Factors(NamedTuple):
-    """Per-token factors [n, 1] of a tile's gradient: exp(u_s) (own u_s + other x + constant), and onehot for the target's logit.
+def factors(stats: Tensor, upstream: Tensor, kind: str) -> Tensor:
+    """Per-token factors [3, n] of a tile's gradient, exp(u_s) (own u_s + other x + constant).
 
     x is u_t for the reverse KL and f' for a mixture; the forward KL adds other exp(u_t) instead. 1/S and 1/Q are folded in.
+    stats [STATISTICS, n]; upstream [3, n] of divergence, entropy and logp.
     """
-
-    own: Tensor
-    other: Tensor
-    constant: Tensor
-    onehot: Tensor
-
-    @staticmethod
-    def of(stats: Tensor, upstream: Tensor, kind: str) -> Factors:
-        """stats [STATISTICS, n]; upstream [3, n] of divergence, entropy and logp."""
-        g, h, lp = upstream
-        log_s, log_t = stats[LOG_S], stats[LOG_T]
-        norm = log_s.neg().exp()
-        own, other, constant = -h, g, h * (log_s - stats[ENTROPY]) - lp
-        if kind == "reverse_kl":
-            own, other, constant = own + g, -g, constant - g * (log_s - log_t + stats[DIVERGENCE])
-        elif kind == "forward_kl":
-            other, constant = -g * (log_s - log_t).exp(), constant + g
-        else:
-            constant = constant - g * stats[MEAN_SLOPE]
-        return Factors(*(x[:, None] for x in (own * norm, other * norm, constant * norm, lp)))
-
-
-def logit_gradient(
-    zs: Tensor, zt: Tensor | None, target: Tensor | None, start: int, stats: Tensor, factors: Factors, kind: str, mixture: Mixture | None, e: Tensor
-) -> Tensor:
-    """The gradient of the student's scaled logits, written over zs; zt and e [n, w] are overwritten. stats [STATISTICS, n]."""
-    at = pick(zs, target, start)
-    us = zs.sub_(stats[SHIFT_S, :, None])
-    ut = None if zt is None else zt.sub_(stats[SHIFT_T, :, None])
-    torch.exp(us, out=e)
-    x = ut
-    if mixture is not None:
-        x = mixture.slope(us, ut.add_((stats[LOG_S] - stats[LOG_T])[:, None]))  # log q against u_s = log p: log S is added to both
-    dz = torch.addcmul(factors.constant, us, factors.own, out=us)
-    if kind == "forward_kl":
-        dz.mul_(e).addcmul_(ut.exp_(), factors.other)
+    g, h, lp = upstream
+    log_s, log_t = stats[LOG_S], stats[LOG_T]
+    own, other, constant = -h, g, h * (log_s - stats[ENTROPY]) - lp
+    if kind == "reverse_kl":
+        own, other, constant = own + g, -g, constant - g * (log_s - log_t + stats[DIVERGENCE])
+    elif kind == "forward_kl":
+        other, constant = -g * (log_s - log_t).exp(), constant + g
     else:
-        (dz if x is None else dz.addcmul_(x, factors.other)).mul_(e)
-    if at is not None:
-        where, inside = at[0][:, None], at[1][:, None]
-        dz.scatter_(1, where, dz.gather(1, where) + factors.onehot * inside)
-    return dz
+        constant = constant - g * stats[MEAN_SLOPE]
+    return torch.stack((own, other, constant)) * log_s.neg().exp()
 
 
-def softcap_slope(zs: Tensor, temperature: Tensor | None, softcap: float) -> Tensor:
-    """1 - tanh(raw / softcap)^2 [n, w] from the scaled logits; temperature [n]. A masked logit's is 0."""
-    capped = zs / softcap if temperature is None else zs * (temperature / softcap)[:, None]
-    return capped.square_().clamp_(max=1).neg_().add_(1)
+def logit_gradient(z: Tensor, stats: Tensor, factors: Tensor, kind: str, mixture: Mixture | None, e: Tensor) -> Tensor:
+    """The gradient of the student's scaled logits, all but the target's onehot, over z[0]; the rest of z and e [n, w] are overwritten.
+
+    z [models, n, w], stats [STATISTICS, n, 1], factors [3, n, 1].
+    """
+    own, other, constant = factors.unbind(0)
+    us, x = (*z.sub_(stats[SHIFTS][: len(z)]), None)[:2]
+    torch.exp(us, out=e)
+    if mixture is not None:
+        x = mixture.slope(us, x.add_(stats[LOG_S] - stats[LOG_T]))  # log q against u_s = log p: log S is added to both
+    dz = us.mul_(own)
+    if kind == "forward_kl":
+        return dz.add_(constant).mul_(e).addcmul_(x.exp_(), other)
+    return (dz if x is None else dz.addcmul_(x, other)).add_(constant).mul_(e)
+
+
+def softcap_slope(z: Tensor, cap: Tensor) -> Tensor:
+    """1 - tanh(raw / softcap)^2 of scaled logits [n, w]; cap [n, 1] is the softcap, scaled alike. A masked logit's is 0."""
+    return (z / cap).square_().clamp_(max=1).neg_().add_(1)

@@ -1,8 +1,8 @@
 """The torch backend: loops over tiles of logits, registered as operators so that they trace under torch.compile.
 
-Two schedules. Both work tile by tile, [rows tokens, columns of the vocabulary], small enough to stay in a CPU's L2 cache between
-the matrix product and the element-wise passes, and both recompute logits in the backward with the same call on the same shapes,
-so that they are the same to the last bit.
+Two schedules. Both make the logits tile by tile, [rows tokens, columns of the vocabulary], large enough for the matrix products to run at
+full speed, and pass over a tile a group of rows at a time, small enough to stay in a CPU's L2 cache from the first pass to the last. Both
+recompute logits in the backward with the same call on the same shapes, so that they are the same to the last bit.
 
 fast  a chunk of tokens at a time. A mixture divergence and `linear_token_loss` keep the chunk's logits, [rows, V] of each model, and
       need no second product; the gradient of the weight is summed over the chunks in one fp32 [V, H].
@@ -20,6 +20,8 @@ from .problem import Layer, Problem, over_shards
 from .products import Gradients, operand, product
 from .validate import IGNORE
 
+GROUP = 2**16  # logits of one model in a group of rows, per thread: with the scratch of a pass seven times that, 1.75 MiB of fp32
+
 
 class Chunk:
     """Some tokens of a problem: their operands, ready for the products."""
@@ -30,9 +32,8 @@ class Chunk:
         target = None if p.target is None else p.target[rows]
         self.ignored = None if target is None else target == IGNORE
         self.target = None if target is None else target - p.start
-        self.student = self._hidden(p.student)
-        self.teacher = None if p.teacher is None else self._hidden(p.teacher)
-        self.temperature = None if p.temperature is None else p.temperature[rows]
+        self.hidden = [self._hidden(layer) for layer in p.layers]
+        self.temperature = None if p.temperature is None else p.temperature[rows, None]
         self.inverse = None if p.temperature is None else self.temperature.reciprocal()
 
     def _hidden(self, layer: Layer) -> Tensor:
@@ -44,68 +45,83 @@ class Chunk:
     def size(self) -> int:
         return self.rows.stop - self.rows.start
 
-    def logits(self, layer: Layer, x: Tensor, weight: Tensor, columns: slice, out: Tensor) -> Tensor:
-        """Scaled logits of one tile into `out` [n, w]. `weight` is the tile's operand [w, H]."""
-        product(x, weight.t(), out)
-        if layer.bias is not None:
-            out.add_(layer.bias[columns])
-        if layer.softcap:
-            out.div_(layer.softcap).tanh_().mul_(layer.softcap)
-        if self.inverse is not None:
-            out.mul_(self.inverse[:, None])
-        if layer.bias is not None:
-            out.clamp_(min=tiles.MASKED)  # a bias of -inf is probability 0, not NaN
-        if self.problem.valid is not None:
-            out.masked_fill_(~self.problem.valid[columns], tiles.MASKED)
+    def logits(self, columns: slice, weights: list[Tensor], out: Tensor) -> Tensor:
+        """Scaled logits of one tile into `out` [models, n, w]; `weights` are the tile's operands [w, H]."""
+        p = self.problem
+        for layer, x, weight, z in zip(p.layers, self.hidden, weights, out, strict=True):
+            product(x, weight.t(), z)
+            if layer.bias is not None:
+                z.add_(layer.bias[columns])
+            if layer.softcap:
+                z.div_(layer.softcap).tanh_().mul_(layer.softcap)
+            if self.inverse is not None:
+                z.mul_(self.inverse)
+            if layer.bias is not None:
+                z.clamp_(min=tiles.MASKED)  # a bias of -inf is probability 0, not NaN
+        if p.valid is not None:
+            excluded = ~p.valid[columns]
+            # A mask of columns alone is not vectorised on a CPU; there its few True can be read.
+            out.index_fill_(2, excluded.nonzero()[:, 0], tiles.MASKED) if out.is_cpu else out.masked_fill_(excluded, tiles.MASKED)
         return out
 
-    def both(self, columns: slice, zs: Tensor, zt: Tensor | None, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Student's and teacher's logits of one tile; `weight` is the student's operand where the caller has it."""
-        p = self.problem
-        self.logits(p.student, self.student, operand(p.student.weight[columns], p.dtype) if weight is None else weight, columns, zs)
-        if p.teacher is not None:
-            self.logits(p.teacher, self.teacher, operand(p.teacher.weight[columns], p.dtype), columns, zt)
-        return zs, zt
+
+def group_rows(p: Problem, columns: slice) -> int:
+    """Rows of a tile that the element-wise passes take at a time."""
+    cpu = p.student.hidden.device.type == "cpu"
+    return min(p.tile[0], max(1, GROUP // (columns.stop - columns.start)) * torch.get_num_threads()) if cpu else p.tile[0]
 
 
-class Scratch:
-    """Rows of a [count, elements] buffer viewed as tiles [n, w]; with `keep`, tile after tile over the whole vocabulary."""
+def weights(p: Problem, columns: slice) -> list[Tensor]:
+    """The operands [w, H] of a tile, student first."""
+    return [operand(layer.weight[columns], p.dtype) for layer in p.layers]
 
-    def __init__(self, buffers: Tensor, keep: bool = False):
-        self.buffers, self.keep = buffers, keep
+
+class Room:
+    """Memory [count, elements] for tiles [count, n, w]; `kept` tiles lie one after the other over the whole vocabulary."""
+
+    def __init__(self, memory: Tensor, kept: bool = False):
+        self.memory, self.kept = memory, kept
 
     @staticmethod
-    def of(problem: Problem, count: int, keep: bool = False) -> Scratch:
-        rows, columns = problem.tile
-        return Scratch(problem.student.hidden.new_empty(count, rows * (problem.columns if keep else columns), dtype=problem.dtype), keep)
+    def of(p: Problem, count: int, group: bool = False) -> Room:
+        """For `count` tiles, or groups of their rows."""
+        slices = p.slices()
+        elements = max((group_rows(p, c) if group else p.tile[0]) * (c.stop - c.start) for c in (slices[0], slices[-1]))
+        return Room(p.student.hidden.new_empty(count, elements, dtype=p.dtype))
 
-    def __call__(self, i: int, n: int, columns: slice) -> Tensor:
-        first = n * columns.start if self.keep else 0
-        return self.buffers[i, first : first + n * (columns.stop - columns.start)].view(n, -1)
+    def __call__(self, n: int, columns: slice) -> Tensor:
+        first = n * columns.start if self.kept else 0
+        return self.memory[:, first : first + n * (columns.stop - columns.start)].view(len(self.memory), n, -1)
 
 
-def statistics(chunk: Chunk, scratch: Scratch, kept: Scratch | None) -> Tensor:
-    """Statistics [STATISTICS, n] of one chunk; leaves the logits in `kept` if given."""
+def statistics(chunk: Chunk, kept: Room | None) -> Tensor:
+    """Statistics [STATISTICS, n] of one chunk; leaves the scaled logits in `kept` if given."""
     p, n, slices = chunk.problem, chunk.size, chunk.problem.slices()
+    models = len(p.layers)
+    place = Room.of(p, models) if kept is None else kept
+    scratch = Room.of(p, 2 * models + 1, group=True)
+    parts = scratch.memory.new_zeros(tiles.PARTIALS, len(slices), n, 1)
 
-    def place(columns: slice) -> tuple[Tensor, Tensor | None]:
-        where = scratch if kept is None else kept
-        return where(0, n, columns), None if p.teacher is None else where(1, n, columns)
+    def logits(columns: slice) -> Tensor:
+        return chunk.logits(columns, weights(p, columns), place(n, columns))
 
-    parts = scratch.buffers.new_zeros(tiles.PARTIALS, len(slices), n)
     for i, columns in enumerate(slices):
-        zs, zt = chunk.both(columns, *place(columns))
-        buffers = tuple(scratch(k, n, columns) for k in range(4))
-        tiles.partial(zs, zt, chunk.target, columns.start, p.kind, buffers, parts[:, i])
-    sums = tiles.merge(parts, p.kind)
+        z, rows = logits(columns), group_rows(p, columns)
+        memory = scratch(rows, columns)
+        for group, out in zip(z.split(rows, 1), parts[:, i].split(rows, 1), strict=True):
+            tiles.partial(group, p.kind, memory[:, : group.shape[1]], out)
+        if chunk.target is not None:
+            tiles.picked(z, chunk.target, columns.start, parts[:, i, :, 0])
+    sums = tiles.merge(parts[..., 0], p.kind)
     if p.group:
         sums = tiles.merge(over_shards(p, sums), p.kind)
     out = tiles.statistics(sums, p.kind)
     if p.mixture is not None:
         look = out.new_zeros(2, n)
         for columns in slices:
-            zs, zt = place(columns) if kept is not None else chunk.both(columns, *place(columns))
-            look += tiles.second_look(zs, zt, out, p.mixture)
+            z, rows = logits(columns) if kept is None else kept(n, columns), group_rows(p, columns)
+            for group, stats, total in zip(z.split(rows, 1), out[:, :, None].split(rows, 1), look.split(rows, 1), strict=True):
+                total += tiles.second_look(group, stats, p.mixture)
         out[[tiles.DIVERGENCE, tiles.MEAN_SLOPE]] = over_shards(p, look).sum(1) if p.group else look
     if chunk.ignored is not None:
         unheld = ~chunk.ignored & (sums[tiles.OWNED] != 1)
@@ -123,65 +139,76 @@ class ChunkGradient:
             dead = chunk.ignored | stats[tiles.LOGP].isnan()
             stats, upstream = stats.clone(), upstream.masked_fill(dead, 0)
             stats[: tiles.OUTPUTS].masked_fill_(dead, 0)
-        if chunk.inverse is not None:
-            upstream = upstream * chunk.inverse  # from the scaled logits to the raw ones
-        self.chunk, self.stats, self.factors = chunk, stats, tiles.Factors.of(stats, upstream, chunk.problem.kind)
+        if chunk.temperature is not None:
+            upstream = upstream / chunk.temperature[:, 0]  # from the scaled logits to the raw ones
+        self.chunk, self.stats = chunk, stats[:, :, None]
+        self.factors = tiles.factors(stats, upstream, chunk.problem.kind)[:, :, None]
+        self.onehot = upstream[tiles.LOGP, :, None]
+        softcap = chunk.problem.student.softcap
+        if softcap:
+            self.cap = self.onehot.new_full(self.onehot.shape, softcap) if chunk.temperature is None else softcap / chunk.temperature
+            self.onehot = self.onehot * tiles.softcap_slope(self.stats[[tiles.LOGP, tiles.SHIFT_S, tiles.LOG_S]].sum(0), self.cap)
 
-    def tile(self, columns: slice, zs: Tensor, zt: Tensor | None, e: Tensor) -> Tensor:
-        """Over zs; zt and e are overwritten."""
-        chunk, p = self.chunk, self.chunk.problem
-        softcap = p.student.softcap
-        slope = tiles.softcap_slope(zs, chunk.temperature, softcap) if softcap else None
-        dz = tiles.logit_gradient(zs, zt, chunk.target, columns.start, self.stats, self.factors, p.kind, p.mixture, e)
-        return dz if slope is None else dz.mul_(slope)
+    def tile(self, columns: slice, z: Tensor, scratch: Room) -> Tensor:
+        """From the scaled logits z [models, n, w] of one tile, over z[0]; the rest of z is overwritten."""
+        p, target, rows = self.chunk.problem, self.chunk.target, group_rows(self.chunk.problem, columns)
+        e = scratch(rows, columns)[0]
+        slope = tiles.softcap_slope(z[0], self.cap) if p.student.softcap else None
+        for group, stats, factors in zip(z.split(rows, 1), self.stats.split(rows, 1), self.factors.split(rows, 1), strict=True):
+            tiles.logit_gradient(group, stats, factors, p.kind, p.mixture, e[: group.shape[1]])
+        dz = z[0] if slope is None else z[0].mul_(slope)
+        if target is not None:
+            where, inside = tiles.pick(z, target, columns.start)
+            dz.scatter_add_(1, where, self.onehot * inside)
+        return dz
 
 
 def head_statistics(p: Problem) -> Tensor:
     """Statistics [STATISTICS, T] of all tokens."""
     out = p.student.hidden.new_zeros(tiles.STATISTICS, p.tokens, dtype=p.dtype)
-    scratch = Scratch.of(p, 4)
-    kept = Scratch.of(p, 2, keep=True) if p.mixture is not None and not p.lean else None
+    kept = Room(p.kept(), kept=True) if p.mixture is not None and not p.lean else None
     for rows in p.parts():
-        out[:, rows] = statistics(Chunk(p, rows), scratch, kept)
+        out[:, rows] = statistics(Chunk(p, rows), kept)
     return out
 
 
 def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, H], weight [V, H] and bias [V] with recomputed logits; stats [STATISTICS, T], upstream [>= 3, T]."""
-    gradients, scratch = Gradients.of(p, hidden, weight, bias), Scratch.of(p, 3)
+    gradients = Gradients.of(p, hidden, weight, bias)
+    place, scratch = Room.of(p, len(p.layers)), Room.of(p, 1, group=True)
     chunks = [ChunkGradient(Chunk(p, rows), stats[:, rows], upstream[:, rows]) for rows in p.parts()]
 
-    def add(gradient: ChunkGradient, columns: slice, w: Tensor, dw: Tensor | None) -> None:
+    def add(gradient: ChunkGradient, columns: slice, operands: list[Tensor], dw: Tensor | None) -> None:
         chunk = gradient.chunk
-        zs, zt = chunk.both(columns, scratch(0, chunk.size, columns), None if p.teacher is None else scratch(1, chunk.size, columns), w)
-        gradients.add(chunk.rows, columns, gradient.tile(columns, zs, zt, scratch(2, chunk.size, columns)), chunk.student, w, dw)
+        z = chunk.logits(columns, operands, place(chunk.size, columns))
+        gradients.add(chunk.rows, columns, gradient.tile(columns, z, scratch), chunk.hidden[0], operands[0], dw)
 
     if p.lean:
         for columns in p.slices():
-            w = operand(p.student.weight[columns], p.dtype)
-            dw = torch.empty_like(w, dtype=p.dtype) if weight else None
+            operands = weights(p, columns)
+            final = gradients.dw[columns] if weight else None
+            dw = final if final is None or final.dtype == p.dtype else torch.empty_like(final, dtype=p.dtype)
             for gradient in chunks:
-                add(gradient, columns, w, dw)
-            if weight and chunks:
-                gradients.dw[columns] = dw
+                add(gradient, columns, operands, dw)
+            if chunks and dw is not final:
+                final.copy_(dw)
     else:
         for gradient in chunks:
             for columns in p.slices():
-                add(gradient, columns, operand(p.student.weight[columns], p.dtype), gradients.dw[columns] if weight else None)
+                add(gradient, columns, weights(p, columns), gradients.dw[columns] if weight else None)
     return gradients.results(p)
 
 
 def chunk_statistics(p: Problem, rows: slice, kept: Tensor) -> Tensor:
     """Statistics [STATISTICS, n] of the tokens `rows`; leaves their logits in `kept` (`Problem.kept`)."""
-    return statistics(Chunk(p, rows), Scratch.of(p, 4), Scratch(kept, keep=True))
+    return statistics(Chunk(p, rows), Room(kept, kept=True))
 
 
 def chunk_gradients(p: Problem, rows: slice, kept: Tensor, stats: Tensor, upstream: Tensor, gradients: Gradients) -> None:
     """Add the gradients of the tokens `rows`, from the logits that `chunk_statistics` left in `kept` (they are overwritten)."""
-    logits, scratch = Scratch(kept, keep=True), Scratch.of(p, 1)
+    logits, scratch = Room(kept, kept=True), Room.of(p, 1, group=True)
     gradient = ChunkGradient(Chunk(p, rows), stats, upstream)
-    n = rows.stop - rows.start
     for columns in p.slices():
-        dz = gradient.tile(columns, logits(0, n, columns), None if p.teacher is None else logits(1, n, columns), scratch(0, n, columns))
+        dz = gradient.tile(columns, logits(rows.stop - rows.start, columns), scratch)
         dw = gradients.dw[columns] if gradients.dw.numel() else None
-        gradients.add(rows, columns, dz, gradient.chunk.student, operand(p.student.weight[columns], p.dtype), dw)
+        gradients.add(rows, columns, dz, gradient.chunk.hidden[0], operand(p.student.weight[columns], p.dtype), dw)

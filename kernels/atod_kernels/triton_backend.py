@@ -141,21 +141,24 @@ class Fused:
     """Launches of the kernels without logits in memory; one set of operands for all tokens and columns."""
 
     def __init__(self, p: Problem):
-        self.p, self.launch = p, config(p, "fused")
+        self.p = p
         teacher = p.teacher or p.student
         layers = {"xs": p.student.hidden, "ws": p.student.weight[: p.columns], "xt": teacher.hidden, "wt": teacher.weight[: p.columns]}
         sizes = p.student.hidden.shape[1], teacher.hidden.shape[1]
-        bm, bn, bk = (self.launch[k] for k in ("BM", "BN", "BK"))
-        descriptors = self.launch["TMA"] and all(aligned(x) for x in layers.values())
+        launch = config(p, "fused")
+        descriptors = launch["TMA"] and all(aligned(x) for x in layers.values())
+        even = descriptors or all(h % launch["BK"] == 0 for h in sizes)  # the hardware pads what a descriptor reads beyond the end
+        self.launch = launch if even else config(p, "ragged")
         if descriptors:
             from triton.tools.tensor_descriptor import TensorDescriptor
 
+            bm, bn, bk = (launch[k] for k in ("BM", "BN", "BK"))
             layers = {k: TensorDescriptor.from_tensor(x, [bm if k[0] == "x" else bn, bk]) for k, x in layers.items()}
         else:
             layers = {k: x.contiguous() for k, x in layers.items()}
         interpreted = p.student.hidden.device.type == "cpu"
         self.arguments = layers | {"HS": sizes[0], "HT": sizes[1], "tokens": p.tokens} | options(p)
-        self.arguments |= self.launch | {"TMA": descriptors, "EVEN": all(h % bk == 0 for h in sizes), "PRECISION": "interpreter" if interpreted else "ieee"}
+        self.arguments |= self.launch | {"TMA": descriptors, "EVEN": even, "PRECISION": "interpreter" if interpreted else "ieee"}
 
     def __call__(self, kernel: Any, grid: tuple[int, int], columns: slice, **arguments: Any) -> None:
         takes = set(kernel.arg_names) | {"num_warps", "num_stages"}

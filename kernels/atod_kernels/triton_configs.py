@@ -16,7 +16,8 @@ import triton
 
 TABLE = Path(__file__).with_name("triton_configs.json")
 INTERPRETER = {  # small blocks, so that the small tensors of tests have several
-    "fused": {"BM": 16, "BN": 32, "BK": 16, "TMA": False, "num_warps": 4, "num_stages": 1},
+    "fused": {"BM": 16, "BN": 32, "BK": 16, "TMA": False, "PARTS": 4, "num_warps": 4, "num_stages": 1},
+    "ragged": {"BM": 16, "BN": 32, "BK": 16, "TMA": False, "PARTS": 2, "num_warps": 4, "num_stages": 1},
     "sums": {"BLOCK": 32, "num_warps": 4},
     "look": {"BLOCK": 32, "num_warps": 4},
     "gradient": {"BLOCK": 32, "num_warps": 4},
@@ -48,7 +49,7 @@ def choose(rows: list[dict[str, Any]], kernel: str, arch: str, bits: int, versio
 
 @functools.cache
 def configuration(kernel: str, arch: str, bits: int) -> dict[str, Any]:
-    """Block sizes and launch options of a kernel: fused, sums, look or gradient; bits: 16 or 32, of the operands."""
+    """Block sizes and launch options of a kernel: fused, or ragged for hidden sizes it cannot cut, sums, look or gradient; bits: 16 or 32, of the operands."""
     if arch == "interpreter":
         return INTERPRETER[kernel]
     return choose(json.loads(TABLE.read_text()), kernel, arch, bits, triton.__version__)

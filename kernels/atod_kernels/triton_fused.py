@@ -37,43 +37,73 @@ def product(
         for k in tl.range(0, H, BK):
             z = tl.dot(x.load([row, k]), w.load([column, k]).T, z, input_precision=PRECISION)
     else:
-        rows = row + tl.arange(0, BM)
-        columns = column + tl.arange(0, BN)
+        rows = tl.arange(0, BM)
+        columns = tl.arange(0, BN)
         STEP: tl.constexpr = BK if EVEN else 16  # masked loads need registers
         at = tl.arange(0, STEP)
-        px = x + tl.where(rows < tokens, rows, 0).to(tl.int64)[:, None] * H + at[None, :]
-        pw = w + tl.where(columns < width, columns, 0).to(tl.int64)[None, :] * H + at[:, None]
+        x += tl.cast(row, tl.int64) * H
+        w += tl.cast(column, tl.int64) * H
+        in_x = (tl.where(row + rows < tokens, rows, 0) * H)[:, None] + at[None, :]  # offsets within a block fit in 32 bits
+        in_w = (tl.where(column + columns < width, columns, 0) * H)[None, :] + at[:, None]
         for k in range(0, H, STEP):
             if EVEN:
-                a = tl.load(px)
-                b = tl.load(pw)
+                a = tl.load(x + in_x)
+                b = tl.load(w + in_w)
             else:
-                a = tl.load(px, mask=(k + at)[None, :] < H, other=0.0)
-                b = tl.load(pw, mask=(k + at)[:, None] < H, other=0.0)
+                a = tl.load(x + in_x, mask=(k + at)[None, :] < H, other=0.0)
+                b = tl.load(w + in_w, mask=(k + at)[:, None] < H, other=0.0)
             if PRECISION == "interpreter":
                 z = tl.dot(a.to(tl.float32), b.to(tl.float32), z, input_precision="ieee")  # its dot multiplies bf16 operands as if they were integers
             else:
                 z = tl.dot(a, b, z, input_precision=PRECISION)
-            px += STEP
-            pw += STEP
+            x += STEP
+            w += STEP
     return z
 
 
 @triton.jit
-def logits(
-    xs, ws, xt, wt, bias_s, bias_t, valid, inv, row, column, end, tokens, HS, HT,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+def halves(z):
+    return tl.split(tl.permute(tl.reshape(z, [z.shape[0], 2, z.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def cut(z, PARTS: tl.constexpr):
+    """A tile [R, N] as 1, 2 or 4 tiles [R, N / PARTS], left to right. Epilogues take them in turn where their temporaries for a whole tile
+    do not fit in registers."""
+    if PARTS == 1:
+        pieces = (z,)
+    elif PARTS == 2:
+        pieces = halves(z)
+    else:
+        left, right = halves(z)
+        a, b = halves(left)
+        c, d = halves(right)
+        pieces = (a, b, c, d)
+    return pieces
+
+
+@triton.jit
+def products(
+    xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Scaled logits [BM, BN] of both models; columns from `end` on are MASKED."""
-    at = column + tl.arange(0, BN)
+    """Raw logits of both models in PARTS tiles [BM, BN / PARTS]; the student's twice where there is no teacher."""
     if KIND != "":
         zt = product(xt, wt, row, column, tokens, end, HT, BM, BN, BK, TMA, EVEN, PRECISION)
-        zt = scaled(zt, bias_t, valid, inv, at, at < end, CAP_T)
     zs = product(xs, ws, row, column, tokens, end, HS, BM, BN, BK, TMA, EVEN, PRECISION)
+    if KIND == "":
+        zt = zs
+    return cut(zs, PARTS), cut(zt, PARTS)
+
+
+@triton.jit
+def logits(zs, zt, bias_s, bias_t, valid, inv, at, end, CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr):
+    """Scaled logits of both models; columns `at` from `end` on are MASKED."""
     zs = scaled(zs, bias_s, valid, inv, at, at < end, CAP_S)
     if KIND == "":
         zt = zs
+    else:
+        zt = scaled(zt, bias_t, valid, inv, at, at < end, CAP_T)
     return zs, zt
 
 
@@ -81,7 +111,7 @@ def logits(
 def fused_sums(
     xs, ws, xt, wt, target, bias_s, bias_t, valid, inverse, parts, tokens, V, HS, HT, start, share, step,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """`tiles.partial` of `share` columns a program, into parts [PARTIALS, splits, T]. Grid: (cdiv(T, BM), splits), rows of blocks fastest:
     programs that run together read the same slice of the weights."""
@@ -104,17 +134,18 @@ def fused_sums(
     first = tl.program_id(1) * share
     end = tl.minimum(first + share, V)
     for column in tl.range(first, end, BN, num_stages=1):
-        zs, zt = logits(
-            xs, ws, xt, wt, bias_s, bias_t, valid, inv, row, column, end, tokens, HS, HT, CAP_S, CAP_T, KIND, BM, BN, BK, TMA, EVEN, PRECISION
-        )  # fmt: skip
+        raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
+        for i in tl.static_range(PARTS):
+            at = column + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, KIND)
+            if target is not None:
+                hit = (at[None, :] == wanted[:, None]) & (at < end)[None, :]
+                pick_s += tl.sum(tl.where(hit, zs, 0.0), 1)
+                if KIND != "":
+                    pick_t += tl.sum(tl.where(hit, zt, 0.0), 1)
+            max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross = absorb_both(zs, zt, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND)
         if target is not None:
-            at = column + tl.arange(0, BN)
-            hit = (at[None, :] == wanted[:, None]) & (at < end)[None, :]
-            pick_s += tl.sum(tl.where(hit, zs, 0.0), 1)
-            if KIND != "":
-                pick_t += tl.sum(tl.where(hit, zt, 0.0), 1)
             owned += tl.where((wanted >= column) & (wanted < tl.minimum(column + BN, end)), 1.0, 0.0)
-        max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross = absorb_both(zs, zt, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND)
     part = parts + tl.program_id(1).to(tl.int64) * tokens
     store_sums(part, rows, live, step, max_s, sum_s, dot_s, pick_s, max_t, sum_t, dot_t, pick_t, cross, owned)
 
@@ -123,7 +154,7 @@ def fused_sums(
 def fused_look(
     xs, ws, xt, wt, bias_s, bias_t, valid, inverse, stats, look, tokens, V, HS, HT, share, step, step_look,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """`tiles.second_look` of `share` columns a program, into look [2, splits, T]. Grid: as `fused_sums`."""
     row = tl.program_id(0) * BM
@@ -139,12 +170,13 @@ def fused_look(
     first = tl.program_id(1) * share
     end = tl.minimum(first + share, V)
     for column in tl.range(first, end, BN, num_stages=1):
-        zs, zt = logits(
-            xs, ws, xt, wt, bias_s, bias_t, valid, inv, row, column, end, tokens, HS, HT, CAP_S, CAP_T, KIND, BM, BN, BK, TMA, EVEN, PRECISION
-        )  # fmt: skip
-        v, s = mixture_value(zs - shift_s[:, None] - log_s[:, None], zt - shift_t[:, None] - log_t[:, None], KIND, A, B)
-        value += v
-        slope += s
+        raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
+        for i in tl.static_range(PARTS):
+            at = column + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, KIND)
+            v, s = mixture_value(zs - shift_s[:, None] - log_s[:, None], zt - shift_t[:, None] - log_t[:, None], KIND, A, B)
+            value += v
+            slope += s
     part = look + tl.program_id(1).to(tl.int64) * tokens + rows
     tl.store(part, value, mask=live)
     tl.store(part + step_look, slope, mask=live)
@@ -155,7 +187,7 @@ def fused_gradient(
     xs, ws, xt, wt, dz, target, bias_s, bias_t, valid, inverse, temperature, stats, upstream, tokens, row0, n, column0, end, HS, HT, start,
     stride_dz, step, step_up,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """`tiles.logit_gradient` of tokens row0 to row0 + n and columns column0 to end, into dz [n, w]. Grid: (cdiv(n, BM), cdiv(w, BN))."""
     row = row0 + tl.program_id(0) * BM
@@ -163,16 +195,18 @@ def fused_gradient(
     rows = row + tl.arange(0, BM)
     live = rows < row0 + n
     inv = row_values(inverse, rows, live)
-    zs, zt = logits(
-        xs, ws, xt, wt, bias_s, bias_t, valid, inv, row, column, end, tokens, HS, HT, CAP_S, CAP_T, KIND, BM, BN, BK, TMA, EVEN, PRECISION
-    )  # fmt: skip
     own, other, constant, onehot, shift_s, shift_t, log_ratio, dead = factors(stats, upstream, target, inv, rows, live, step, step_up, KIND)
-    at = column + tl.arange(0, BN)
-    hit = at[None, :] < 0
+    raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
     if target is not None:
         wanted = (tl.load(target + rows, mask=live, other=IGNORED) - start).to(tl.int32)
-        hit = at[None, :] == wanted[:, None]
     temp = row_values(temperature, rows, live)
-    g = logit_gradient(zs, zt, hit, temp, own, other, constant, onehot, shift_s, shift_t, log_ratio, dead, CAP_S, KIND, A, B)
-    p = dz + (rows - row0).to(tl.int64)[:, None] * stride_dz + (at - column0)[None, :]
-    tl.store(p, g.to(dz.dtype.element_ty), mask=live[:, None] & (at < end)[None, :])
+    dz += (rows - row0).to(tl.int64) * stride_dz
+    for i in tl.static_range(PARTS):
+        within = tl.program_id(1) * BN + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
+        at = column0 + within
+        zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, KIND)
+        hit = at[None, :] < 0
+        if target is not None:
+            hit = at[None, :] == wanted[:, None]
+        g = logit_gradient(zs, zt, hit, temp, own, other, constant, onehot, shift_s, shift_t, log_ratio, dead, CAP_S, KIND, A, B)
+        tl.store(dz[:, None] + within[None, :], g.to(dz.dtype.element_ty), mask=live[:, None] & (within < stride_dz)[None, :])

@@ -1,7 +1,8 @@
 """The algebra of `tiles.py` as Triton kernels over tiles of logits in memory. Every name there has its counterpart here.
 
 Logits are fp32 [n, w] as the matrix product left them; bias, softcap, temperature and excluded columns are applied on the way in, so
-that no pass over memory is spent on them. One program takes one row: the sums of a row stay in registers, the loads are 128 bits wide.
+that no pass over memory is spent on them. One program takes one row: the sums of a row stay in registers, the loads are 128 bits wide:
+they are masked by the row's stride, a multiple of 16, and read into the padding; what counts is decided by the width w.
 Numbers and per-row pointers that change no load are not specialised on: a ragged last chunk compiles nothing anew.
 `columns` [N] are the columns of a block within the tile, `rows` [R] its rows; vectors over rows are broadcast as [:, None].
 """
@@ -106,7 +107,7 @@ def mixture_parts(log_p, log_q, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def mixture_value(log_p, log_q, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """[R] each: the block's part of the divergence and of sum p f'; `tiles.Mixture.value`."""
-    difference, ratio, mean = mixture_parts(log_p, log_q, A, B)
+    difference, _, mean = mixture_parts(log_p, log_q, A, B)
     p = exp(log_p)
     q = exp(log_q)
     log_mean = tl.log(mean)
@@ -115,7 +116,7 @@ def mixture_value(log_p, log_q, KIND: tl.constexpr, A: tl.constexpr, B: tl.const
         slope = -tl.sum(p * (log_mean + A / mean), 1)
     elif KIND == "skew_forward_kl":
         value = tl.sum(q * (difference - log_mean), 1)
-        slope = -A * tl.sum(p * ratio / mean, 1)
+        slope = -A * tl.sum(q * (1 / mean), 1)
     else:
         slope = -A * tl.sum(p * log_mean, 1)
         value = slope + B * tl.sum(q * (difference - log_mean), 1)
@@ -137,7 +138,7 @@ def mixture_slope(log_p, log_q, KIND: tl.constexpr, A: tl.constexpr, B: tl.const
 
 @triton.jit
 def factors(stats, upstream, target, inverse, rows, live, step, step_up, KIND: tl.constexpr):
-    """`tiles.Factors` and the normalisers, [R] each; `dead` rows (ignored, or out of range: NaN) get no gradient."""
+    """`tiles.factors` and the normalisers, [R] each; `dead` rows (ignored, or out of range: NaN) get no gradient."""
     stats += rows
     upstream += rows
     divergence = tl.load(stats + DIVERGENCE * step, mask=live, other=0.0)
@@ -253,21 +254,13 @@ def tile_sums(
     dot_s = tl.zeros([1], tl.float32)
     dot_t = tl.zeros([1], tl.float32)
     cross = tl.zeros([1], tl.float32)
-    full = w // BLOCK * BLOCK
-    for i in tl.range(0, full, BLOCK):
+    for i in tl.range(0, w, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        a = scaled(tl.load(zs + at[None, :]), bias_s, valid, inv, at, at >= 0, CAP_S)
-        b = a
-        if KIND != "":
-            b = scaled(tl.load(zt + at[None, :]), bias_t, valid, inv, at, at >= 0, CAP_T)
-        max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross = absorb_both(a, b, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND)
-    if full < w:
-        at = full + tl.arange(0, BLOCK)
         inside = at < w
-        a = scaled(tl.load(zs + at[None, :], mask=inside[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
+        a = scaled(tl.load(zs + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
         b = a
         if KIND != "":
-            b = scaled(tl.load(zt + at[None, :], mask=inside[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
+            b = scaled(tl.load(zt + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
         max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross = absorb_both(a, b, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND)
     pick_s = tl.zeros([1], tl.float32)
     pick_t = tl.zeros([1], tl.float32)
@@ -319,8 +312,8 @@ def tile_look(
     for i in tl.range(0, w, BLOCK):
         at = i + tl.arange(0, BLOCK)
         inside = at < w
-        a = scaled(tl.load(zs + row + at[None, :], mask=inside[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
-        b = scaled(tl.load(zt + row + at[None, :], mask=inside[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
+        a = scaled(tl.load(zs + row + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
+        b = scaled(tl.load(zt + row + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
         dv, ds = mixture_value(a - shift_s[:, None] - log_s[:, None], b - shift_t[:, None] - log_t[:, None], KIND, A, B)
         value += dv
         slope += ds
@@ -364,17 +357,17 @@ def tile_gradient(
     inside = at < w
     inv = row_values(inverse, rows, live)
     row = tl.program_id(0).to(tl.int64)
-    a = scaled(tl.load(zs + row * stride + at[None, :], mask=inside[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
+    a = scaled(tl.load(zs + row * stride + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
     b = a
     if KIND != "":
-        b = scaled(tl.load(zt + row * stride + at[None, :], mask=inside[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
+        b = scaled(tl.load(zt + row * stride + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
     own, other, constant, onehot, shift_s, shift_t, log_ratio, dead = factors(stats, upstream, target, inv, rows, live, step, step_up, KIND)
     hit = at[None, :] < 0
     if target is not None:
         hit = (start + at)[None, :] == tl.load(target + rows)[:, None]
     temp = row_values(temperature, rows, live)
     g = logit_gradient(a, b, hit, temp, own, other, constant, onehot, shift_s, shift_t, log_ratio, dead, CAP_S, KIND, A, B)
-    tl.store(dz + row * stride_dz + at[None, :], g.to(dz.dtype.element_ty), mask=inside[None, :])
+    tl.store(dz + row * stride_dz + at[None, :], g.to(dz.dtype.element_ty), mask=(at < stride_dz)[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "k", "step", "step_row", "step_out"], do_not_specialize_on_alignment=["parts", "stats", "target"])

@@ -1,0 +1,403 @@
+"""The first thing to run on a machine with a GPU: is every kernel right there, and how fast is it? Unattended, within --minutes (8).
+
+    python bench/gpu_lane.py --out lane.json
+    python bench/gpu_lane.py --interpret      # its checks alone, at tiny sizes on the CPU through Triton's interpreter
+
+Checks compare with torch in fp64 on the same rounded inputs: the student close to the teacher (KL 1e-3 to 1e-2), logits of standard
+deviation 2 and 30, random signed upstream gradients on all outputs at once, ragged sizes, vocabularies that differ either way, ignored
+tokens. A value passes if its error is at most twice that of plain torch in the inputs' dtype, plus 2e-4; a gradient, moreover, if it is
+within 4e-3 (16-bit inputs) or 2e-4 (fp32). At a standard deviation of 30, where fp32 logits themselves are rounded at 1e-5, the second bound
+is twice torch's own error in fp32 plus these. Errors are relative, in the 2-norm.
+Then times (median of ten, cold cache) and peak memory of `head.py`'s contenders at --shape. Every step is guarded: one that fails is
+reported and the others run. Exit 0 if all checks pass, 1 if not, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if "--interpret" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from atod_kernels import linear_divergence, linear_token_loss, naive, problem, tiles, turns
+from torch import Tensor
+
+KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
+GRADIENT_BOUND = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 4e-3}
+VALUE_EPS = 2e-4
+OUTPUTS = ("divergence", "entropy", "logp", "teacher_logp", "teacher_entropy", "d hidden", "d weight", "d bias")
+
+
+@dataclass
+class Lane:
+    """What has been found so far, and how long there is."""
+
+    device: torch.device
+    deadline: float
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    times: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Report a failure and go on; past the deadline, skip."""
+        try:
+            if time.monotonic() > self.deadline:
+                raise TimeoutError
+            yield
+        except (TimeoutError, ImportError) as error:
+            self.skipped.append(f"{name}: {'no time left' if isinstance(error, TimeoutError) else error}")
+            print(f"skipped {self.skipped[-1]}", flush=True)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            self.failures.append(f"{name}: {type(error).__name__}: {lines[-1]}")
+            print(f"FAILED  {self.failures[-1]}", flush=True)
+            print("".join(traceback.format_tb(error.__traceback__)[-2:]), flush=True)
+
+    def check(self, name: str, passed: bool, detail: str) -> None:
+        self.checks.append({"check": name, "passed": passed, "detail": detail})
+        if not passed:
+            self.failures.append(f"{name}: {detail}")
+        print(f"{'ok     ' if passed else 'FAILED '} {name}: {detail}", flush=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison; sizes are scaled by the lane."""
+
+    kind: str
+    schedule: str
+    dtype: torch.dtype
+    spread: float = 2.0  # standard deviation of the logits
+    options: bool = False  # bias, softcap, temperature, valid columns
+    target: bool = True
+    wider: str = "student"  # which vocabulary is the larger one
+
+    def __str__(self) -> str:
+        extra = [f"{self.wider} wider"] + ["options"] * self.options + ["no target"] * (not self.target)
+        return f"{self.kind} {self.schedule} {str(self.dtype).removeprefix('torch.')} std {self.spread:g} ({', '.join(extra)})"
+
+
+def cases(interpreted: bool) -> Iterator[Case]:
+    for schedule in ("fast", "lean"):
+        for kind in KINDS:
+            yield Case(kind, schedule, torch.bfloat16, options=kind == "jsd")
+            yield Case(kind, schedule, torch.float32, spread=2.0 if interpreted else 30.0, options=kind == "reverse_kl", wider="teacher")
+        yield Case("reverse_kl", schedule, torch.bfloat16, spread=30.0, target=False)
+        if not interpreted:
+            for kind in KINDS:
+                yield Case(kind, schedule, torch.bfloat16, spread=30.0, options=True, wider="teacher")
+            yield Case("reverse_kl", schedule, torch.float16, options=True)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tensors: dict[str, Tensor]  # the arguments of linear_divergence that are tensors
+    options: dict[str, Any]  # the others
+    upstream: Tensor  # [3, T] of divergence, entropy and logp
+
+
+def make(case: Case, device: torch.device, interpreted: bool, seed: int = 0) -> Inputs:
+    """A teacher with the student's features and weights, and 8 (GPU: 64) of its own that move its logits by 0.1."""
+    g = torch.Generator().manual_seed(seed)
+    t, v, h, more = (9, 83, 24, 8) if interpreted else (777, 20011, 256, 64)
+    hidden, weight = torch.randn(t, h + more, generator=g), torch.randn(v + 13, h + more, generator=g)
+    weight[:, :h] *= case.spread / h**0.5
+    weight[:, h:] *= 0.1 / more**0.5
+    hidden, weight = hidden.to(case.dtype), weight.to(case.dtype)
+    sizes = (v + 13, v) if case.wider == "student" else (v, v + 13)
+    tensors = {"student_hidden": hidden[:, :h], "student_weight": weight[: sizes[0], :h], "teacher_hidden": hidden, "teacher_weight": weight[: sizes[1]]}
+    valid = torch.ones(v, dtype=torch.bool)
+    options: dict[str, Any] = {"divergence": case.kind, "alpha": 0.3}
+    if case.options:
+        valid[3:17] = False
+        bias = torch.randn(v + 13, generator=g).to(case.dtype)
+        tensors |= {"student_bias": bias[: sizes[0]], "teacher_bias": bias[: sizes[1]], "temperature": torch.rand(t, generator=g) + 0.5, "valid_columns": valid}
+        options |= {"softcap": 2 * case.spread, "teacher_softcap": 2 * case.spread}
+    if case.target:
+        target = torch.randint(17, v, (t,), generator=g)
+        target[torch.rand(t, generator=g) < 0.2] = -100
+        tensors["target"] = target
+    tensors = {k: x.clone(memory_format=torch.contiguous_format).to(device) for k, x in tensors.items()}
+    return Inputs(tensors, options, torch.randn(3, t, generator=g).to(device))
+
+
+def plain(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target: Tensor | None = None, *, divergence: str,
+    alpha: float, temperature: Tensor | None = None, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, softcap: float | None = None,
+    teacher_softcap: float | None = None, valid_columns: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """linear_divergence in plain torch: products in the inputs' dtype, the rest in fp32 (fp64 for fp64). The reference and the yardstick."""
+    columns = min(len(student_weight), len(teacher_weight))
+
+    def log_probabilities(x: Tensor, w: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
+        z = x @ w[:columns].T
+        z = z if z.dtype == torch.float64 else z.float()
+        z = z if bias is None else z + bias[:columns]
+        z = z if cap is None else cap * torch.tanh(z / cap)
+        z = z if temperature is None else z / temperature[:, None]
+        return (z if valid_columns is None else z[:, valid_columns]).log_softmax(-1)
+
+    log_p = log_probabilities(student_hidden, student_weight, student_bias, softcap)
+    with torch.no_grad():
+        log_q = log_probabilities(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
+    local = target
+    if target is not None and valid_columns is not None:
+        local = (valid_columns.cumsum(0) - 1)[target.clamp(min=0)]
+    entropy, logp = naive.sampled(log_p, local)
+    teacher_entropy, teacher_logp = naive.sampled(log_q, local)
+    out = (naive.divergence_of(log_p, log_q, divergence, alpha), entropy, logp, teacher_logp, teacher_entropy)
+    return tuple(x if x is None or target is None else x.masked_fill(target == -100, 0) for x in out)
+
+
+def results(function: Callable[..., Any], inputs: Inputs, dtype: torch.dtype | None = None, **more: Any) -> list[Tensor | None]:
+    """The outputs, then the gradients of hidden, weight and bias, for the random upstream; `dtype` converts the inputs first."""
+    tensors = {k: x.to(dtype) if dtype and x.is_floating_point() else x for k, x in inputs.tensors.items()}
+    tensors = {k: x.detach().clone().requires_grad_(k.startswith("student")) for k, x in tensors.items()}
+    out = function(**tensors, **inputs.options, **more)
+    sum((u.to(x.dtype) * x).sum() for u, x in zip(inputs.upstream, out[:3], strict=True) if x is not None).backward()
+    parameters = [tensors.get(f"student_{name}") for name in ("hidden", "weight", "bias")]
+    return [None if x is None else x.detach() for x in out] + [None if x is None else x.grad for x in parameters]
+
+
+def token_loss(upstream: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+    """linear_token_loss with a loss whose gradients with respect to the statistics are `upstream` [3, T]."""
+    keys = ("divergence", "entropy", "logp")
+
+    def loss_fn(stats: Any, rows: Tensor) -> Tensor:
+        return sum(u * x for u, x in zip(rows.T, (getattr(stats, k) for k in keys), strict=True) if x is not None)
+
+    return linear_token_loss(loss_fn, inputs={"rows": upstream.T.contiguous()}, **arguments)
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Relative, in the 2-norm; inf where one is not finite."""
+    value = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+    return value if math.isfinite(value) else math.inf
+
+
+def compare(lane: Lane, name: str, got: list[Tensor | None], inputs: Inputs, case: Case) -> None:
+    reference = results(plain, inputs, torch.float64)
+    same = results(plain, inputs)
+    single = same if case.dtype == torch.float32 else results(plain, inputs, torch.float32)
+    worst, passed = [], True
+    for label, a, b, c, d in zip(OUTPUTS, got, reference, same, single, strict=True):
+        if b is None:
+            continue
+        ours, torchs = error(a, b), error(c, b)
+        bound = 2 * torchs + VALUE_EPS
+        if label.startswith("d "):
+            bound = GRADIENT_BOUND[case.dtype] + (2 * error(d, b) if case.spread > 2 else 0)
+            if lane.device.type == "cpu" and case.dtype == torch.bfloat16:
+                bound *= 2  # the interpreter cuts a bf16's lower bits off where a GPU rounds
+        passed &= ours <= bound
+        worst.append((ours / bound, f"{label} {ours:.1e} (bound {bound:.1e}, torch {torchs:.1e})"))
+    kl = float(reference[0].mean())
+    lane.check(name, passed, f"worst: {max(worst)[1]}; mean divergence {kl:.1e}")
+
+
+def correctness(lane: Lane, interpreted: bool) -> None:
+    for case in cases(interpreted):
+        with lane.step(str(case)):
+            inputs = make(case, lane.device, interpreted)
+            got = results(linear_divergence, inputs, schedule=case.schedule, backend="triton")
+            compare(lane, str(case), got, inputs, case)
+            if not interpreted or case.kind == "jsd":
+                again = results(linear_divergence, inputs, schedule=case.schedule, backend="triton")
+                equal = all(a is b or torch.equal(a, b) for a, b in zip(got, again, strict=True))
+                lane.check(f"{case}: run to run", equal, "equal to the last bit" if equal else "differs")
+    for kind, schedule, dtype in (("reverse_kl", "fast", torch.bfloat16), ("jsd", "fast", torch.float32), ("forward_kl", "lean", torch.bfloat16)):
+        case = Case(kind, schedule, dtype)
+        with lane.step(f"token loss {case}"):
+            inputs = make(case, lane.device, interpreted)
+            leaves = {k: x.detach().clone().requires_grad_(k.startswith("student")) for k, x in inputs.tensors.items()}
+            loss, stats = token_loss(inputs.upstream, **leaves, **inputs.options, schedule=schedule, backend="triton")
+            loss.backward()
+            compare(lane, f"token loss {case}", [*stats, leaves["student_hidden"].grad, leaves["student_weight"].grad, None], inputs, case)
+
+
+def single_model(lane: Lane, interpreted: bool, target: Tensor | None, lean: bool) -> problem.Problem:
+    """A student alone with logits of standard deviation 30, past the checks of the public functions."""
+    inputs = make(Case("reverse_kl", "lean", torch.bfloat16, spread=30.0), lane.device, interpreted)
+    layer = problem.Layer(inputs.tensors["student_hidden"], inputs.tensors["student_weight"], None, 0.0)
+    return problem.Problem(layer, None, target, None, None, "", 0.0, "", 0, lean, True)
+
+
+def recompute(lane: Lane, interpreted: bool) -> None:
+    """The fused gradient's logits are its forward's: at a row's largest logit u = z - max is 0 to the last bit, so that p is exp(-log S)."""
+    from atod_kernels import triton_backend
+
+    p = single_model(lane, interpreted, None, lean=True)
+    stats = triton_backend.head_statistics(p)
+    t, v = p.tokens, p.columns
+    upstream = torch.zeros(3, t, device=lane.device)
+    upstream[1] = 1  # entropy: the gradient is -p (u - log S + entropy), at u = 0 p (log S - entropy)
+    fused = triton_backend.Fused(p)
+    dz = torch.empty(t, v, device=lane.device)
+    for rows in (slice(0, t // 3), slice(t // 3, t)):  # not the forward's blocks
+        for columns in (slice(0, v // 2), slice(v // 2, v)):
+            fused.gradient(rows, columns, dz[rows, columns], stats, upstream)
+    logits = p.student.hidden.double() @ p.student.weight.double().T
+    at = logits.argmax(1)
+    sure = logits.topk(2).values.diff(dim=1)[:, 0].abs() > 1e-3
+    entropy, log_s = stats[tiles.ENTROPY].double(), stats[tiles.LOG_S].double()
+    expected = (log_s - entropy) * (-log_s).exp()
+    got = dz.gather(1, at[:, None])[:, 0].double()
+    slack = 4e-7 * (log_s.abs() + entropy.abs()) + 1e-9  # of fp32 in this formula; a logit off by its last bit moves the result by 4e-6 p
+    off = ((got - expected).abs() / slack)[sure].max().item()
+    lane.check("fused recompute equals its forward", off <= 1, f"{int(sure.sum())} rows, largest difference {off:.2f} of what rounding allows")
+
+
+def out_of_range(lane: Lane, interpreted: bool) -> None:
+    from atod_kernels import triton_backend
+
+    for lean in (False, True):
+        p = single_model(lane, interpreted, None, lean)
+        target = torch.full((p.tokens,), 1, device=lane.device)
+        target[2], target[3] = p.columns, -100
+        p = single_model(lane, interpreted, target, lean)
+        stats = triton_backend.head_statistics(p)
+        logp = stats[tiles.LOGP].isnan().cpu()
+        upstream = torch.ones(3, p.tokens, device=lane.device)
+        dx, _, _ = triton_backend.head_gradients(p, stats, upstream, True, True, False)
+        passed = bool(logp[2]) and int(logp.sum()) == 1 and not dx[2:4].any() and bool(dx.isfinite().all())
+        lane.check(f"target out of range, {'lean' if lean else 'fast'}", passed, f"NaN in {logp.nonzero()[:, 0].tolist()}, expected [2]; no gradient there")
+
+
+def turn_kernels(lane: Lane, interpreted: bool) -> None:
+    from atod_kernels import triton_turns
+
+    g = torch.Generator().manual_seed(0)
+    count = 12 if interpreted else 5000
+    lengths = torch.randint(0, 300, (count,), generator=g)
+    lengths[1] = 0
+    offsets = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
+    values, upstream = torch.randn(int(offsets[-1]), generator=g), torch.randn(count, generator=g)
+    there = [x.to(lane.device) for x in (values, offsets, upstream)]
+    for reduce in turns.REDUCTIONS:
+        leaf = values.double().requires_grad_()
+        expected = turns.turn_reduce(leaf, offsets, reduce)
+        expected.backward(upstream.double())
+        got = triton_turns.turn_reduce(there[0], there[1], reduce)
+        dx = triton_turns.turn_reduce_backward(there[2], there[0], there[1], got, reduce)
+        errors = error(got.cpu(), expected.detach()), error(dx.cpu(), leaf.grad)
+        equal = torch.equal(got, triton_turns.turn_reduce(there[0], there[1], reduce))
+        lane.check(
+            f"turn_reduce {reduce}",
+            max(errors) < 1e-6 and equal,
+            f"value {errors[0]:.1e}, gradient {errors[1]:.1e}, run to run {'equal' if equal else 'differs'}",
+        )
+    trajectories = torch.tensor([0, 2, 7, 7, count])
+    d, h, n = torch.rand(count, generator=g), torch.rand(count, generator=g), lengths
+    for budget in ("raw", "mean1"):
+        for fuse in ("softor", "product"):
+            expected = turns.turn_weight_report(d, h, trajectories, turn_lengths=n, budget=budget, fuse=fuse)
+            arguments = [x.to(lane.device) for x in (d, h, trajectories)]
+            got = triton_turns.turn_weights(*arguments, n.to(lane.device) if budget == "mean1" else None, "minmax", fuse, budget, (0.5, 2.0), 3, 0.01)
+            same = torch.equal(got.unweighted.cpu(), expected.unweighted) and torch.equal(got.fallback.cpu(), expected.fallback)
+            off = error(got.weights.cpu(), expected.weights)
+            lane.check(f"turn_weights {budget} {fuse}", off < 1e-6 and same, f"weights {off:.1e}, flags {'equal' if same else 'differ'}")
+
+
+def timing(lane: Lane, sizes: str, dtype: torch.dtype) -> None:
+    """`head.py`'s contenders at one shape: ours, the bare products, the peers that are installed; compiled ones last."""
+    import head
+
+    shape = head.Shape.parse(sizes)
+    inputs = head.make_inputs(shape, "cuda", dtype)
+    found = sorted(head.contenders("cuda").items(), key=lambda item: (item[1].compiled, item[1].role not in ("ours", "floor"), item[1].role != "floor"))
+    for which in (head.BOTH, head.FORWARD):
+        for name, contender in found:
+            if which not in contender.passes:
+                continue
+            with lane.step(f"{name}, {which}"):
+                try:
+                    loss = contender.load()
+                    milliseconds = sorted(head.samples(loss, inputs, which))
+                    peak = head.peak_cuda(loss, inputs, which)
+                except torch.OutOfMemoryError:
+                    raise ImportError("not enough memory for it") from None
+                finally:
+                    head.clear(inputs)
+                    torch.cuda.empty_cache()
+                row = {"pass": which, "contender": name, "role": contender.role, "milliseconds": milliseconds[len(milliseconds) // 2], "peak_mib": peak}
+                lane.times.append(row)
+                print(f"timed   {name}, {which}: {row['milliseconds']:.1f} ms, {peak:.0f} MiB", flush=True)
+
+
+def table(lane: Lane) -> str:
+    """Times against the bare products of the same pass, and what failed."""
+    lines = []
+    for which in dict.fromkeys(row["pass"] for row in lane.times):
+        rows = [row for row in lane.times if row["pass"] == which]
+        floor = min((row["milliseconds"] for row in rows if row["role"] == "floor"), default=math.nan)
+        lines += [f"\n{which:48} {'ms':>8} {'x floor':>8} {'MiB':>8}"]
+        lines += [f"{row['contender']:48} {row['milliseconds']:8.1f} {row['milliseconds'] / floor:8.2f} {row['peak_mib']:8.0f}" for row in rows]
+    passed = sum(check["passed"] for check in lane.checks)
+    lines.append(f"\nchecks: {passed} of {len(lane.checks)} passed; failures: {len(lane.failures)}; skipped: {len(lane.skipped)}")
+    lines += [f"  FAILED {text}" for text in lane.failures] + [f"  skipped {text}" for text in lane.skipped]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the results as JSON")
+    parser.add_argument("--minutes", type=float, default=8.0, help="all of it ends within this")
+    parser.add_argument("--shape", default="8192,151936,2048,4096", help="tokens,columns,student_hidden,teacher_hidden of the timing")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--interpret", action="store_true", help="the checks alone, tiny, on the CPU")
+    args = parser.parse_args()
+    if not args.interpret and not torch.cuda.is_available():
+        print("gpu_lane: no GPU that this torch can use; run it on a machine with one, or with --interpret")
+        return 2
+    if args.interpret:
+        torch.set_num_threads(1)
+        problem.TILE["cpu"] = (16, 48)
+        from atod_kernels import triton_configs
+
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # of numpy, for infinities and NaN that are meant
+    device = torch.device("cpu" if args.interpret else "cuda")
+    started = time.monotonic()
+    lane = Lane(device, started + 60 * args.minutes - 5)
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(lane.deadline - started, 1), 5)
+    import triton
+
+    about = {"torch": torch.__version__, "triton": triton.__version__, "device": "interpreter" if args.interpret else torch.cuda.get_device_name()}
+    print(" ".join(f"{k} {v}" for k, v in about.items()), flush=True)
+    for name, run in (("recompute", recompute), ("out of range", out_of_range), ("turns", turn_kernels), ("correctness", correctness)):
+        with lane.step(name):
+            run(lane, args.interpret)
+    if not args.interpret:
+        with lane.step("times"):
+            timing(lane, args.shape, getattr(torch, args.dtype))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if args.out:
+        record = about | {"seconds": round(time.monotonic() - started, 1), "shape": args.shape, "dtype": args.dtype}
+        record |= {k: v for k, v in asdict(lane).items() if k not in ("device", "deadline")} | {"device": about["device"]}
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(lane))
+    return 1 if lane.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
