@@ -45,6 +45,15 @@ def test_near_the_teacher_values_and_gradients_equal_the_reference(schedule, div
     assert max(relative(a, b) for a, b in zip(grads, gradients, strict=True)) < 2e-4
 
 
+@pytest.mark.parametrize("width", (8, 12, 9))
+def test_operands_through_descriptors(width, monkeypatch):
+    """As on sm_90 and later: hidden sizes of whole blocks, of a padded one, and one whose rows no descriptor can stand for."""
+    triton_configs = pytest.importorskip("atod_kernels.triton_configs")
+    monkeypatch.setitem(triton_configs.INTERPRETER, "fused", triton_configs.INTERPRETER["fused"] | {"TMA": True, "BK": 8})
+    case = make(5, student=(50, width), teacher=(45, 8), dtype=torch.float32)
+    assert_equal_runs([[x.double() for x in part] for part in triton(case, schedule="lean")], reference(case), 2e-5)
+
+
 @settings(max_examples=8, deadline=None)
 @given(problem=problems, schedule=st.sampled_from(SCHEDULES), divergence=st.sampled_from(DIVERGENCES), alpha=st.sampled_from((0.0, 0.3, 1.0)))
 def test_any_shape(problem, schedule, divergence, alpha):

@@ -44,20 +44,20 @@ def problem(
     return Problem(student, teacher, target, temperature, valid, *options)
 
 
-def backend(p: Problem) -> Any:
-    """The module that computes it."""
+def compute(function: str, p: Problem, *args: Any) -> Any:
+    """A function of the problem's backend, on its device: Triton launches on the current one."""
     if not p.triton:
-        return torch_backend
+        return getattr(torch_backend, function)(p, *args)
     from . import triton_backend
 
-    return triton_backend
+    with torch.cuda.device_of(p.student.hidden):
+        return getattr(triton_backend, function)(p, *args)
 
 
 @torch.library.custom_op("atod_kernels::head", mutates_args=(), schema=f"({COMMON}) -> Tensor")
 def head(*common: Any) -> Tensor:
     """Statistics [STATISTICS, T] of all tokens (`tiles` names the rows)."""
-    p = problem(*common)
-    return backend(p).head_statistics(p)
+    return compute("head_statistics", problem(*common))
 
 
 @head.register_fake
@@ -72,8 +72,7 @@ def _(student_hidden: Tensor, *args: Any) -> Tensor:
 )
 def head_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, H], weight [V, H] and bias [V], each empty if not wanted; upstream [STATISTICS, T]."""
-    p = problem(*args[:WIDTH])
-    return backend(p).head_gradients(p, *args[WIDTH:])
+    return compute("head_gradients", problem(*args[:WIDTH]), *args[WIDTH:])
 
 
 @head_backward.register_fake
@@ -109,13 +108,13 @@ LIBRARY.define(
 def _chunk_forward(*args: Any) -> Tensor:
     """Statistics [STATISTICS, n] of tokens first to last; leaves their logits in `kept` (`Problem.kept`)."""
     p, (first, last, kept) = problem(*args[:WIDTH]), args[WIDTH:]
-    return backend(p).chunk_statistics(p, slice(first, last), kept)
+    return compute("chunk_statistics", p, slice(first, last), kept)
 
 
 def _chunk_backward(*args: Any) -> None:
     """Add the gradients of tokens first to last to dx, dw and db (empty = not wanted), overwriting the logits in `kept`."""
     p, (first, last, kept, statistics, upstream, dx, dw, db) = problem(*args[:WIDTH]), args[WIDTH:]
-    backend(p).chunk_gradients(p, slice(first, last), kept, statistics, upstream, Gradients(dx, dw, db))
+    compute("chunk_gradients", p, slice(first, last), kept, statistics, upstream, Gradients(dx, dw, db))
 
 
 LIBRARY.impl("chunk_forward", _chunk_forward, "CompositeExplicitAutograd")

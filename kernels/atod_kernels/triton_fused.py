@@ -28,6 +28,16 @@ from .triton_tiles import (
 
 
 @triton.jit
+def multiply(a, b, z, PRECISION: tl.constexpr):
+    """z + a @ b."""
+    if PRECISION == "interpreter":
+        z = tl.dot(a.to(tl.float32), b.to(tl.float32), z, input_precision="ieee")  # its dot multiplies bf16 operands as if they were integers
+    else:
+        z = tl.dot(a, b, z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
 def product(
     x, w, row, column, tokens, width, H, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -35,7 +45,7 @@ def product(
     z = tl.zeros([BM, BN], tl.float32)
     if TMA:
         for k in tl.range(0, H, BK):
-            z = tl.dot(x.load([row, k]), w.load([column, k]).T, z, input_precision=PRECISION)
+            z = multiply(x.load([row, k]), w.load([column, k]).T, z, PRECISION)
     else:
         rows = tl.arange(0, BM)
         columns = tl.arange(0, BN)
@@ -52,10 +62,7 @@ def product(
             else:
                 a = tl.load(x + in_x, mask=(k + at)[None, :] < H, other=0.0)
                 b = tl.load(w + in_w, mask=(k + at)[:, None] < H, other=0.0)
-            if PRECISION == "interpreter":
-                z = tl.dot(a.to(tl.float32), b.to(tl.float32), z, input_precision="ieee")  # its dot multiplies bf16 operands as if they were integers
-            else:
-                z = tl.dot(a, b, z, input_precision=PRECISION)
+            z = multiply(a, b, z, PRECISION)
             x += STEP
             w += STEP
     return z

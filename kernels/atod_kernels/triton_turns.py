@@ -206,7 +206,8 @@ def turn_reduce(values: Tensor, offsets: Tensor, reduce: str) -> Tensor:
     """[T] fp32 -> [K]."""
     out = values.new_empty(offsets.shape[0] - 1)
     if len(out):
-        reduce_kernel[(len(out),)](values, offsets, out, len(out), values.shape[0], REDUCE=reduce, BLOCK=BLOCK)
+        with torch.cuda.device_of(values):
+            reduce_kernel[(len(out),)](values, offsets, out, len(out), values.shape[0], REDUCE=reduce, BLOCK=BLOCK)
     return out
 
 
@@ -214,7 +215,8 @@ def turn_reduce_backward(upstream: Tensor, values: Tensor, offsets: Tensor, out:
     """Gradient [T] of `turn_reduce`; 0 for tokens that no segment holds."""
     dx = torch.zeros_like(values)
     if len(out):
-        reduce_backward_kernel[(len(out),)](upstream.contiguous(), values, offsets, out, dx, len(out), values.shape[0], REDUCE=reduce, BLOCK=BLOCK)
+        with torch.cuda.device_of(values):
+            reduce_backward_kernel[(len(out),)](upstream.contiguous(), values, offsets, out, dx, len(out), values.shape[0], REDUCE=reduce, BLOCK=BLOCK)
     return dx
 
 
@@ -235,9 +237,10 @@ def turn_weights(
     weights = torch.full(disagreement.shape, torch.nan, dtype=torch.float32, device=disagreement.device)  # NaN: in no trajectory
     flags = torch.zeros(2, n, dtype=torch.int8, device=disagreement.device)
     if n:
-        weights_kernel[(n,)](
-            disagreement.contiguous(), uncertainty.contiguous(), None if lengths is None else lengths.contiguous(), offsets, weights, flags[0], flags[1],
-            n, len(weights), *map(float, clip), min_turns, min_disagreement, FLAT,
-            NORMALISE=normalise, FUSE=fuse, MEAN_ONE=budget == "mean1", BLOCK=BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device_of(disagreement):
+            weights_kernel[(n,)](
+                disagreement.contiguous(), uncertainty.contiguous(), None if lengths is None else lengths.contiguous(), offsets, weights, flags[0],
+                flags[1], n, len(weights), *map(float, clip), min_turns, min_disagreement, FLAT,
+                NORMALISE=normalise, FUSE=fuse, MEAN_ONE=budget == "mean1", BLOCK=BLOCK,
+            )  # fmt: skip
     return TurnWeights(weights, flags[0].bool(), flags[1].bool())
