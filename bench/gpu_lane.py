@@ -368,7 +368,6 @@ def main() -> int:
     if args.interpret:
         torch.set_num_threads(1)
         problem.TILE["cpu"] = (16, 48)
-        from atod_kernels import triton_configs
 
         warnings.filterwarnings("ignore", category=RuntimeWarning)  # of numpy, for infinities and NaN that are meant
     device = torch.device("cpu" if args.interpret else "cuda")
