@@ -194,6 +194,23 @@ def test_logits_of_16_bit_inputs_are_not_rounded(dtype, schedule, divergence, cu
     assert all(relative(a, b) < 4e-3 for a, b in zip(grads, exact[1], strict=True))
 
 
+@pytest.mark.parametrize("dtype, expected", ((torch.bfloat16, "bf16"), (torch.float32, "none")))
+def test_products_of_bf16_inputs_use_a_cpu_s_matrix_unit_and_leave_the_process_s_setting_as_it_was(dtype, expected, monkeypatch):
+    used, product = set(), products.product
+
+    def watched(*args, **options):
+        used.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return product(*args, **options)
+
+    monkeypatch.setattr(torch_backend, "AMX", True)
+    for module in (torch_backend, products):
+        monkeypatch.setattr(module, "product", watched)
+    for schedule in SCHEDULES:
+        run(linear_divergence, close_pair(dtype=dtype), schedule=schedule)
+    assert used == {expected}
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
 def test_strides_of_hidden_states_do_not_matter():
     case = make(20)
     strided = case | {k: case[k].T.contiguous().T for k in ("student_hidden", "teacher_hidden")}
