@@ -126,7 +126,10 @@ def gradient_dtype(p: Problem) -> torch.dtype:
 
 
 def tile_gradient(p: Problem, rows: slice, columns: slice, zs: Tensor, zt: Tensor | None, dz: Tensor, stats: Tensor, upstream: Tensor) -> Tensor:
-    """Gradient of one tile's raw logits into dz [n, w], which may be zs; stats [STATISTICS, n] and upstream [>= 3, n] of its tokens."""
+    """Gradient of one tile's raw logits into dz [n, w], which may be zs; stats [STATISTICS, n] and upstream [>= 3, n] of its tokens.
+
+    What lies between w and dz's stride is overwritten.
+    """
     n, w = zs.shape
     launch = config(p, "gradient")
     triton_tiles.tile_gradient[(n, triton.cdiv(w, launch["BLOCK"]))](
@@ -191,7 +194,7 @@ class Fused:
         return stats
 
     def gradient(self, rows: slice, columns: slice, dz: Tensor, stats: Tensor, upstream: Tensor) -> Tensor:
-        """Gradient of one tile's raw logits into dz [n, w]; stats and upstream are of all tokens."""
+        """Gradient of one tile's raw logits into dz [n, w]; stats and upstream are of all tokens. What lies between w and dz's stride is overwritten."""
         p, (n, w) = self.p, dz.shape
         grid = (triton.cdiv(n, self.launch["BM"]), triton.cdiv(w, self.launch["BN"]))
         self(
