@@ -86,11 +86,18 @@ def ranked(configs: list[Config], start: Config, call: Callable[[Config], Callab
     return [(medians[i], configs[i]) for i in order if medians[i] < math.inf]
 
 
-def merged(rows: list[dict[str, Any]], found: dict[str, Config], arch: str, bits: int) -> list[dict[str, Any]]:
-    """The table with this architecture's rows for all versions of Triton replaced by what was found; `fused` has a row per operand size."""
+def merged(rows: list[dict[str, Any]], found: dict[str, Config], arch: str, bits: int, version: str = triton.__version__) -> list[dict[str, Any]]:
+    """The table with this architecture's rows replaced by what was found, those of this version of Triton alone too; `fused` has a row per
+    operand size."""
     new = [{"kernel": k, "arch": arch} | ({"bits": bits} if k == "fused" else {}) | {"config": c} for k, c in found.items()]
-    keys = [{k: v for k, v in row.items() if k != "config"} for row in new]
-    return sorted([row for row in rows if {k: v for k, v in row.items() if k != "config"} not in keys] + new, key=lambda r: list(FAMILIES).index(r["kernel"]))
+
+    def replaced(row: dict[str, Any]) -> bool:
+        key = {k: v for k, v in row.items() if k not in ("config", "triton")}
+        of_this = "triton" not in row or (version + ".").startswith(row["triton"] + ".")
+        return of_this and key in [{k: v for k, v in x.items() if k != "config"} for x in new]
+
+    order = [*FAMILIES, "ragged"]
+    return sorted([row for row in rows if not replaced(row)] + new, key=lambda row: order.index(row["kernel"]))
 
 
 def dumps(rows: list[dict[str, Any]]) -> str:

@@ -69,6 +69,7 @@ def head_arguments(
         teacher_bias = None if teacher_bias is None else teacher_bias.detach()
     dtype = compute_dtype(student_hidden, teacher_hidden)
     triton = validate.backend(backend, device, dtype)
+    student_bias, teacher_bias = (None if bias is None else bias.contiguous() for bias in (student_bias, teacher_bias))
     alpha = validate.alpha(alpha)
     # A mixture that is one of the two models alone is the plain KL, exactly.
     if alpha == 0 and divergence in ("skew_reverse_kl", "skew_forward_kl"):
@@ -79,7 +80,7 @@ def head_arguments(
         validate.require(len(set(sizes)) == 1, f"vocab_group: student and teacher shards have {sizes} rows; expected the same columns in both")
         validate.group(vocab_group)
         validate.require(vocab_start >= 0, f"vocab_start is {vocab_start}; expected the first column of this rank's shard")
-    valid = validate.valid_columns(valid_columns, sizes, device)
+    valid = validate.valid_columns(valid_columns, sizes, vocab_group is not None, device)
     if target is not None:
         target = validate.target(target, student_hidden.shape[0], min(sizes) if vocab_group is None else None, valid, device)
     return (
@@ -149,7 +150,7 @@ def linear_divergence(
             identically 0, where some libraries switch to a KL;
             skew_reverse_kl KL(p || alpha p + (1-alpha) q); skew_forward_kl KL(q || alpha q + (1-alpha) p) (DistiLLM).
         temperature: number or [T]; everything returned is at it.
-        student_bias, teacher_bias: [V]. A bias of -inf is a probability of 0.
+        student_bias, teacher_bias: [V]. A bias of -inf is a probability of 0 (without softcap); a target there gives NaN.
         softcap, teacher_softcap: z = softcap * tanh(raw / softcap), after the bias and before the temperature.
         valid_columns: bool [V] of either model; False columns are left out of both softmaxes.
         vocab_group, vocab_start: the name of a process group over which both weights are sharded by rows, and the first column of this
@@ -168,7 +169,7 @@ def linear_divergence(
 
     Raises:
         ValueError: naming the argument and what was expected. Values (target range, offsets, temperature) are read on the CPU only; on
-            an accelerator an out-of-range target gives NaN in the outputs of its token and no gradient, without a device sync.
+            an accelerator a target out of range or left out gives NaN in the outputs of its token and no gradient, without a device sync.
     """
     validate.require(isinstance(teacher_hidden, Tensor), f"teacher_hidden is {type(teacher_hidden).__name__}; expected a tensor (without one: linear_logprob)")
     arguments = head_arguments(

@@ -71,7 +71,7 @@ class Gradients:
         if dw is not None:
             product(dz.t(), hidden, dw, add=rows.start > 0)
         if self.db.numel():
-            self.db[columns] += dz.sum(0)
+            self.db[columns] += dz.sum(0, dtype=self.db.dtype)
 
     def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         """In the dtypes of the parameters. Shards of the vocabulary add up in dx."""

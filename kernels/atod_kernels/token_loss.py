@@ -126,7 +126,7 @@ def linear_token_loss(
         placed under activation checkpointing. With nothing to differentiate none is computed.
 
     Raises:
-        ValueError: naming the argument; also if check finds loss_fn not separable (on an accelerator a device-side assertion).
+        ValueError: naming the argument; also if check finds loss_fn not separable (on an accelerator a device-side assertion, which ends the CUDA context).
     """
     validate.one_of("divergence", divergence, validate.DIVERGENCES)
     teacher = teacher_hidden is not None
@@ -163,7 +163,7 @@ def linear_token_loss(
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
     loss = TokenLoss(loss_fn, inputs, arguments[6], teacher)
     with torch.no_grad():
-        detached = tuple(None if x is None else x.detach() for x in parameters) + arguments[3:]
+        detached = tuple(None if x is None else x.detach() for x in arguments[:3]) + arguments[3:]
         run = one_pass if any(wanted) and schedule != "lean" else two_passes
         stats, losses, grads = run(loss, detached, wanted, check)
         total = losses.sum()

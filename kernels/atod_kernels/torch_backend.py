@@ -12,6 +12,7 @@ lean  nothing larger than a tile is held. A mixture recomputes its logits, and t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ from .products import Gradients, operand, product
 from .validate import IGNORE
 
 AMX = torch.cpu._is_amx_tile_supported()
+MATRIX_UNIT = threading.Lock()
 GROUP = 2**16  # logits of one model in a group of rows, per thread: with the scratch of a pass seven times that, 1.75 MiB of fp32
 
 
@@ -32,18 +34,19 @@ def products_of(p: Problem) -> Iterator[None]:
     """On a CPU with AMX the products of bf16 inputs, held in fp32, are made of bf16 again and summed in fp32: half the time.
 
     The logits lose nothing by it; their gradient is rounded to bf16 before the last two products, as on a GPU. torch has no such choice for
-    one call, so it is made for the process and taken back.
+    one call, so it is made for the process and taken back: meanwhile fp32 products of other threads are made of bf16, too.
     """
     inputs = {layer.hidden.dtype for layer in p.layers}
     if not (AMX and inputs == {torch.bfloat16} and p.dtype == torch.float32 and p.student.hidden.is_cpu):
         yield
         return
     settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with MATRIX_UNIT:  # one thread at a time, or the setting that is given back would be another's
+        before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 class Chunk:
@@ -145,9 +148,9 @@ def statistics(chunk: Chunk, kept: Room | None) -> Tensor:
             z, rows = logits(columns) if kept is None else kept(n, columns), group_rows(p, columns)
             for group, stats, total in zip(z.split(rows, 1), out[:, :, None].split(rows, 1), look.split(rows, 1), strict=True):
                 total += tiles.second_look(group, stats, p.mixture)
-        out[[tiles.DIVERGENCE, tiles.MEAN_SLOPE]] = over_shards(p, look).sum(1) if p.group else look
+        out[tiles.DIVERGENCE :: tiles.MEAN_SLOPE - tiles.DIVERGENCE] = over_shards(p, look).sum(1) if p.group else look
     if chunk.ignored is not None:
-        unheld = ~chunk.ignored & (sums[tiles.OWNED] != 1)
+        unheld = ~chunk.ignored & ((sums[tiles.OWNED] != 1) | (sums[tiles.PICK_S] <= tiles.MASKED / 2))
         out[: tiles.OUTPUTS].masked_fill_(unheld, torch.nan).masked_fill_(chunk.ignored, 0)
     return out
 

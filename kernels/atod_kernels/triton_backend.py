@@ -20,7 +20,7 @@ from . import tiles, triton_fused, triton_tiles
 from .problem import Problem, over_shards
 from .products import Gradients, operand, product
 from .triton_configs import architecture, configuration
-from .validate import IGNORE
+from .validate import IGNORE, interpreted
 
 
 def options(p: Problem) -> dict[str, Any]:
@@ -93,14 +93,14 @@ def add_look(p: Problem, stats: Tensor, look: Tensor, rows: slice) -> None:
     # The log-probability of an ignored row is 0, that of a row whose target no shard holds is NaN: so is the divergence.
     if p.target is not None:
         total[0].masked_fill_(p.target[rows] == IGNORE, 0).masked_fill_(stats[tiles.LOGP].isnan(), torch.nan)
-    stats[[tiles.DIVERGENCE, tiles.MEAN_SLOPE]] = total
+    stats[tiles.DIVERGENCE :: tiles.MEAN_SLOPE - tiles.DIVERGENCE] = total
 
 
 def tile_statistics(p: Problem, rows: slice, logits: Tiles) -> Tensor:
     """Statistics [STATISTICS, n] of some tokens from tiles of logits in memory."""
     n, slices, constants = rows.stop - rows.start, p.slices(), options(p)
-    parts = logits.buffer.new_zeros(tiles.PARTIALS, len(slices), n)
-    extra = {k: v for k, v in constants.items() if k not in "AB"}
+    parts = logits.buffer.new_empty(tiles.PARTIALS, len(slices), n)
+    extra = {k: v for k, v in constants.items() if k not in ("A", "B")}
     for i, columns in enumerate(slices):
         zs, zt = logits.make(rows, columns)
         triton_tiles.tile_sums[(n,)](
@@ -121,7 +121,10 @@ def tile_statistics(p: Problem, rows: slice, logits: Tiles) -> Tensor:
 
 
 def gradient_dtype(p: Problem) -> torch.dtype:
-    """Of the logits' gradient. fp16 has not the range for it: a probability times a weight of 1/tokens is below its smallest number."""
+    """Of the logits' gradient. fp16 has not the range for it: a probability times a weight of 1/tokens is below its smallest number.
+
+    So the last two products of fp16 inputs are made in fp32, without the tensor cores' 16-bit speed.
+    """
     return torch.bfloat16 if p.student.hidden.dtype == torch.bfloat16 else torch.float32
 
 
@@ -159,9 +162,8 @@ class Fused:
             layers = {k: TensorDescriptor.from_tensor(x, [bm if k[0] == "x" else bn, bk]) for k, x in layers.items()}
         else:
             layers = {k: x.contiguous() for k, x in layers.items()}
-        interpreted = p.student.hidden.device.type == "cpu"
         self.arguments = layers | {"HS": sizes[0], "HT": sizes[1], "tokens": p.tokens} | options(p)
-        self.arguments |= self.launch | {"TMA": descriptors, "EVEN": even, "PRECISION": "interpreter" if interpreted else "ieee"}
+        self.arguments |= self.launch | {"TMA": descriptors, "EVEN": even, "PRECISION": "interpreter" if interpreted() else "ieee"}
 
     def __call__(self, kernel: Any, grid: tuple[int, int], columns: slice, **arguments: Any) -> None:
         takes = set(kernel.arg_names) | {"num_warps", "num_stages"}
@@ -169,11 +171,11 @@ class Fused:
         kernel[grid](**{k: v for k, v in shared.items() if k in takes}, **arguments)
 
     def splits(self) -> tuple[int, int]:
-        """How many programs share a row of blocks, and columns of each: enough to fill the device once."""
+        """How many programs share a row of blocks, and columns of each: as many as leave the fewest units idle, the fewest of these."""
         p, device = self.p, self.p.student.hidden.device
-        blocks = triton.cdiv(p.columns, self.launch["BN"])
+        rows, blocks = triton.cdiv(p.tokens, self.launch["BM"]), triton.cdiv(p.columns, self.launch["BN"])
         units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        wanted = min(max(units // triton.cdiv(p.tokens, self.launch["BM"]), 1), blocks)
+        wanted = min(range(1, min(max(units // rows, 16), blocks) + 1), key=lambda k: (round(triton.cdiv(rows * k, units) / k, 2), k))
         share = triton.cdiv(blocks, wanted) * self.launch["BN"]
         return triton.cdiv(p.columns, share), share
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import triton
 
+from .validate import interpreted
+
 TABLE = Path(__file__).with_name("triton_configs.json")
 INTERPRETER = {  # small blocks, so that the small tensors of tests have several
     "fused": {"BM": 16, "BN": 32, "BK": 16, "TMA": False, "PARTS": 4, "num_warps": 4, "num_stages": 1},
@@ -26,7 +28,7 @@ INTERPRETER = {  # small blocks, so that the small tensors of tests have several
 
 def architecture(device: torch.device) -> str:
     """The architecture of the table that a device's code is tuned as: its own, or the nearest with no more shared memory."""
-    if device.type != "cuda":
+    if interpreted():
         return "interpreter"
     if torch.version.hip:
         return "gfx942"

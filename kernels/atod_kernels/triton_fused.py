@@ -114,6 +114,13 @@ def logits(zs, zt, bias_s, bias_t, valid, inv, at, end, CAP_S: tl.constexpr, CAP
     return zs, zt
 
 
+@triton.jit
+def held(target, rows, live, start, end):
+    """The targets' columns [R] counted from `start`, -1 for one that does not lie before `end`."""
+    at = tl.load(target + rows, mask=live, other=IGNORED) - start
+    return tl.where((at >= 0) & (at < end), at, -1).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["tokens", "V", "start", "share", "step"])
 def fused_sums(
     xs, ws, xt, wt, target, bias_s, bias_t, valid, inverse, parts, tokens, V, HS, HT, start, share, step,
@@ -127,7 +134,7 @@ def fused_sums(
     live = rows < tokens
     inv = row_values(inverse, rows, live)
     if target is not None:
-        wanted = (tl.load(target + rows, mask=live, other=IGNORED) - start).to(tl.int32)
+        wanted = held(target, rows, live, start, V)
     max_s = tl.full([BM], MASKED, tl.float32)
     max_t = tl.full([BM], MASKED, tl.float32)
     sum_s = tl.zeros([BM], tl.float32)
@@ -205,7 +212,7 @@ def fused_gradient(
     own, other, constant, onehot, shift_s, shift_t, log_ratio, dead = factors(stats, upstream, target, inv, rows, live, step, step_up, KIND)
     raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
     if target is not None:
-        wanted = (tl.load(target + rows, mask=live, other=IGNORED) - start).to(tl.int32)
+        wanted = held(target, rows, live, start, end)
     temp = row_values(temperature, rows, live)
     dz += (rows - row0).to(tl.int64) * stride_dz
     for i in tl.static_range(PARTS):

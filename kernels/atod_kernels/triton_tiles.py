@@ -266,8 +266,9 @@ def tile_sums(
     pick_t = tl.zeros([1], tl.float32)
     owned = tl.zeros([1], tl.float32)
     if target is not None:
-        at = (tl.load(target + rows) - start).to(tl.int32)
+        at = tl.load(target + rows) - start
         held = (at >= 0) & (at < w)
+        at = tl.where(held, at, 0).to(tl.int32)
         owned = held.to(tl.float32)
         z = scaled(tl.load(zs + at[None, :], mask=held[None, :], other=0.0), bias_s, valid, inv, at, held, CAP_S)
         pick_s = tl.where(held, tl.sum(z, 1), 0.0)
@@ -374,7 +375,8 @@ def tile_gradient(
 def combine(parts, stats, target, n, k, step, step_row, step_out, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """`tiles.merge` and `tiles.statistics`: parts [PARTIALS, k, n] of k disjoint column sets into stats [STATISTICS, n]. Grid: (cdiv(n, BLOCK),).
 
-    An ignored row's outputs are 0, those of a row whose target no column set holds are NaN; a mixture's own are left to the second look.
+    An ignored row's outputs are 0, those of a row whose target no column set holds, or is left out, are NaN; a mixture's own are left to the
+    second look.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = rows < n
@@ -431,7 +433,7 @@ def combine(parts, stats, target, n, k, step, step_row, step_out, KIND: tl.const
             divergence = cross / sum_t - log_t + log_s
     if target is not None:
         ignored = tl.load(target + rows, mask=live, other=IGNORED) == IGNORED
-        lost = tl.where(owned == 1, 0.0, float("nan"))
+        lost = tl.where((owned == 1) & (pick_s > MASKED / 2), 0.0, float("nan"))
         divergence = tl.where(ignored, 0.0, divergence + lost)
         entropy = tl.where(ignored, 0.0, entropy + lost)
         logp = tl.where(ignored, 0.0, logp + lost)

@@ -112,7 +112,7 @@ def turn_reduce(values: Tensor, offsets: Tensor, reduce: str = "mean") -> Tensor
     validate.one_of("reduce", reduce, REDUCTIONS)
     validate.offsets("offsets", offsets, values.shape[0], "values")
     require(offsets.device == values.device, f"offsets is on {offsets.device}; expected {values.device}, where values are")
-    return _turn_reduce(values, offsets.long(), reduce)
+    return _turn_reduce(values, offsets.long().contiguous(), reduce)
 
 
 def expand_turns(values: Tensor, offsets: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def turn_weight_report(
         validate.offsets("trajectory_offsets", trajectory_offsets, count, "disagreement")
         from . import triton_turns
 
-        offsets = trajectory_offsets.long()
+        offsets = trajectory_offsets.long().contiguous()
         return triton_turns.turn_weights(
             disagreement, uncertainty, offsets, turn_lengths if budget == "mean1" else None, normalise, fuse, budget, clip, min_turns, min_disagreement
         )

@@ -43,7 +43,7 @@ def backend(value: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 def interpreted() -> bool:
     """Triton's interpreter runs kernels on CPU tensors, slowly: for tests. It is chosen when the kernels are imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def tensor(name: str, value: object, rank: int) -> None:
@@ -94,7 +94,7 @@ def target(value: Tensor, tokens: int, columns: int | None, valid: Tensor | None
     require(value.dtype in (torch.int64, torch.int32), f"target is {value.dtype}; expected int64 or int32")
     require(value.shape[0] == tokens, f"target has shape {list(value.shape)}; expected [{tokens}], one id per row of the hidden states")
     same_device("target", value, device)
-    value = value.long()
+    value = value.long().contiguous()
     if value.device.type == "cpu" and columns is not None and not torch.compiler.is_compiling():
         bad = (value != IGNORE) & ((value < 0) | (value >= columns))
         if bad.any():
@@ -118,21 +118,21 @@ def temperature(value: float | Tensor, tokens: int, dtype: torch.dtype, device: 
         same_device("temperature", value, device)
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             require(bool(((value > 0) & value.isfinite()).all()), "temperature has an entry that is not positive and finite")
-        return value.to(dtype)
+        return value.to(dtype).contiguous()
     require(isinstance(value, int | float) and math.isfinite(value) and value > 0, f"temperature is {value!r}; expected a positive number or a [T] tensor")
     return None if value == 1 else torch.full((tokens,), float(value), dtype=dtype, device=device)
 
 
-def valid_columns(value: Tensor | None, sizes: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """The mask of the common vocabulary, cut from a mask of either model's."""
+def valid_columns(value: Tensor | None, sizes: tuple[int, ...], sharded: bool, device: torch.device) -> Tensor | None:
+    """The mask of the common vocabulary, cut from a mask of either model's. A shard may hold no valid column."""
     if value is None:
         return None
     tensor("valid_columns", value, 1)
     require(value.dtype == torch.bool, f"valid_columns is {value.dtype}; expected bool")
     require(value.shape[0] in sizes, f"valid_columns has shape {list(value.shape)}; expected [{' or '.join(str(s) for s in dict.fromkeys(sizes))}]")
     same_device("valid_columns", value, device)
-    value = value[: min(sizes)]
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    value = value[: min(sizes)].contiguous()
+    if not sharded and value.device.type == "cpu" and not torch.compiler.is_compiling():
         require(bool(value.any()), "valid_columns is False everywhere; expected at least one column to be left")
     return value
 
