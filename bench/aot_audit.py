@@ -3,7 +3,7 @@
     python bench/aot_audit.py                                 # all kernels, sm_80 sm_90 sm_100 gfx942: bench/results/aot_audit.{csv,md}
     python bench/aot_audit.py --check --arch sm_90 --out ''   # a gate: exit 1 on a fault, nothing written
 
-Each kernel is compiled in the variants that `triton_backend.py` launches, with the configurations of `triton_configs.json`. The CSV has a
+Each kernel is compiled in representative variants of what `triton_backend.py` launches, with the configurations of `triton_configs.json`. The CSV has a
 row per variant; rows of other versions of Triton and of other architectures are kept, so that running under several versions fills one table.
 
 A fault is a compile failure, a spill, shared or tensor memory beyond the architecture's, a fused kernel of 16-bit operands without
@@ -268,7 +268,6 @@ def read_amd(text: str) -> Code:
 LOADS = {"cuda": r"LDG\.E\.(\w+\.)*128", "hip": r"(global|buffer)_load_dwordx4"}
 STORES = {"cuda": r"STG\.E\.(\w+\.)*128", "hip": r"(global|buffer)_store_dwordx4"}
 SPILLS = {"cuda": r"STL|LDL", "hip": r"scratch_"}
-EITHER = {"cuda": r"LDG\.E", "hip": r"(global|buffer)_load_dword|(global|buffer)_load_[us]"}
 
 
 def examine(variant: Variant, arch: str, config: dict[str, Any]) -> Row:

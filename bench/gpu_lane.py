@@ -5,11 +5,12 @@
 
 Checks compare with torch in fp64 on the same rounded inputs: the student close to the teacher (KL 1e-3 to 1e-2), logits of standard
 deviation 2 and 30, random signed upstream gradients on all outputs at once, ragged sizes, vocabularies that differ either way, ignored
-tokens. A value passes if its error is at most twice that of plain torch in the inputs' dtype, plus 2e-4; a gradient, moreover, if it is
+tokens. A value passes if its error is at most twice that of plain torch in fp32, plus 2e-4; a gradient, moreover, if it is
 within 4e-3 (16-bit inputs) or 2e-4 (fp32). At a standard deviation of 30, where fp32 logits themselves are rounded at 1e-5, the second bound
 is twice torch's own error in fp32 plus these. Errors are relative, in the 2-norm.
-Then times (median of ten, cold cache) and peak memory of `head.py`'s contenders at --shape. Every step is guarded: one that fails is
-reported and the others run. Exit 0 if all checks pass, 1 if not, 2 without a GPU.
+Then times (median of ten, cold cache) and peak memory of `head.py`'s contenders at --shape. A step that fails is reported and the others
+run, unless it took the device down: then they are skipped. A step that hangs ends the lane at --minutes with what was found.
+Exit 0 if all checks pass, 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -42,6 +43,14 @@ VALUE_EPS = 2e-4
 OUTPUTS = ("divergence", "entropy", "logp", "teacher_logp", "teacher_entropy", "d hidden", "d weight", "d bias")
 
 
+def responds() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 @dataclass
 class Lane:
     """What has been found so far, and how long there is."""
@@ -52,22 +61,26 @@ class Lane:
     times: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    lost: bool = False  # an error of a kernel stays with the process: nothing after it can be trusted
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Report a failure and go on; past the deadline, skip."""
         try:
+            if self.lost:
+                raise TimeoutError("the device is lost")
             if time.monotonic() > self.deadline:
-                raise TimeoutError
+                raise TimeoutError("no time left")
             yield
         except (TimeoutError, ImportError) as error:
-            self.skipped.append(f"{name}: {'no time left' if isinstance(error, TimeoutError) else error}")
+            self.skipped.append(f"{name}: {error}")
             print(f"skipped {self.skipped[-1]}", flush=True)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             self.failures.append(f"{name}: {type(error).__name__}: {lines[-1]}")
             print(f"FAILED  {self.failures[-1]}", flush=True)
             print("".join(traceback.format_tb(error.__traceback__)[-2:]), flush=True)
+            self.lost = self.device.type == "cuda" and not responds()
 
     def check(self, name: str, passed: bool, detail: str) -> None:
         self.checks.append({"check": name, "passed": passed, "detail": detail})
@@ -193,16 +206,15 @@ def error(a: Tensor, b: Tensor) -> float:
 
 def compare(lane: Lane, name: str, got: list[Tensor | None], inputs: Inputs, case: Case) -> None:
     reference = results(plain, inputs, torch.float64)
-    same = results(plain, inputs)
-    single = same if case.dtype == torch.float32 else results(plain, inputs, torch.float32)
+    single = results(plain, inputs, torch.float32)
     worst, passed = [], True
-    for label, a, b, c, d in zip(OUTPUTS, got, reference, same, single, strict=True):
+    for label, a, b, d in zip(OUTPUTS, got, reference, single, strict=True):
         if b is None:
             continue
-        ours, torchs = error(a, b), error(c, b)
+        ours, torchs = error(a, b), error(d, b)
         bound = 2 * torchs + VALUE_EPS
         if label.startswith("d "):
-            bound = GRADIENT_BOUND[case.dtype] + (2 * error(d, b) if case.spread > 2 else 0)
+            bound = GRADIENT_BOUND[case.dtype] + (2 * torchs if case.spread > 2 else 0)
             if lane.device.type == "cpu" and case.dtype == torch.bfloat16:
                 bound *= 2  # the interpreter cuts a bf16's lower bits off where a GPU rounds
         passed &= ours <= bound
@@ -375,28 +387,35 @@ def main() -> int:
     started = time.monotonic()
     lane = Lane(device, started + 60 * args.minutes - 5)
 
-    def late(*_: Any) -> None:
-        raise TimeoutError
-
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, max(lane.deadline - started, 1), 5)
     import triton
 
     about = {"torch": torch.__version__, "triton": triton.__version__, "device": "interpreter" if args.interpret else torch.cuda.get_device_name()}
     print(" ".join(f"{k} {v}" for k, v in about.items()), flush=True)
+
+    def finish() -> int:
+        if args.out:
+            record = about | {"seconds": round(time.monotonic() - started, 1), "shape": args.shape, "dtype": args.dtype}
+            record |= {k: v for k, v in asdict(lane).items() if k not in ("device", "deadline")}
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(table(lane), flush=True)
+        return 1 if lane.failures else 0
+
+    def hung() -> None:
+        lane.failures.append("a step did not end")
+        finish()
+        os._exit(1)
+
+    watchdog = threading.Timer(60 * args.minutes, hung)  # a kernel that hangs blocks the main thread in C, where no signal reaches it
+    watchdog.daemon = True
+    watchdog.start()
     for name, run in (("recompute", recompute), ("out of range", out_of_range), ("turns", turn_kernels), ("correctness", correctness)):
         with lane.step(name):
             run(lane, args.interpret)
     if not args.interpret:
         with lane.step("times"):
             timing(lane, args.shape, getattr(torch, args.dtype))
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    if args.out:
-        record = about | {"seconds": round(time.monotonic() - started, 1), "shape": args.shape, "dtype": args.dtype}
-        record |= {k: v for k, v in asdict(lane).items() if k not in ("device", "deadline")} | {"device": about["device"]}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(lane))
-    return 1 if lane.failures else 0
+    watchdog.cancel()
+    return finish()
 
 
 if __name__ == "__main__":

@@ -62,11 +62,11 @@ def test_any_shape(problem, schedule, divergence, alpha):
     assert_equal_runs([[x.double() for x in part] for part in actual], expected, 2e-5)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_bf16_operands_cost_the_rounding_of_the_results(schedule):
+@pytest.mark.parametrize("schedule, divergence", (("fast", "reverse_kl"), ("lean", "reverse_kl"), ("fast", "skew_forward_kl"), ("lean", "jsd")))
+def test_bf16_operands_cost_the_rounding_of_the_results(schedule, divergence):
     """Logits stay fp32: the gradients are as near to fp64 on the rounded inputs as rounding them to bf16 allows."""
     case = close_pair(tokens=9, columns=75, width=16, dtype=torch.bfloat16)
-    (out, grads), (expected, gradients) = triton(case, schedule=schedule), reference(case)
+    (out, grads), (expected, gradients) = triton(case, schedule=schedule, divergence=divergence), reference(case, divergence=divergence)
     torch.testing.assert_close(out[0].double(), expected[0], atol=2e-6, rtol=2e-4)
     assert max(relative(a, b) for a, b in zip(grads, gradients, strict=True)) < 4e-3
 
@@ -105,6 +105,20 @@ def test_options(option, schedule):
     expected = reference(case, divergence=divergence)
     actual = triton(case, divergence=divergence, schedule=schedule)
     assert_equal_runs([[x.double() for x in part] for part in actual], expected, 2e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_strided_operands_and_models_of_two_dtypes(schedule):
+    """Columns of larger tensors, and expanded numbers: kernels read pointers, the strides are taken care of before."""
+    case = make(7, student=(40, 8), teacher=(40, 5), dtype=torch.float32)
+    case |= {k: case[k].bfloat16() for k in ("teacher_hidden", "teacher_weight")}
+    case |= {"student_bias": torch.linspace(-1, 1, 40), "teacher_bias": torch.tensor(0.5).expand(40), "valid_columns": torch.ones(40, dtype=torch.bool)}
+    case |= {"temperature": torch.tensor(0.7).expand(7), "softcap": 5.0}
+    strided = case | {k: torch.stack((case[k], case[k].roll(1)), -1)[..., 0] for k in ("student_hidden", "student_bias", "target", "valid_columns")}
+    assert not strided["target"].is_contiguous()
+    expected = triton(case, schedule=schedule)
+    assert_equal_runs(triton(strided, schedule=schedule), expected, 0)
+    assert_equal_runs([[x.double() for x in part] for part in expected], reference(case), 2e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -189,12 +203,16 @@ def test_what_an_ignored_row_holds_reaches_nothing(schedule):
 
 
 @pytest.mark.parametrize("lean", (False, True))
-def test_a_target_out_of_range_is_nan_and_has_no_gradient(lean):
+@pytest.mark.parametrize("target", (43, 2**32 + 5, 7))
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_a_target_out_of_range_or_left_out_is_nan_and_has_no_gradient(target, lean, backend):
     """Targets on a GPU are not read before the launch; the operator is called past the check of CPU tensors."""
     case = make(5, ignored=0, dtype=torch.float32)
-    case["target"][2] = 43
+    case["valid_columns"] = torch.arange(43) != 7
+    case["target"][case["target"] == 7] = 8
+    case["target"][2] = target
     weight = case["student_weight"].requires_grad_()
-    flat = (*arguments(case, "jsd", lean)[:-1], True)
+    flat = (*arguments(case, "jsd", lean)[:-1], backend == "triton")
     out = operators.head(*flat)[: tiles.OUTPUTS]
     assert out[:, 2].isnan().all() and not out[:, torch.arange(5) != 2].isnan().any()
     out[:3].nan_to_num().sum().backward()
@@ -251,6 +269,7 @@ def test_turn_reduce_and_its_gradient_equal_the_torch_backend(reduce, lengths, s
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
     values = torch.randint(-3, 4, (sum(lengths),), generator=g).float()  # with ties
     upstream = torch.randn(len(lengths), generator=g)
+    offsets = torch.stack((offsets, offsets), 1)[:, 0]  # strided
 
     def both():
         x = values.clone().requires_grad_()

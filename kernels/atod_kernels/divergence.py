@@ -140,7 +140,8 @@ def linear_divergence(
     """Divergence between two models' next-token distributions, with entropy and log-probabilities, per token.
 
     Args:
-        student_hidden, student_weight: [T, H_s] and [V_s, H_s], one floating dtype. Logits are fp32 whatever it is.
+        student_hidden, student_weight: [T, H_s] and [V_s, H_s], one floating dtype. Logits are fp32 whatever it is; the products
+            of fp32 inputs on a GPU are as exact as torch.backends.cuda.matmul allows (TF32 off by default).
         teacher_hidden, teacher_weight: [T, H_t] and [V_t, H_t]. H and V may differ between the models, either way round; columns
             beyond the smaller V belong to neither softmax. The teacher's side never gets a gradient.
         target: [T] int64 or int32, the sampled tokens; -100 = ignored: 0 in every output, no gradient.

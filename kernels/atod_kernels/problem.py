@@ -74,7 +74,9 @@ class Problem:
         area = rows * columns
         # Shards may differ in columns, but every rank must cut the tokens alike: each chunk is a collective.
         rows = min(max(self.tokens, 1), rows if self.group else max(rows, area // self.columns))
-        columns = min(columns, max(1, OPERAND // max(x.weight.shape[1] for x in self.layers))) if cpu else max(columns, area // rows)
+        widest = max(1, *(x.weight.shape[1] for x in self.layers))
+        # One product over all of a large vocabulary would sum too many terms in a row: four times the columns at most.
+        columns = min(columns, max(1, OPERAND // widest)) if cpu else min(4 * columns, max(columns, area // rows))
         return rows, min(self.columns, columns)
 
     def parts(self) -> list[slice]:

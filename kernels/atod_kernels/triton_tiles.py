@@ -1,4 +1,4 @@
-"""The algebra of `tiles.py` as Triton kernels over tiles of logits in memory. Every name there has its counterpart here.
+"""The algebra of `tiles.py` as Triton kernels over tiles of logits in memory. What has a name there has it here.
 
 Logits are fp32 [n, w] as the matrix product left them; bias, softcap, temperature and excluded columns are applied on the way in, so
 that no pass over memory is spent on them. One program takes one row: the sums of a row stay in registers, the loads are 128 bits wide:
