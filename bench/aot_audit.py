@@ -107,14 +107,15 @@ def variants() -> Iterator[Variant]:
 
 def launch(variant: Variant, arch: str, rows: list[dict[str, Any]], version: str) -> dict[str, Any]:
     """Block sizes and launch options, from the table; {} where the kernel has none there."""
-    fused = variant.kernel.startswith("fused")
-    name = ("fused" if variant.even else "ragged") if fused else variant.kernel.removeprefix("tile_")
-    if name == "combine":
-        return {"BLOCK": COMBINE_BLOCK}
-    if name.endswith("kernel"):
-        return {"BLOCK": triton_turns.BLOCK}
-    config = choose(rows, name, arch, variant.bits, version)
-    return config | {"TMA": config["TMA"] and variant.tma, "EVEN": variant.even} if fused else config
+    if not variant.kernel.startswith("fused"):
+        name = variant.kernel.removeprefix("tile_")
+        if name == "combine":
+            return {"BLOCK": COMBINE_BLOCK}
+        return {"BLOCK": triton_turns.BLOCK} if name.endswith("kernel") else choose(rows, name, arch, variant.bits, version)
+    config = choose(rows, "fused", arch, variant.bits, version)
+    if not variant.even or (config["TMA"] and not variant.tma):
+        config = choose(rows, "ragged", arch, variant.bits, version)
+    return config | {"EVEN": variant.even}
 
 
 def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:

@@ -153,8 +153,10 @@ class Fused:
         sizes = p.student.hidden.shape[1], teacher.hidden.shape[1]
         launch = config(p, "fused")
         descriptors = launch["TMA"] and all(aligned(x) for x in layers.values())
+        if not descriptors and (launch["TMA"] or any(h % launch["BK"] for h in sizes)):
+            launch = config(p, "ragged")
         even = descriptors or all(h % launch["BK"] == 0 for h in sizes)  # the hardware pads what a descriptor reads beyond the end
-        self.launch = launch if even else config(p, "ragged")
+        self.launch = launch
         if descriptors:
             from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -51,7 +51,7 @@ def choose(rows: list[dict[str, Any]], kernel: str, arch: str, bits: int, versio
 
 @functools.cache
 def configuration(kernel: str, arch: str, bits: int) -> dict[str, Any]:
-    """Block sizes and launch options of a kernel: fused, or ragged for hidden sizes it cannot cut, sums, look or gradient; bits: 16 or 32, of the operands."""
+    """Block sizes and launch options of a kernel: fused, or ragged for operands it cannot take, sums, look or gradient; bits: 16 or 32, of the operands."""
     if arch == "interpreter":
         return INTERPRETER[kernel]
     return choose(json.loads(TABLE.read_text()), kernel, arch, bits, triton.__version__)
