@@ -230,8 +230,9 @@ def turn_weight_report(
     """`turn_weights`, with which trajectories were left at 1 and for which mean1 had no solution (all weighted ones, scope batch)."""
     validate.tensor("disagreement", disagreement, 1)
     device, count = disagreement.device, disagreement.shape[0]
+    validate.tensor("trajectory_offsets", trajectory_offsets, 1)
     for name, x in (("disagreement", disagreement), ("uncertainty", uncertainty), ("turn_lengths", turn_lengths)):
-        if x is None:
+        if x is None and name == "turn_lengths":
             continue
         validate.tensor(name, x, 1)
         require(x.shape[0] == count, f"{name} has shape {list(x.shape)}; expected [{count}], one value per turn as in disagreement")
@@ -242,7 +243,9 @@ def turn_weight_report(
     validate.one_of("fuse", fuse, FUSE)
     validate.one_of("budget", budget, ("raw", "mean1"))
     validate.one_of("scope", scope, ("trajectory", "batch"))
-    require(len(clip) == 2 and 0 <= clip[0] <= 1 <= clip[1], f"clip is {clip!r}; expected (low, high) with 0 <= low <= 1 <= high")
+    require(
+        isinstance(clip, tuple | list) and len(clip) == 2 and 0 <= clip[0] <= 1 <= clip[1], f"clip is {clip!r}; expected (low, high) with 0 <= low <= 1 <= high"
+    )
     require(budget == "raw" or turn_lengths is not None, "turn_lengths is None; expected the tokens of each turn [K] for budget='mean1'")
     require(fuse != "shuffled" or generator is not None, "generator is None; expected a torch.Generator for fuse='shuffled'")
     if scope == "trajectory" and normalise != "rank" and fuse != "shuffled" and on_triton(disagreement):

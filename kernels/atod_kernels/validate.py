@@ -35,9 +35,9 @@ def backend(value: str, device: torch.device, dtype: torch.dtype) -> bool:
     one_of("backend", value, BACKENDS)
     if value == "torch" or (value == "auto" and not (device.type == "cuda" and dtype == torch.float32 and HAS_TRITON)):
         return False
-    require(HAS_TRITON, "backend is 'triton', which is not installed; pip install triton, or use backend='torch'")
     require(dtype == torch.float32, "backend is 'triton' and an input is float64; expected at most float32, or backend='torch'")
     require(device.type == "cuda" or interpreted(), f"backend is 'triton' and the tensors are on {device}; move them to a GPU, or use backend='torch'")
+    require(HAS_TRITON, "backend is 'triton', which is not installed; pip install triton, or use backend='torch'")
     return True
 
 
