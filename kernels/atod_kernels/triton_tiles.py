@@ -45,6 +45,18 @@ def scaled(z, bias, valid, inverse, columns, inside, CAP: tl.constexpr):
 
 
 @triton.jit
+def tile_logits(zs, zt, bias_s, bias_t, valid, inverse, columns, w, stride, CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr):
+    """Scaled logits [1, N] of both models from one row in memory; the student's twice where there is no teacher."""
+    inside = columns < w
+    held = (columns < stride)[None, :]
+    a = scaled(tl.load(zs + columns[None, :], mask=held, other=0.0), bias_s, valid, inverse, columns, inside, CAP_S)
+    b = a
+    if KIND != "":
+        b = scaled(tl.load(zt + columns[None, :], mask=held, other=0.0), bias_t, valid, inverse, columns, inside, CAP_T)
+    return a, b
+
+
+@triton.jit
 def row_values(pointer, rows, live):
     """Per-row values [R], None for none."""
     values = None
@@ -256,11 +268,7 @@ def tile_sums(
     cross = tl.zeros([1], tl.float32)
     for i in tl.range(0, w, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        inside = at < w
-        a = scaled(tl.load(zs + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
-        b = a
-        if KIND != "":
-            b = scaled(tl.load(zt + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
+        a, b = tile_logits(zs, zt, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, KIND)
         max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross = absorb_both(a, b, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND)
     pick_s = tl.zeros([1], tl.float32)
     pick_t = tl.zeros([1], tl.float32)
@@ -312,9 +320,7 @@ def tile_look(
     slope = tl.zeros([1], tl.float32)
     for i in tl.range(0, w, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        inside = at < w
-        a = scaled(tl.load(zs + row + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
-        b = scaled(tl.load(zt + row + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
+        a, b = tile_logits(zs + row, zt + row, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, KIND)
         dv, ds = mixture_value(a - shift_s[:, None] - log_s[:, None], b - shift_t[:, None] - log_t[:, None], KIND, A, B)
         value += dv
         slope += ds
@@ -355,13 +361,12 @@ def tile_gradient(
     rows = tl.program_id(0) + tl.arange(0, 1)
     live = rows >= 0
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < w
     inv = row_values(inverse, rows, live)
     row = tl.program_id(0).to(tl.int64)
-    a = scaled(tl.load(zs + row * stride + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_s, valid, inv, at, inside, CAP_S)
-    b = a
+    zs += row * stride
     if KIND != "":
-        b = scaled(tl.load(zt + row * stride + at[None, :], mask=(at < stride)[None, :], other=0.0), bias_t, valid, inv, at, inside, CAP_T)
+        zt += row * stride
+    a, b = tile_logits(zs, zt, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, KIND)
     own, other, constant, onehot, shift_s, shift_t, log_ratio, dead = factors(stats, upstream, target, inv, rows, live, step, step_up, KIND)
     hit = at[None, :] < 0
     if target is not None:
