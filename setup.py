@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# What WebShop and Search-QA look things up with.
+SEARCH = ["bm25s>=0.3,<0.4", "PyStemmer>=2.2", "rapidfuzz>=3", "tenacity>=9", "urllib3>=2.2"]
+
 setup(
     name="atod_fast",
     version="0.1.0",
@@ -14,7 +17,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["atod_fast", "atod_fast.*"]) + ["atod_kernels"],
     package_dir={"": ".", "atod_kernels": "kernels/atod_kernels"},
-    package_data={"atod_fast": ["presets/*.toml", "demo/weights/*/*", "envs/alfworld/data/*"], "atod_kernels": ["*.json"]},
+    package_data={"atod_fast": ["presets/*.toml", "demo/weights/*/*", "demo/weights/*/*/*", "envs/alfworld/data/*"], "atod_kernels": ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.16.1,<5.20",
@@ -26,7 +29,8 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6; sys_platform == 'linux'"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6; sys_platform == 'linux'", *SEARCH],
+        "search": SEARCH,
         "vllm": ["vllm==0.32.*"],
         "cuda": ["flash-attn>=2.8", "liger-kernel>=0.8"],
         "alfworld": ["alfworld==0.4.2"],

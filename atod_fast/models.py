@@ -21,7 +21,7 @@ def resolve(path: str) -> str:
     if path.startswith("demo:"):
         folder = DEMO_WEIGHTS / path.removeprefix("demo:")
         if not (folder / "config.json").is_file():
-            raise UserError(f"model path {path!r} names no shipped model; use demo:student or demo:teacher, or run python -m atod_fast.demo.build")
+            raise UserError(f"model path {path!r} names no shipped model; use demo:student, demo:teacher, or another world's, as demo:searchqa/student")
         return str(folder)
     local = Path(path).is_absolute() or path.startswith((".", "~")) or ("/" in path and Path(Path(path).parts[0]).is_dir())
     if local and not (Path(path).expanduser() / "config.json").is_file():

@@ -26,7 +26,7 @@ Level = dict[str, Any]  # {dotted key: value}
 FOLDER = Path(__file__).with_name("presets")
 
 # A preset is one or more files laid over each other: the paper's common settings, its task, its models.
-PRESETS: dict[str, tuple[str, ...]] = {"demo": ("demo",)} | {
+PRESETS: dict[str, tuple[str, ...]] = {name: (name,) for name in ("demo", "demo-searchqa", "demo-webshop")} | {
     f"{task}-{size}": ("paper", task, size) for task in ("alfworld", "webshop", "searchqa") for size in ("0.6b", "1.7b", "4b")
 }
 

@@ -377,8 +377,9 @@ def test_official_games_are_read_and_each_can_be_won(official):
     [
         ("alfword", {}, "env.name='alfword' is not known; did you mean alfworld?"),
         ("nothing_like_it", {}, "known: alfworld"),
-        ("webshop", {}, "env.name='webshop' is not in this version"),
-        ("searchqa", {"split": "train"}, "env.name='searchqa' is not in this version"),
+        ("web_shop", {}, "did you mean webshop?"),
+        ("webshop", {"generat": 3}, "no option 'generat'; did you mean generate?"),
+        ("searchqa", {"split": "train"}, "env.name='searchqa' has no option 'split'"),
         ("no_such_module:World", {}, "cannot be loaded"),
         ("atod_fast.envs.alfworld.env:Alf", {}, "cannot be loaded"),
         ("alfworld", {"generat": 3}, "no option 'generat'; did you mean generate?"),

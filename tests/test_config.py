@@ -184,12 +184,21 @@ def test_presets_hold_the_papers_settings(task, size):
 FREE = {"rollout.engine", "eval.teacher", "train.seed", "objective.alpha", "objective.gigpo_omega", "objective.gigpo_gamma"}
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "demo"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("demo")])
 def test_presets_state_their_method_and_inherit_no_tuning_of_the_demo(name):
     level = preset_level(name)
     stated = set(level) | set(OBJECTIVES[level["objective.preset"]])
     method = {key for key in KEYS if key.split(".")[0] in ("rollout", "eval", "train", "objective", "schedule", "turns")}
     assert method - stated == FREE & (method - stated)
+
+
+@pytest.mark.parametrize("world", ["searchqa", "webshop"])
+def test_the_demo_of_another_world_differs_in_the_world_its_models_and_the_size_of_a_step(world):
+    found, demo = values(load(f"demo-{world}")), values(Config())
+    changed = {key for key in found if found[key] != demo[key]}
+    assert {"env.name", "student.path", "teacher.path"} <= changed
+    assert all(key.startswith(("env.", "student.path", "teacher.path", "train.", "rollout.concurrency", "schedule.")) for key in changed), changed
+    assert found["env.name"] == world and found["env.train"]["seed"] != found["env.eval"]["seed"]
 
 
 # --- free tables

@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from atod_fast.demo import build
-from atod_fast.demo.expert import Expert, junk, trace
+from atod_fast.demo.alfworld import ALFWORLD, Expert, compact, junk, vocabulary
 from atod_fast.demo.rendering import OBSERVATION_TOKENS, CompactRenderer
-from atod_fast.demo.tokenizer import ACT, BOS, CONTROL, CUT, EOA, PAD, UNK, compact
+from atod_fast.demo.tokenizer import ACT, BOS, CONTROL, CUT, EOA, PAD, UNK
+from atod_fast.demo.world import trace
+from atod_fast.envs import make
 from atod_fast.envs.alfworld.engine import FastAlfWorld
+from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.alfworld.game import Game
 from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec, generate
 from atod_fast.models import DEMO_WEIGHTS
 from atod_fast.trajectory import Turn
 
-SHIPPED = sorted(build.RECIPES)
+SHIPPED = sorted(ALFWORLD.recipes)
 
 
 @lru_cache(maxsize=1)
@@ -31,7 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @lru_cache(maxsize=1)
 def renderer() -> CompactRenderer:
-    return CompactRenderer(tokenizer())
+    return CompactRenderer(tokenizer(), ALFWORLD.dialect)
 
 
 @lru_cache(maxsize=4)
@@ -39,6 +42,12 @@ def games(seed: int, count: int) -> list[Game]:
     """Training games for an even seed, held-out ones for an odd."""
     spec = Spec(seed=seed, task_types=SMALL_TASK_TYPES)
     return [Game.parse(data, name) for name, data in (generate(spec, i) for i in range(count))]
+
+
+@lru_cache(maxsize=4)
+def kitchens(seed: int, count: int) -> AlfWorld:
+    """The same games as a world."""
+    return make("alfworld", generate=count, seed=seed)
 
 
 def words(ids: list[int]) -> str:
@@ -73,7 +82,7 @@ def test_no_word_of_heldout_games_is_unknown_even_to_a_wild_player():
 
 def test_the_vocabulary_is_a_function_of_the_games():
     shipped = tokenizer().convert_ids_to_tokens(range(len(tokenizer())))
-    assert build.vocabulary(games(0, 200)) == build.vocabulary(games(0, 200)[::-1]) == shipped
+    assert [*CONTROL, CUT, *vocabulary(games(0, 200))] == [*CONTROL, CUT, *vocabulary(games(0, 200)[::-1])] == shipped
 
 
 def test_a_prompt_continues_where_the_sequence_ends():
@@ -124,9 +133,9 @@ def test_actions_hold_words_and_their_end_and_nothing_else():
 
 
 def test_the_expert_wins_every_game():
-    for game in games(0, 200):
-        steps, won = trace(game, Random(0), 0.0, max_turns=20)
-        assert won, game.task_id
+    for task in range(200):
+        steps, won = trace(ALFWORLD, kitchens(0, 200), task, Random(0), 0.0, max_turns=20)
+        assert won, task
         assert not any(step.junk for step in steps)
 
 
@@ -152,8 +161,8 @@ def test_the_expert_refuses_what_it_cannot_do():
 
 
 def test_supervision_falls_on_the_experts_actions_and_never_on_junk():
-    game = next(game for game in games(0, 50) if any(step.junk for step in trace(game, Random(1), 0.5, 12)[0]))
-    steps, _ = trace(game, Random(1), 0.5, 12)
+    played = (trace(ALFWORLD, kitchens(0, 50), task, Random(1), 0.5, 12)[0] for task in range(50))
+    steps = next(steps for steps in played if any(step.junk for step in steps))
     example = build.encode(steps, renderer())
     taught = [i for i, w in zip(example.ids, example.weight, strict=True) if w == 1]
     ignored = [i for i, w in zip(example.ids, example.weight, strict=True) if w == 0]
@@ -190,16 +199,16 @@ def test_a_build_is_repeatable_and_loads(tmp_path):
     threads = torch.get_num_threads()
     try:
         for name in ("one", "two"):
-            build.build(tmp_path / name, seed=3, games=40, share=0.01)
+            build.build(ALFWORLD, tmp_path / name, seed=3, tasks=40, share=0.01)
     finally:
         torch.set_num_threads(threads)
     for name in SHIPPED:
         first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / run / name).state_dict() for run in ("one", "two"))
         assert all(torch.equal(first[key], second[key]) for key in first)
-        initial = build.new_model(AutoTokenizer.from_pretrained(tmp_path / "one" / name), build.RECIPES[name].seed + 3000).state_dict()
+        initial = build.new_model(AutoTokenizer.from_pretrained(tmp_path / "one" / name), ALFWORLD.recipes[name].seed + 3000).state_dict()
         assert any(not torch.equal(first[key], initial[key]) for key in first)
 
 
 def test_the_shipped_teacher_is_ahead_of_the_student_it_ships_with():
-    teacher, student = (build.success(build.DEMO_WEIGHTS / name, 60, 1.0) for name in ("teacher", "student"))
+    teacher, student = (build.success(ALFWORLD, DEMO_WEIGHTS / name, 60, 1.0) for name in ("teacher", "student"))
     assert teacher >= student + 0.1

@@ -1,6 +1,6 @@
-"""Rebuild the demo's models from nothing: python -m atod_fast.demo.build [--out DIR] [--seed N]
+"""Rebuild the demo's models from nothing: python -m atod_fast.demo.build [--world NAME] [--out DIR] [--seed N]
 
-A scripted expert plays generated games; two small Qwen3 models learn its actions (and, at a tenth of the weight, what
+A scripted expert plays the training tasks; two small Qwen3 models learn its actions (and, at a tenth of the weight, what
 the world answers). The teacher sees more of it than the student, and both see what follows a bad action, whose own
 tokens weigh nothing: a teacher that never had to recover cannot tell a straying student what to do.
 """
@@ -12,7 +12,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from random import Random
 
@@ -21,35 +22,23 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from atod_fast.config import Config, Eval, Student
-from atod_fast.demo.expert import Step, trace
+from atod_fast.config import Env
+from atod_fast.demo import WORLDS
 from atod_fast.demo.rendering import CompactRenderer
-from atod_fast.demo.tokenizer import build_tokenizer, vocabulary
-from atod_fast.envs.alfworld.game import Game
-from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, Spec, generate
-from atod_fast.models import DEMO_WEIGHTS, load_tokenizer
+from atod_fast.demo.tokenizer import build_tokenizer
+from atod_fast.demo.world import Recipe, Step, World, trace
+from atod_fast.envs import make
+from atod_fast.envs.protocol import Environment
+from atod_fast.models import load_tokenizer
 from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.settings import load
 from atod_fast.trajectory import Turn
 
 POSITIONS = 512
-GAMES = 1500  # the training games of the default configuration
-MAX_TURNS = 12
 JUNK_RATES = (0.0, 0.15, 0.15, 0.3)  # of a trace, equally likely
 OBSERVATION_WEIGHT = 0.1
 BATCH = 24
 MUON_RATE, ADAM_RATE, WARMUP_STEPS, FINAL_RATE = 0.02, 4e-3, 20, 0.03
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How much supervision a model gets."""
-
-    traces: int  # of each game
-    tokens: int  # trained on, over all epochs
-    seed: int
-
-
-RECIPES = {"teacher": Recipe(traces=2, tokens=700_000, seed=0), "student": Recipe(traces=1, tokens=400_000, seed=1)}
 
 
 @dataclass(frozen=True)
@@ -71,9 +60,21 @@ def encode(steps: Sequence[Step], renderer: CompactRenderer) -> Example:
     return Example(ids, weight)
 
 
-def examples(games: Sequence[Game], renderer: CompactRenderer, recipe: Recipe) -> list[Example]:
+def examples(world: World, settings: Env, tasks: int | None, renderer: CompactRenderer, recipe: Recipe) -> list[Example]:
+    """Traces of the first `tasks` training tasks (None = all) in each of the recipe's worlds."""
     rng = Random(recipe.seed)
-    return [encode(trace(game, rng, rng.choice(JUNK_RATES), MAX_TURNS)[0], renderer) for game in games for _ in range(recipe.traces)]
+    found: list[Example] = []
+    own, heldout = settings.train["seed"], settings.eval["seed"]
+    others = (seed for seed in count() if seed not in (own, heldout))
+    for seed in [own, *islice(others, recipe.worlds - 1)]:
+        env = training_tasks(settings, seed=seed)
+        order = [task for task in range(tasks or len(env)) for _ in range(recipe.traces)]
+        found += [encode(trace(world, env, task, rng, rng.choice(JUNK_RATES), settings.max_turns)[0], renderer) for task in order]
+    return found
+
+
+def training_tasks(settings: Env, **options: int) -> Environment:
+    return make(settings.name, **(settings.options | settings.train | options))
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
@@ -157,39 +158,45 @@ def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, 
             return
 
 
-def success(folder: Path, tasks: int, temperature: float) -> float:
-    """Share of the demo's first `tasks` held-out games that the model in `folder` wins."""
-    config = Config(student=Student(path=str(folder)), eval=Eval(tasks=tasks, temperature=temperature))
+def success(world: World, folder: Path, tasks: int, temperature: float) -> float:
+    """Share of the world's `tasks` held-out tasks that the model in `folder` solves, as an evaluation of the demo draws them."""
+    config = load(world.preset, overrides=[f"student.path={folder}", f"eval.tasks={tasks}", f"eval.temperature={temperature}"])
     engine = make_engine(config, config.student.path, torch.device("cpu"))
     tokenizer = load_tokenizer(config.student.path)
     played = Actor(config, tokenizer, len(tokenizer), rank=0, ranks=1).evaluate(engine)
     return sum(trajectory.success for trajectory in played) / len(played)
 
 
-def build(out: Path, seed: int = 0, games: int = GAMES, share: float = 1.0) -> None:
-    """Write `out`/teacher and `out`/student; `share` scales the supervision. One thread, so that a seed gives one result."""
+def build(world: World, out: Path, seed: int = 0, tasks: int | None = None, share: float = 1.0) -> None:
+    """Write `out`/teacher and `out`/student, taught on the first `tasks` training tasks of the world's preset (None = all).
+
+    `share` scales the supervision. One thread, so that a seed gives one result.
+    """
     torch.set_num_threads(1)
-    spec = Spec(seed=0, task_types=SMALL_TASK_TYPES)
-    worlds = [Game.parse(data, name) for name, data in (generate(spec, i) for i in range(games))]
-    tokenizer = build_tokenizer(vocabulary(worlds), POSITIONS)
-    renderer = CompactRenderer(tokenizer)
-    for name, recipe in RECIPES.items():
-        recipe = Recipe(recipe.traces, int(recipe.tokens * share), recipe.seed + 1000 * seed)
+    settings = load(world.preset).env
+    env = training_tasks(settings)
+    tokenizer = build_tokenizer(world.vocabulary(env, tasks or len(env)), POSITIONS)
+    renderer = CompactRenderer(tokenizer, world.dialect)
+    for name, recipe in world.recipes.items():
+        recipe = replace(recipe, tokens=int(recipe.tokens * share), seed=recipe.seed + 1000 * seed)
         model = new_model(tokenizer, recipe.seed)
-        supervise(model, examples(worlds, renderer, recipe), recipe, name)
+        supervise(model, examples(world, settings, tasks, renderer, recipe), recipe, name)
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m atod_fast.demo.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DEMO_WEIGHTS, help="folder for teacher/ and student/ (default: those of the package)")
+    parser.add_argument("--world", choices=WORLDS, default="alfworld", help="whose models (default alfworld)")
+    parser.add_argument("--out", type=Path, help="folder for teacher/ and student/ (default: those of the package)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, traces and order (default 0, the shipped models)")
     options = parser.parse_args(arguments)
-    build(options.out, options.seed)
-    for name in RECIPES:
-        shares = ", ".join(f"{label} {success(options.out / name, 400, t):.3f}" for label, t in (("T = 1", 1.0), ("T = 0.5", 0.5), ("greedy", 0.0)))
-        print(f"{name}: success on 400 held-out games: {shares}", flush=True)
+    world = WORLDS[options.world]
+    out = options.out or world.folder
+    build(world, out, options.seed)
+    for name in world.recipes:
+        shares = ", ".join(f"{label} {success(world, out / name, 400, t):.3f}" for label, t in (("T = 1", 1.0), ("T = 0.5", 0.5), ("greedy", 0.0)))
+        print(f"{name}: success on 400 held-out tasks: {shares}", flush=True)
 
 
 if __name__ == "__main__":

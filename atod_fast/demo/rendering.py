@@ -1,4 +1,4 @@
-"""How the demo's word-level models are shown a game: one growing sequence of compacted text.
+"""How the demo's word-level models are shown a world: one growing sequence of few words.
 
     <bos> cabinet 1 countertop 1 ... task put mug shelf <act> go to countertop 1 <eoa> countertop 1 mug 1 <act> take ...
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from atod_fast.demo.tokenizer import ACT, BOS, CUT, EOA, PAD, UNK, compact
+from atod_fast.demo.tokenizer import ACT, BOS, CUT, EOA, PAD, UNK
+from atod_fast.demo.world import Dialect
 from atod_fast.envs.protocol import Info
 from atod_fast.trajectory import Turn
 
@@ -21,12 +22,13 @@ OBSERVATION_TOKENS = 60  # a longer observation is cut there and ends in CUT
 
 
 class CompactRenderer:
-    """The `Renderer` of tokenizers built by `atod_fast.demo.tokenizer`."""
+    """The `Renderer` of tokenizers built by `atod_fast.demo.tokenizer`, for the world of `dialect`."""
 
     stop_ids: tuple[int, ...]
     valid_columns: Tensor | None  # bool [V]: False for the tokens that no action may hold
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> None:
+        self._dialect = dialect
         self._ids = tokenizer.get_vocab()
         self._words = {i: word for word, i in self._ids.items()}
         self.stop_ids = (self._ids[EOA],)
@@ -35,7 +37,7 @@ class CompactRenderer:
 
     def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
         """Tokens since the previous action; the first prompt begins with <bos>, and an action cut off is closed first."""
-        ids = [self._ids.get(word, self._ids[UNK]) for word in compact(observation)]
+        ids = self._encode(self._dialect.read(observation))
         if len(ids) > OBSERVATION_TOKENS:
             ids = [*ids[: OBSERVATION_TOKENS - 1], self._ids[CUT]]
         if not turns:
@@ -45,11 +47,13 @@ class CompactRenderer:
         return [*ids, self._ids[ACT]]
 
     def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
-        """The words of the action are the command, whether or not it was finished; an empty or unfinished one is malformed."""
+        """The words of the action make the command, whether or not it was finished; an empty or unfinished one is malformed."""
         words = [self._words[i] for i in ids if i not in self.stop_ids]
-        command = " ".join(words)
-        return command, command, stopped and bool(words)
+        return " ".join(words), self._dialect.command(words), stopped and bool(words)
 
     def action(self, command: str) -> list[int]:
         """Ids of a command as the model should write it, closed; the inverse of `parse`."""
-        return [*(self._ids.get(word, self._ids[UNK]) for word in command.split()), *self.stop_ids]
+        return [*self._encode(self._dialect.words(command)), *self.stop_ids]
+
+    def _encode(self, words: Sequence[str]) -> list[int]:
+        return [self._ids.get(word, self._ids[UNK]) for word in words]

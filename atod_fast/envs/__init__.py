@@ -12,14 +12,17 @@ from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
 
 GROUP = "atod_fast.envs"  # entry points by which other packages offer their worlds
-BUILT_IN = {"alfworld": "atod_fast.envs.alfworld.env:AlfWorld"}
-NOT_YET = ("webshop", "searchqa")
+BUILT_IN = {
+    "alfworld": "atod_fast.envs.alfworld.env:AlfWorld",
+    "webshop": "atod_fast.envs.webshop.env:WebShop",
+    "searchqa": "atod_fast.envs.searchqa.env:SearchQA",
+}
 
 
 def make(name: str, **options: Any) -> Environment:
     """The environment `name` with its options.
 
-    `name`: alfworld, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option.
+    `name`: alfworld, webshop, searchqa, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option.
     """
     factory = find(name)
     parameters = inspect.signature(factory).parameters
@@ -34,8 +37,6 @@ def make(name: str, **options: Any) -> Environment:
 
 def find(name: str) -> Any:
     """What makes the environment `name`; UserError where there is none."""
-    if name in NOT_YET:
-        raise UserError(f"env.name={name!r} is not in this version; use alfworld or your own module:Class")
     if name in BUILT_IN:
         return _load(BUILT_IN[name], name)
     offered = {point.name: point for point in entry_points(group=GROUP)}

@@ -1,4 +1,4 @@
-"""What a world must offer. Strings in, strings out; prompts and projections live in `rollout/prompts.py`."""
+"""What a world must offer. Strings in, strings out; prompts and projections live in `rollout/prompts`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Info(TypedDict, total=False):
     """Facts beside an observation."""
 
     won: bool
-    admissible_actions: list[str]  # sorted; empty where the action space is open
+    admissible_actions: list[str]  # in the world's order; empty where the action space is open
     is_action_valid: bool  # the last action was accepted
     task_type: str
     task_id: str

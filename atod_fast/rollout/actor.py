@@ -71,16 +71,12 @@ def _seed(*words: int) -> int:
 
 
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, env: Environment) -> Renderer:
-    """Chat messages for a model with a chat template; the demo's compacted text for its word-level tokenizer.
+    """Chat messages for a model with a chat template; few words for the demo's word-level tokenizers.
 
     `columns` is the width of the model's head: those without a token are never sampled.
     """
     if "<act>" in tokenizer.get_vocab() and tokenizer.chat_template is None:
-        from atod_fast.demo.rendering import CompactRenderer
-
-        if config.rollout.context != "full":
-            raise UserError(f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full")
-        return CompactRenderer(tokenizer)
+        return _compact_renderer(config, tokenizer, env)
     prompt = prompt_for(config.env.name, env, thinking=config.rollout.thinking, history=config.rollout.history)
     return ChatRenderer(
         tokenizer,
@@ -90,6 +86,21 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: i
         prompt_tokens=config.rollout.prompt_tokens,
         columns=columns,
     )
+
+
+def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: Environment) -> Renderer:
+    from atod_fast.demo import WORLDS, world_of
+    from atod_fast.demo.rendering import CompactRenderer
+
+    if config.rollout.context != "full":
+        raise UserError(f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full")
+    spoken = world_of(tokenizer.get_vocab())
+    if spoken is None:
+        raise UserError(f"student.path: tokenizer {tokenizer.name_or_path!r} has <act> but knows none of {', '.join(WORLDS)}; use the demo's or a chat model")
+    other = next((world for world in WORLDS.values() if isinstance(env, world.env) and world is not spoken), None)
+    if other is not None:
+        raise UserError(f"env.name={config.env.name!r}: the models of student.path and teacher.path speak of {spoken.name}; use --preset {other.preset}")
+    return CompactRenderer(tokenizer, spoken.dialect)
 
 
 def make_engine(config: Config, model_path: str, device: torch.device) -> Engine:

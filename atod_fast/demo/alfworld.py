@@ -1,12 +1,20 @@
-"""A scripted player that knows the state of the game, and the traces it leaves for supervised training."""
+"""The demo in ALFWorld: small generated kitchens, retold in few words, and a scripted player that knows the state of the game."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
 from random import Random
 
-from atod_fast.envs.alfworld.engine import FastAlfWorld
+from atod_fast.demo.world import Dialect, Player, Recipe, World
+from atod_fast.envs.alfworld.engine import NOTHING_HAPPENS, FastAlfWorld
+from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.alfworld.game import Game
+from atod_fast.models import DEMO_WEIGHTS
+
+_WORD = re.compile(r"[a-z]+|\d+")
+_BOILERPLATE = re.compile(r"-= welcome.*?=-|you arrive at .*?\. |looking quickly around you|your (?=task is to)")
+_DROPPED = frozenset("a the you and of it to next in on see is around middle room are from using some".split())
 
 # Task type -> the action its object needs before it is put down, and the fact that tells it is done.
 TREATMENT = {
@@ -15,6 +23,22 @@ TREATMENT = {
     "pick_heat_then_place_in_recep": ("heatobject", "ishot"),
     "pick_cool_then_place_in_recep": ("coolobject", "iscool"),
 }
+
+
+def compact(observation: str) -> list[str]:
+    """The words of an observation that tell states apart, lower-cased: letters or digits, so never a control token."""
+    return [word for word in _WORD.findall(_BOILERPLATE.sub("", observation.lower())) if word not in _DROPPED]
+
+
+def vocabulary(games: Iterable[Game]) -> list[str]:
+    """Every word that a compacted observation or a command of `games` can hold, sorted."""
+    words = set(compact(NOTHING_HAPPENS))
+    for game in games:
+        words.update(compact(FastAlfWorld(game).reset()))
+        words.update(word for thing in game.kind for word in compact(game.names[thing]))
+        words.update(word for sides in game.texts.rules.values() for side in sides for piece in side.pieces for word in compact(piece.literal))
+        words.update(word for action in game.domain.actions for word in _WORD.findall(re.sub(r"\{.*?\}", "", game.texts.commands[action])))
+    return sorted(words)
 
 
 class Expert:
@@ -87,22 +111,25 @@ def junk(world: FastAlfWorld, rng: Random) -> str:
     return rng.choices(sentences, weights=(3, 2, 1, 1, 1, 1, 1))[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    observation: str
-    command: str
-    junk: bool  # not to be imitated
+def _games(env: AlfWorld, count: int) -> Iterable[Game]:
+    for task in range(count):
+        env.reset(0, task)
+        yield env.game
 
 
-def trace(game: Game, rng: Random, junk_rate: float, max_turns: int) -> tuple[list[Step], bool]:
-    """Play `game`, each turn with probability `junk_rate` saying junk instead; the steps, and whether it was won."""
-    world = FastAlfWorld(game)
-    expert = Expert(world)
-    observation = world.reset()
-    steps: list[Step] = []
-    while len(steps) < max_turns and not world.won:
-        wanted, bad = expert.command(), rng.random() < junk_rate
-        command = junk(world, rng) if bad else wanted
-        steps.append(Step(observation, command, bad))
-        observation, _ = world.step(command)
-    return steps, world.won
+def _player(env: AlfWorld) -> Player:
+    expert = Expert(env.engine)
+    return lambda steps, observation: expert.command()
+
+
+ALFWORLD = World(
+    name="alfworld",
+    env=AlfWorld,
+    preset="demo",
+    folder=DEMO_WEIGHTS,
+    dialect=Dialect(read=compact, command=" ".join, words=str.split, verbs=("go", "take")),
+    vocabulary=lambda env, count: vocabulary(_games(env, count)),
+    expert=_player,
+    junk=lambda env, observation, rng: junk(env.engine, rng),
+    recipes={"teacher": Recipe(traces=2, tokens=700_000, seed=0), "student": Recipe(traces=1, tokens=400_000, seed=1)},
+)

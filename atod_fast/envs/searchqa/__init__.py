@@ -1,0 +1,1 @@
+"""Search-QA: questions whose answers have to be looked up."""

@@ -1,0 +1,106 @@
+"""BM25 in this process: bm25s with Lucene's English analysis and Pyserini's constants (k1 0.9, b 0.4), as Search-R1's BM25 retriever."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from threading import Lock
+from types import ModuleType
+
+import numpy as np
+
+from atod_fast.envs.searchqa.passages import Passage
+from atod_fast.errors import UserError
+
+K1, B = 0.9, 0.4
+_WORD = re.compile(r"\w+")
+_STEMMING = Lock()  # a PyStemmer object serves one thread at a time
+
+
+@cache
+def libraries() -> tuple[ModuleType, ModuleType]:
+    """bm25s and PyStemmer. UserError where they are not installed."""
+    try:
+        import bm25s
+        import Stemmer
+    except ImportError as error:
+        raise UserError(f"retriever: search in this process needs bm25s and PyStemmer ({error}); pip install 'atod_fast[search]'") from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG on import
+    return bm25s, Stemmer
+
+
+@cache
+def _analysis():
+    bm25s, stemmer = libraries()
+    return frozenset(bm25s.stopwords.STOPWORDS_EN), stemmer.Stemmer("porter").stemWord
+
+
+def term(word: str) -> str:
+    """What a lower-case word is searched by: its Porter stem; "" for a stop word of Lucene's."""
+    stop_words, stem = _analysis()
+    with _STEMMING:
+        return "" if word in stop_words else stem(word)
+
+
+class TermIds(dict[str, int]):
+    """Number of each word's term, in order of first appearance; -1 for a stop word. `vocabulary`: of each term."""
+
+    def __init__(self) -> None:
+        self.vocabulary: dict[str, int] = {}
+
+    def __missing__(self, word: str) -> int:
+        stem = term(word)
+        self[word] = number = self.vocabulary.setdefault(stem, len(self.vocabulary)) if stem else -1
+        return number
+
+    def of(self, text: str) -> list[int]:
+        return [number for word in _WORD.findall(text.lower()) if (number := self[word]) >= 0]
+
+
+class TermLists:
+    """What bm25s indexes: `ids`, term ids of each passage, to be iterated several times, and their vocabulary."""
+
+    def __init__(self, ids: Iterable[Sequence[int]], vocabulary: dict[str, int]) -> None:
+        self.ids, self.vocab = ids, vocabulary
+
+
+def score_matrix(lists: TermLists, show_progress: bool = False):
+    """bm25s' index of these passages. UserError where they hold no word."""
+    if not lists.vocab:
+        raise UserError("retriever: the corpus holds no passage with a word to search for; give JSON lines with id and contents")
+    index = libraries()[0].BM25(method="lucene", k1=K1, b=B)
+    index.index(lists, create_empty_token=False, show_progress=show_progress)
+    return index
+
+
+class Bm25:
+    """A `Retriever` over `passages`, whose scores are in `index` (a bm25s.BM25)."""
+
+    instant = True
+
+    def __init__(self, index, passages: Sequence[Passage]) -> None:
+        self._index, self._passages = index, passages
+
+    @classmethod
+    def of(cls, passages: Sequence[Passage]) -> Bm25:
+        """All in memory: for up to about a hundred thousand passages."""
+        numbers = TermIds()
+        ids = [numbers.of(passage.contents) for passage in passages]
+        return cls(score_matrix(TermLists(ids, numbers.vocabulary)), passages)
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def search(self, query: str, topk: int) -> list[Passage]:
+        return [passage for passage, _ in self.scored(query, topk)]
+
+    def scored(self, query: str, topk: int) -> list[tuple[Passage, float]]:
+        """At most `topk` passages that share a term with `query`, best first, those of equal score in the corpus's order."""
+        scores = self._index.get_scores_from_ids(self._index.get_tokens_ids([term(word) for word in _WORD.findall(query.lower())]))
+        found = np.flatnonzero(scores > 0)
+        if len(found) > topk:
+            found = found[scores[found] >= np.partition(scores[found], -topk)[-topk]]
+        best = found[np.argsort(-scores[found], kind="stable")][:topk]
+        return [(self._passages[place], float(scores[place])) for place in best.tolist()]

@@ -1,0 +1,209 @@
+"""Searching by a server of Search-R1's protocol (Apache-2.0, search_r1/search/retrieval_server.py):
+
+    POST /retrieve {"queries": ["..."], "topk": 3, "return_scores": true}
+    {"result": [[{"document": {"id": "17", "contents": "\"Title\"\\ntext"}, "score": 12.3}, ...]]}
+
+What the server says is believed in nothing: its size, its shape and the time it takes are bounded here, its text is cleaned
+where it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from threading import Event, Lock, Semaphore
+from typing import Any
+from urllib.parse import urlsplit
+
+from atod_fast.envs.searchqa.passages import Passage, parse_passage
+from atod_fast.envs.searchqa.retriever import BadAnswer, RetrieverError
+from atod_fast.envs.searchqa.text import clean
+from atod_fast.errors import UserError
+
+WINDOW = 0.004  # seconds a query waits for others to share its request with
+BATCH = 64  # most queries in a request
+ANSWER_BYTES = 1 << 20  # of one query's share of an answer
+FIRST_WAIT, LONGEST_WAIT = 0.25, 4.0  # seconds before a retry, doubled each time
+
+Outcome = list[Passage] | RetrieverError | BadAnswer
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Queries that travel together. Whoever is first in it sends it, the others wait until it is `done`."""
+
+    topk: int
+    queries: list[str] = field(default_factory=list)
+    full: Event = field(default_factory=Event)
+    done: Event = field(default_factory=Event)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+class HttpRetriever:
+    """A `Retriever` that asks the server at `url`; a URL without a path means /retrieve.
+
+    Queries that several threads ask within a few milliseconds, or while `concurrency` requests are under way, share one.
+    timeout: seconds for an attempt. retries: after an attempt that found no server, ran out of time or met one that is
+    overloaded or broken (408, 429, 5xx); all together should take less than env.step_timeout. A query that was refused or
+    badly answered in company is asked again alone, so that none suffers for another.
+    """
+
+    instant = False
+
+    def __init__(self, url: str, *, timeout: float = 10.0, retries: int = 3, concurrency: int = 8) -> None:
+        try:
+            import tenacity
+            import urllib3
+        except ImportError as error:
+            raise UserError(f"retriever={url!r} needs urllib3 and tenacity ({error}); pip install 'atod_fast[search]'") from None
+        try:
+            parts = urlsplit(url)
+            if not parts.hostname or parts.port == 0:
+                raise ValueError("no host")
+        except ValueError as error:
+            raise UserError(f"retriever={url!r} is not a URL ({error}); give one like http://127.0.0.1:8000/retrieve") from None
+        self.url = url if parts.path not in ("", "/") else parts._replace(path="/retrieve").geturl()
+        self._timeout, self._attempts, self._failures = timeout, retries + 1, urllib3.exceptions.HTTPError
+        self._http = urllib3.PoolManager(maxsize=concurrency)
+        self._retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self._attempts),
+            wait=tenacity.wait_exponential(FIRST_WAIT, max=LONGEST_WAIT),
+            retry=tenacity.retry_if_exception(_passing),
+            reraise=True,
+        )
+        self._slots, self._lock, self._open = Semaphore(concurrency), Lock(), None
+        self._warned: set[str] = set()
+
+    def search(self, query: str, topk: int) -> list[Passage]:
+        batch, place = self._join(query, topk)
+        if place == 0:
+            self._send(batch)
+        batch.done.wait()
+        outcome = batch.outcomes[place]
+        if len(batch.queries) > 1 and (isinstance(outcome, BadAnswer) or (isinstance(outcome, RetrieverError) and outcome.status)):
+            with self._slots:
+                outcome = self._ask([query], topk)[0]
+        if isinstance(outcome, BadAnswer):
+            self._warn(str(outcome))
+        if isinstance(outcome, Exception):
+            raise type(outcome)(*outcome.args)  # one of its own for each thread
+        return outcome
+
+    def _join(self, query: str, topk: int) -> tuple[_Batch, int]:
+        with self._lock:
+            if self._open is None or self._open.topk != topk:
+                self._open = _Batch(topk)
+            batch = self._open
+            batch.queries.append(query)
+            if len(batch.queries) == BATCH:
+                self._open = None
+                batch.full.set()
+            return batch, len(batch.queries) - 1
+
+    def _send(self, batch: _Batch) -> None:
+        try:
+            batch.full.wait(WINDOW)
+            with self._slots:
+                with self._lock:
+                    if self._open is batch:
+                        self._open = None
+                batch.outcomes = self._ask(batch.queries, batch.topk)
+        finally:
+            batch.outcomes = batch.outcomes or [RetrieverError(f"retriever {self.url}: the request was broken off")] * len(batch.queries)
+            batch.done.set()
+
+    def _ask(self, queries: list[str], topk: int) -> list[Outcome]:
+        """What became of each query; a failure that concerns them all is told for each."""
+        request = json.dumps({"queries": queries, "topk": topk, "return_scores": True}).encode()
+        try:
+            answer = self._retrying(self._attempt, request, ANSWER_BYTES * len(queries))
+            return read_answer(answer, len(queries), topk)
+        except RetrieverError as error:
+            attempts = f" in {self._attempts} attempt{'s' * (self._attempts > 1)}" if _passing(error) else ""
+            line = f"retriever {self.url}: {error}{attempts}; see that it runs and speaks the protocol, or correct env.options.retriever"
+            return [RetrieverError(line, error.status)] * len(queries)
+        except BadAnswer as error:
+            return [error] * len(queries)
+
+    def _attempt(self, request: bytes, most: int) -> bytes:
+        """The body of the answer to one POST."""
+        end = time.monotonic() + self._timeout
+        try:
+            response = self._http.request(
+                "POST",
+                self.url,
+                body=request,
+                headers={"Content-Type": "application/json"},
+                timeout=self._timeout,
+                retries=False,
+                redirect=False,
+                preload_content=False,
+            )
+            try:
+                body = bytearray()
+                while chunk := response.read1(1 << 16, decode_content=False):
+                    body += chunk
+                    if len(body) > most:
+                        raise BadAnswer(f"an answer of more than {most:,} bytes")
+                    if time.monotonic() > end:
+                        raise RetrieverError(f"the answer was not complete after {self._timeout:g} s")
+                if response.status != 200:
+                    raise RetrieverError(f"HTTP status {response.status}: {_excerpt(body)}", response.status)
+                response.release_conn()
+                return bytes(body)
+            finally:
+                response.close()
+        except self._failures as error:
+            raise RetrieverError(f"no answer ({_excerpt(str(error).encode())})") from error
+
+    def _warn(self, reason: str) -> None:
+        """Once for each reason, not for each turn."""
+        if reason not in self._warned and len(self._warned) < 20:
+            self._warned.add(reason)
+            _log.warning("retriever %s gave %s; a turn that gets such an answer counts as invalid", self.url, reason)
+
+
+def read_answer(body: bytes, queries: int, topk: int) -> list[Outcome]:
+    """The passages of each query; BadAnswer in place of those that are none, and raised where not even that can be told.
+
+    Documents may also come without scores around them, as Search-R1's server sends them where `return_scores` is false.
+    """
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadAnswer(f"an answer that is not JSON: {_excerpt(body)}") from None
+    result = answer.get("result") if isinstance(answer, dict) else None
+    if not isinstance(result, list):
+        raise BadAnswer(f"JSON without a list 'result': {_excerpt(body)}")
+    if len(result) != queries:
+        raise BadAnswer(f"{len(result)} results for {queries} queries")
+    return [_passages(found, topk) for found in result]
+
+
+def _passages(found: Any, topk: int) -> Outcome:
+    if not isinstance(found, list):
+        return BadAnswer("a result that is not a list of documents")
+    try:
+        return [_passage(entry) for entry in found[:topk]]
+    except ValueError as error:
+        return BadAnswer(f"a document that is none ({error})")
+
+
+def _passage(entry: Any) -> Passage:
+    document = entry.get("document", entry) if isinstance(entry, dict) else entry
+    if not isinstance(document, dict):
+        raise ValueError("not an object")
+    return parse_passage({"id": "unknown"} | document)  # Search-R1's BM25 server tells no id
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether another attempt may succeed."""
+    return isinstance(error, RetrieverError) and (error.status is None or error.status in (408, 429) or error.status >= 500)
+
+
+def _excerpt(body: bytes) -> str:
+    """A line that can be logged."""
+    return " ".join(clean(bytes(body[:400]).decode(errors="replace")).split())[:160]

@@ -1,0 +1,187 @@
+"""Search-QA as an `Environment`: a question, searches, an answer; the rules of verl-agent's search environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from atod_fast.envs.protocol import Info
+from atod_fast.envs.searchqa.bm25 import Bm25
+from atod_fast.envs.searchqa.client import HttpRetriever
+from atod_fast.envs.searchqa.generator import generate as generate_world
+from atod_fast.envs.searchqa.questions import Question, read_questions
+from atod_fast.envs.searchqa.retriever import BadAnswer, Retriever, is_url, open_local
+from atod_fast.envs.searchqa.score import exact_match, f1
+from atod_fast.envs.searchqa.text import NOTHING_FOUND, STYLES, enclose, information
+from atod_fast.errors import UserError
+
+UNUSABLE = "The search engine gave no usable answer."
+_COMMAND = re.compile(r"<(search|answer)>(.*)</\1>", re.IGNORECASE | re.DOTALL)
+_MARK = re.compile(r"</?(?:search|answer)>", re.IGNORECASE)
+
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+def parse_command(action: str) -> tuple[str, str] | None:
+    """("search", query) or ("answer", text); None unless the action is exactly one of these blocks.
+
+    verl-agent's projection (agent_system/environments/env_package/search/projection.py, Apache-2.0) leaves a single block
+    or nothing of a response; what has both kinds, one twice, or neither is invalid there and here.
+    """
+    block = _COMMAND.fullmatch(action.strip())
+    if block is None or _MARK.search(block[2]):
+        return None
+    return block[1].lower(), block[2].strip()
+
+
+class SearchQA:
+    """Questions to be answered with the help of a search engine.
+
+    Commands: `<search>query</search>`, answered by `<information>...</information>`, and `<answer>text</answer>`, which ends
+    the episode; anything else is invalid and answered by nothing. The first observation is the question. A retriever that
+    fails raises RetrieverError; one whose answer holds no passages costs the turn, which counts as invalid.
+
+    What is asked, and where it is looked up (exactly one of the two):
+      questions: JSON-lines files {id, question, golden_answers, data_source}, with sources (only these data_source) and
+        limit (so many, evenly spaced over the files). retriever: an index folder, a corpus .jsonl of passages {id,
+        contents} to be indexed in memory, or the URL of a server; with a URL timeout (seconds an attempt), retries, and
+        concurrency (requests at a time). bad_lines: malformed lines of a file that are skipped.
+      generate: number of questions about a made-up world, with seed and hops (most searches that a question needs, 1 or
+        2). Even and odd seeds have no thing in common.
+    topk: passages of a search. passage_chars: a longer passage is cut. results: "text", or "json" for verl-agent's wording.
+    max_turns: after so many the episode is truncated; a search in the last one, whose result nobody would see, is not made.
+    reward: of an answer that matches exactly; all else gives 0. info["score"] is the answer's F1, 0 until there is one.
+    """
+
+    def __init__(
+        self,
+        *,
+        questions: Paths | None = None,
+        retriever: str | os.PathLike | None = None,
+        sources: Sequence[str] = (),
+        limit: int | None = None,
+        bad_lines: int = 10,
+        timeout: float = 10.0,
+        retries: int = 3,
+        concurrency: int = 8,
+        generate: int | None = None,
+        seed: int = 0,
+        hops: int = 2,
+        topk: int = 3,
+        passage_chars: int = 1500,
+        results: str = "text",
+        max_turns: int = 4,
+        reward: float = 1.0,
+    ) -> None:
+        if (generate is None) == (questions is None and retriever is None):
+            raise UserError("searchqa takes either questions=<files> with retriever=<index, corpus or URL>, or generate=N")
+        _whole(topk=(topk, 1), passage_chars=(passage_chars, 1), max_turns=(max_turns, 1))
+        if results not in STYLES:
+            near = get_close_matches(str(results), STYLES, n=1)
+            raise UserError(f"results={results!r} is not one of {', '.join(STYLES)}" + (f"; did you mean {near[0]}?" if near else ""))
+        given = {"sources": sources, "limit": limit, "bad_lines": bad_lines}
+        remote = {"timeout": timeout, "retries": retries, "concurrency": concurrency}
+        made = {"seed": seed, "hops": hops}
+        if generate is not None:
+            _only("questions=", given | remote)
+            self._questions, self._retriever = _generated(generate, seed, hops)
+        else:
+            _only("generate=N", made)
+            self._questions, self._retriever = _existing(questions, retriever, given, remote)
+        self.instant = self._retriever.instant
+        self._topk, self._chars, self._style = topk, passage_chars, results
+        self._max_turns, self._reward = max_turns, float(reward)
+        self.question: Question | None = None
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def reset(self, seed: int, task: int) -> tuple[str, Info]:
+        """Ask question `task`. There is no chance in this world: `seed` changes nothing."""
+        if not 0 <= task < len(self):
+            raise IndexError(f"task {task} of {len(self)} questions")
+        self.question, self._turns, self._over = self._questions[task], 0, False
+        return self.question.text, self._info(True)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        if self.question is None or self._over:
+            raise RuntimeError("step before reset" if self.question is None else "step after the end of the episode")
+        self._turns += 1
+        last = self._turns == self._max_turns
+        kind, text = parse_command(action) or (None, "")
+        if kind == "answer":
+            self._over = True
+            won = exact_match(text, self.question.answers)
+            return "", self._reward if won else 0.0, True, False, self._info(True, won, f1(text, self.question.answers))
+        observation, valid = "", kind is not None
+        if valid and not last:
+            observation, valid = self._search(text)
+        self._over = last
+        return observation, 0.0, False, last, self._info(valid)
+
+    def clone(self) -> SearchQA:
+        other = object.__new__(SearchQA)
+        other.__dict__.update(self.__dict__, question=None)
+        return other
+
+    def close(self) -> None:
+        self.question = None
+
+    def _search(self, query: str) -> tuple[str, bool]:
+        """What a search shows, and whether it went well."""
+        if not query:
+            return enclose(NOTHING_FOUND, self._style), True
+        try:
+            found = self._retriever.search(query, self._topk)
+        except BadAnswer:
+            return enclose(UNUSABLE, self._style), False
+        return information([passage.contents for passage in found], chars=self._chars, style=self._style), True
+
+    def _info(self, valid: bool, won: bool = False, score: float = 0.0) -> Info:
+        return Info(won=won, admissible_actions=[], is_action_valid=valid, task_type=self.question.source, task_id=self.question.id, score=score)
+
+
+def _generated(count: int, seed: int, hops: int) -> tuple[list[Question], Retriever]:
+    _whole(generate=(count, 1), seed=(seed, 0), hops=(hops, 1))
+    if hops > 2:
+        raise UserError(f"hops={hops} is too many; the made-up world has questions of 1 and 2")
+    world = generate_world(seed, hops)
+    if count > len(world.questions):
+        raise UserError(f"generate={count} is too many; the world of seed={seed}, hops={hops} has {len(world.questions)} questions")
+    return world.questions[:count], Bm25.of(world.passages)
+
+
+def _existing(questions: Paths | None, retriever: str | os.PathLike | None, given: dict, remote: dict) -> tuple[list[Question], Retriever]:
+    for name, value, what in (("questions", questions, "JSON lines of questions"), ("retriever", retriever, "an index folder, a corpus .jsonl or a URL")):
+        if value is None:
+            raise UserError(f"searchqa needs {name}=: {what}")
+    _whole(bad_lines=(given["bad_lines"], 0), **({} if given["limit"] is None else {"limit": (given["limit"], 1)}))
+    paths = [questions] if isinstance(questions, str | os.PathLike) else questions
+    sources = [given["sources"]] if isinstance(given["sources"], str) else given["sources"]
+    found = read_questions([Path(path).expanduser() for path in paths], **given | {"sources": sources})
+    if is_url(os.fspath(retriever)):
+        _whole(retries=(remote["retries"], 0), concurrency=(remote["concurrency"], 1))
+        if not isinstance(remote["timeout"], int | float) or not 0 < remote["timeout"] < 3600:
+            raise UserError(f"timeout={remote['timeout']!r} must be a number of seconds above 0 and below 3600")
+        return found, HttpRetriever(os.fspath(retriever), **remote)
+    _only("retriever=<URL>", remote)
+    return found, open_local(os.fspath(retriever), given["bad_lines"])
+
+
+_DEFAULTS = dict(SearchQA.__init__.__kwdefaults__)
+
+
+def _only(source: str, options: dict) -> None:
+    """UserError where one of `options`, which go with `source`, is set."""
+    for name, value in options.items():
+        if value != _DEFAULTS[name] and value != []:
+            raise UserError(f"{name}={value!r} goes with {source}; leave it out")
+
+
+def _whole(**options: tuple[object, int]) -> None:
+    for name, (value, least) in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name}={value!r} must be a whole number of at least {least}")

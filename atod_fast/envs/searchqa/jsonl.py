@@ -1,0 +1,60 @@
+"""Reading JSON lines that people made: a malformed one is named and skipped, too many stop the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from atod_fast.errors import UserError
+
+T = TypeVar("T")
+SHOWN = 3  # malformed lines told by name
+_log = logging.getLogger(__name__)
+
+
+def read_jsonl(
+    paths: Sequence[Path], parse: Callable[[dict[str, Any], Path, int], T], *, option: str, bad_lines: int, read: Callable[[int], object] = lambda size: None
+) -> Iterator[T]:
+    """What `parse` makes of every line of the files; blank lines count for nothing.
+
+    parse: gets a line's object, its file and its number from 1; raises ValueError with the reason where it is malformed.
+    option: what the user called these files. bad_lines: as many malformed lines are logged by file and number and left
+    out; one more is a UserError. read: told the bytes of each line.
+    """
+    bad: list[str] = []
+    for path in paths:
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise UserError(f"{option}={str(path)!r} cannot be read ({error.strerror}); give a JSON-lines file") from None
+        with file:
+            for number, line in enumerate(file, 1):
+                read(len(line))
+                if not line.strip():
+                    continue
+                try:
+                    entry = json.loads(line)
+                    if not isinstance(entry, dict):
+                        raise ValueError("not a JSON object")
+                    item = parse(entry, path, number)
+                except (ValueError, RecursionError) as error:
+                    bad.append(f"{path}:{number}: {error}")
+                    if len(bad) > bad_lines:
+                        raise UserError(f"{option}: {len(bad)} malformed lines, the last {bad[-1]}; mend the file, or raise bad_lines={bad_lines}") from None
+                else:
+                    yield item
+    if bad:
+        _log.warning("%s: skipped %d malformed lines: %s%s", option, len(bad), "; ".join(bad[:SHOWN]), "; ..." if len(bad) > SHOWN else "")
+
+
+def text_of(entry: dict[str, Any], key: str) -> str:
+    """The non-blank string `entry[key]`, a number as its digits. ValueError where it is neither."""
+    value = entry.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key} must be a text, not {json.dumps(value)[:60]}" if key in entry else f"no {key}")
+    return value

@@ -1,0 +1,53 @@
+"""Questions with their accepted answers, from JSON lines.
+
+    {"id": "nq-17", "question": "who wrote ...", "golden_answers": ["Mary Shelley"], "data_source": "nq"}
+
+NQ, TriviaQA, PopQA, HotpotQA, 2WikiMultihopQA, MuSiQue and Bamboogle are distributed in this form (FlashRAG, Search-R1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atod_fast.envs.searchqa.jsonl import read_jsonl, text_of
+from atod_fast.envs.searchqa.text import clean
+from atod_fast.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    id: str
+    text: str
+    answers: tuple[str, ...]  # any of them is right
+    source: str  # the data set it comes from
+    queries: tuple[str, ...] = ()  # searches that find the answer one after the other, where that is known
+
+
+def parse_question(entry: dict[str, Any], path: Path, number: int) -> Question:
+    """`golden_answers` may be one text; `data_source` is the file's name where it is missing. ValueError if malformed."""
+    answers = entry.get("golden_answers")
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError("golden_answers must be a list of texts" if "golden_answers" in entry else "no golden_answers")
+    source = text_of(entry, "data_source") if entry.get("data_source") is not None else path.stem
+    return Question(clean(text_of(entry, "id")), clean(text_of(entry, "question")).strip(), tuple(answers), clean(source))
+
+
+def read_questions(paths: Iterable[Path], *, sources: Sequence[str] = (), limit: int | None = None, bad_lines: int = 10) -> list[Question]:
+    """The questions of the files in order, of these `sources` only; at most `limit`, evenly spaced. UserError if none is left."""
+    paths = list(paths)
+    found = list(read_jsonl(paths, parse_question, option="questions", bad_lines=bad_lines))
+    known = dict.fromkeys(question.source for question in found)
+    for source in sources:
+        if source not in known:
+            raise UserError(f"sources={source!r} occurs in no question; the files have {', '.join(known) or 'none'}")
+    if sources:
+        found = [question for question in found if question.source in sources]
+    if not found:
+        raise UserError(f"questions={', '.join(map(str, paths))!r}: no question in it; give JSON lines with id, question and golden_answers")
+    if limit is None or limit >= len(found):
+        return found
+    return [found[place * len(found) // limit] for place in range(limit)]

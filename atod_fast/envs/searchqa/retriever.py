@@ -1,0 +1,52 @@
+"""What finds passages for a query: an index in this process, or a server of Search-R1's protocol."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from atod_fast.envs.searchqa.bm25 import Bm25
+from atod_fast.envs.searchqa.passages import Passage, read_passages
+from atod_fast.envs.searchqa.store import load
+from atod_fast.errors import UserError
+
+
+class RetrieverError(Exception):
+    """There is no searching: the retriever is down, or refuses. `status`: of its HTTP answer, None where it gave none."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class BadAnswer(Exception):
+    """The retriever answered this query, but with something that holds no passages."""
+
+
+class Retriever(Protocol):
+    """Finds passages. Shared by all episodes, which may call it from several threads."""
+
+    instant: bool  # as an `Environment`'s
+
+    def search(self, query: str, topk: int) -> list[Passage]:
+        """At most `topk` passages, best first. Raises RetrieverError or BadAnswer."""
+
+
+def is_url(retriever: str) -> bool:
+    return retriever.startswith(("http://", "https://"))
+
+
+def open_local(retriever: str, bad_lines: int) -> Bm25:
+    """The index in a folder, or one made here and now of a corpus. Equal arguments give the same object."""
+    path = Path(retriever).expanduser()
+    if path.is_dir():
+        return load(path)
+    if not path.is_file():
+        raise UserError(f"retriever={retriever!r} is no index folder, no corpus .jsonl and no http(s) URL; give one of these")
+    return _indexed(path.resolve(), path.stat().st_mtime_ns, bad_lines)
+
+
+@lru_cache(maxsize=4)
+def _indexed(corpus: Path, written: int, bad_lines: int) -> Bm25:
+    return Bm25.of(list(read_passages([corpus], option="retriever", bad_lines=bad_lines)))

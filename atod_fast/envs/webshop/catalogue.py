@@ -1,0 +1,203 @@
+"""The products of a shop, read from WebShop's files and cleaned as WebShop cleans them.
+
+After princeton-nlp/WebShop (MIT, web_agent_site/engine/engine.py: load_products, generate_product_prices). Two things are
+ours. Text is made safe: `[SEP]`, which parts a page's pieces, is spelt `[sep]` where a product says it, control characters
+give way to spaces, and what exceeds the sizes below ends in `CUT`. And an entry that WebShop would fail on is left out.
+None of this touches a character of the 1,000-product set.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from sys import intern
+from typing import Any
+
+from atod_fast.envs.webshop.reading import Malformed, read
+from atod_fast.errors import UserError
+
+LONGEST_LINE = 1_000  # characters of a title, an option or an attribute; 232 in the 1,000-product set
+LONGEST_TEXT = 20_000  # characters of a description or a bullet point; 15,481 in that set
+MOST_VALUES = 500  # option values, bullet points or attributes of one product; 50 in that set
+CUT = " [... cut ...]"  # ends what was too long
+LONGEST_ASIN = 10  # WebShop leaves out products with longer ones
+NO_PRICE = 100.0  # dollars, of a product without a price
+
+# Lone surrogates, which no tokenizer takes, are among them.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_CONTROL_OR_BREAK = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    asin: str  # Amazon's identifier, at most 10 characters
+    title: str
+    description: str
+    bullets: tuple[str, ...]
+    options: dict[str, tuple[str, ...]]  # "color" -> values, all in lower case
+    attributes: tuple[str, ...]
+    category: str  # one of five departments
+    query: str  # the search that found it on Amazon
+    product_category: str  # "Beauty › Hair Care › ..."
+    prices: tuple[float, ...]  # dollars: one, or the two ends of a range
+
+    @property
+    def price_tag(self) -> str:
+        return " to ".join(f"${price}" for price in self.prices)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """What is asked for with a product."""
+
+    text: str
+    attributes: tuple[str, ...]
+    options: tuple[str, ...] = ()  # values, where people wrote the instruction
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the attribute file says of a product."""
+
+    attributes: tuple[str, ...] = ("DUMMY_ATTR",)  # WebShop's stand-in
+    instruction: Instruction | None = None
+
+
+class Catalogue:
+    """All products, each once, with their prices and instructions. Shared, read-only, by all episodes.
+
+    prices: dollars by row. Of a range one is drawn, by `random` in the order of the rows, as in WebShop.
+    instructions: by identifier, of the products that the attribute file asks for.
+    """
+
+    def __init__(self, products: Iterable[Product], facts: Mapping[str, Facts], random: Random) -> None:
+        first: dict[str, Product] = {}
+        for product in products:
+            if product.asin != "nan" and len(product.asin) <= LONGEST_ASIN:
+                first.setdefault(product.asin, product)
+        self.products = list(first.values())
+        self.prices = [p.prices[0] if len(p.prices) == 1 else random.uniform(*p.prices) for p in self.products]
+        self.instructions = {asin: facts[asin].instruction for asin in first if asin in facts and facts[asin].instruction}
+
+
+def load(products: str | Path, attributes: str | Path, random: Random, *, num_products: int | None = None, malformed: int = 100) -> Catalogue:
+    """The catalogue in WebShop's files `items_shuffle*.json` and `items_ins_v2*.json`.
+
+    num_products: only so many entries, the first. malformed: entries of a file that may be left out as such.
+    UserError where a file cannot be read, has more malformed entries, or leaves no product.
+    """
+    facts = dict(read("attributes", attributes, malformed, parse_facts))
+    entries = read("products", products, malformed, lambda entry: parse_product(entry, facts))
+    catalogue = Catalogue(islice(entries, num_products), facts, random)
+    if not catalogue.products:
+        raise UserError(f"products={str(products)!r} holds no product; give WebShop's items_shuffle*.json")
+    return catalogue
+
+
+def parse_facts(entry: Any) -> tuple[str, Facts]:
+    """A pair of the attribute file: a product's identifier, and the facts."""
+    asin, facts = entry if isinstance(entry, tuple) else ("", None)
+    if not isinstance(facts, dict):
+        raise Malformed("not an identifier with an object")
+    attributes = tuple(map(intern, lines(facts, "attributes"))) if "attributes" in facts else Facts().attributes
+    if facts.get("instruction") is None:
+        return asin, Facts(attributes)
+    wanted = tuple(map(intern, lines(facts, "instruction_attributes")))
+    if not wanted:
+        raise Malformed("instruction_attributes is empty")
+    return asin, Facts(attributes, Instruction(line(string(facts, "instruction")), wanted))
+
+
+def parse_product(entry: Any, facts: Mapping[str, Facts]) -> Product:
+    """An element of the product file."""
+    if not isinstance(entry, dict):
+        raise Malformed("not an object")
+    asin = string(entry, "asin")
+    if not asin or asin != line(asin).strip():
+        raise Malformed("asin is no identifier")
+    bullets = entry.get("small_description")
+    return Product(
+        asin=asin,
+        title=line(string(entry, "name")),
+        description=text(string(entry, "full_description")),
+        bullets=tuple(map(text, strings({"small_description": [bullets] if isinstance(bullets, str) else bullets}, "small_description"))),
+        options=_options(entry.get("customization_options")),
+        attributes=facts.get(asin, Facts()).attributes,
+        category=intern(line(string(entry, "category"))),
+        query=intern(line(string(entry, "query")).lower().strip()),
+        product_category=intern(line(string(entry, "product_category"))),
+        prices=_prices(entry.get("pricing")),
+    )
+
+
+def _options(groups: Any) -> dict[str, tuple[str, ...]]:
+    if not groups:
+        return {}
+    if not isinstance(groups, dict):
+        raise Malformed("customization_options is no object")
+    options: dict[str, tuple[str, ...]] = {}
+    for name, values in groups.items():
+        if values is None:
+            continue
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise Malformed(f"option {name[:40]!r} is no list of objects")
+        options[intern(line(name).lower())] = tuple(intern(line(string(value, "value")).strip().replace("/", " | ").lower()) for value in values)
+    if (number := sum(map(len, options.values()))) > MOST_VALUES:
+        raise Malformed(f"{number} option values, {MOST_VALUES} are the most")
+    return options
+
+
+def _prices(pricing: Any) -> tuple[float, ...]:
+    """Of "$19.99", "$10.00$25.00" (as found) or [10.0, 25.0] (as WebShop itself turns it into)."""
+    if not pricing:
+        return (NO_PRICE,)
+    try:
+        parts = [re.sub(r"[^\d.]", "", part) for part in pricing.split("$")[1:]] if isinstance(pricing, str) else list(pricing)
+        prices = tuple(float(part) for part in parts[:2])
+    except (TypeError, ValueError, OverflowError):
+        prices = ()
+    if not prices or not all(0 <= price < math.inf for price in prices):
+        raise Malformed(f"pricing {str(pricing)[:40]!r} is no price")
+    return prices
+
+
+def string(entry: Mapping[str, Any], key: str) -> str:
+    """The string `key`; Malformed where it is none."""
+    if not isinstance(entry.get(key), str):
+        raise Malformed(f"{key} is missing or no string")
+    return entry[key]
+
+
+def strings(entry: Mapping[str, Any], key: str) -> list[str]:
+    """The list of strings `key`; Malformed where it is none, or too long."""
+    values = entry.get(key)
+    if not isinstance(values, list) or len(values) > MOST_VALUES or not all(isinstance(value, str) for value in values):
+        raise Malformed(f"{key} is missing or no list of at most {MOST_VALUES} strings")
+    return values
+
+
+def lines(entry: Mapping[str, Any], key: str) -> list[str]:
+    return [line(value) for value in strings(entry, key)]
+
+
+def line(value: str) -> str:
+    """`value` as it may stand on a page as one piece: on one line, of bounded length, without `[SEP]`."""
+    return _safe(value, LONGEST_LINE, _CONTROL_OR_BREAK)
+
+
+def text(value: str) -> str:
+    """The same for running text, whose line breaks stay."""
+    return _safe(value, LONGEST_TEXT, _CONTROL)
+
+
+def _safe(value: str, longest: int, forbidden: re.Pattern[str]) -> str:
+    if len(value) > longest:
+        value = value[:longest] + CUT
+    if not value.isprintable():
+        value = forbidden.sub(" ", value)
+    return value.replace("[SEP]", "[sep]")

@@ -1,0 +1,135 @@
+"""WebShop as an `Environment`: its official files or a made-up catalogue, the rules of its text mode, rewards after verl-agent."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from random import Random
+
+from atod_fast.envs.protocol import Info
+from atod_fast.envs.webshop.generator import SCALES
+from atod_fast.envs.webshop.goals import SPLITS, Goal
+from atod_fast.envs.webshop.nouns import TAGGERS, tagger
+from atod_fast.envs.webshop.pages import done_page
+from atod_fast.envs.webshop.reward import matcher, score
+from atod_fast.envs.webshop.shop import Source, generated
+from atod_fast.envs.webshop.visit import Visit
+from atod_fast.errors import UserError
+
+File = str | os.PathLike
+
+
+class WebShop:
+    """WebShop in its text mode.
+
+    Where the products come from (exactly one):
+      products: WebShop's `items_shuffle*.json`, with attributes, its `items_ins_v2*.json`; also as JSON lines, .gz or .xz.
+        num_products takes only so many, the first; up to `malformed` entries of a file are left out as such.
+      generate: number of made-up products, with seed and scale ("small" | "full": short pages, or as long as real ones).
+    human_goals: WebShop's `items_human_ins.json`, to ask for what people wrote instead of for every combination of options.
+    split: "test" has the first 500 of the goals, shuffled with WebShop's seed, or the first half where there are fewer than
+      1,000; "train" has the others, "all" both.
+    nouns: what finds nouns for the score: "spacy", "heuristic", or "auto", spaCy where it is installed. The attribute `nouns`
+      says which is active.
+    reward: of a purchase with score 1 (verl-agent); other purchases give 0, or with `partial` the reward times the score.
+      `info["score"]` is WebShop's score in either case.
+
+    An episode ends with a purchase. Actions are `search[words]`, on any page, and `click[what]`; those listed are accepted,
+    and so is any search. The `seed` of an episode matters to WebShop's search `<r>` alone.
+    """
+
+    instant = True
+
+    def __init__(
+        self,
+        *,
+        products: File | None = None,
+        attributes: File | None = None,
+        human_goals: File | None = None,
+        num_products: int | None = None,
+        malformed: int = 100,
+        generate: int | None = None,
+        seed: int = 0,
+        scale: str = "small",
+        split: str = "all",
+        nouns: str = "auto",
+        reward: float = 10.0,
+        partial: bool = False,
+    ) -> None:
+        if (generate is None) == (products is None):
+            raise UserError("webshop takes exactly one of products=<items_shuffle.json>, with attributes=<items_ins_v2.json>, and generate=N")
+        for name, choice, known in (("scale", scale, SCALES), ("split", split, SPLITS), ("nouns", nouns, TAGGERS)):
+            if choice not in known:
+                near = get_close_matches(str(choice), known, n=1)
+                raise UserError(f"{name}={choice!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+        for name, whole, least in (("num_products", num_products, 1), ("malformed", malformed, 0), ("generate", generate, 1), ("seed", seed, 0)):
+            if whole is not None and (not isinstance(whole, int) or isinstance(whole, bool) or whole < least):
+                raise UserError(f"{name}={whole!r} must be a whole number of at least {least}")
+        self._alike = matcher()
+        self.nouns, self._tag = tagger(nouns)
+        if generate is not None:
+            _only("products=", ("attributes", attributes, None), ("human_goals", human_goals, None), ("num_products", num_products, None))
+            _only("products=", ("malformed", malformed, 100))
+            self.shop = generated(generate, seed, scale)
+        else:
+            _only("generate=N", ("seed", seed, 0), ("scale", scale, "small"))
+            if attributes is None:
+                raise UserError(f"products={str(products)!r} needs attributes=<items_ins_v2.json>, which says what is true of them")
+            human = None if human_goals is None else Path(human_goals).expanduser()
+            self.shop = Source(Path(products).expanduser(), Path(attributes).expanduser(), human, num_products, malformed).open()
+        self._places = self.shop.goals.split(split)
+        if not self._places:
+            count, goals = len(self.shop.catalogue.products), len(self.shop.goals)
+            raise UserError(f"split={split!r} is empty: {count} products make {goals} goals; give more products, or attributes that belong to them")
+        self._reward, self._partial = float(reward), bool(partial)
+        self._visit: Visit | None = None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def reset(self, seed: int, task: int) -> tuple[str, Info]:
+        if not 0 <= task < len(self):
+            raise IndexError(f"task {task} of {len(self)} goals")
+        self._task: int = task
+        self.goal: Goal = self.shop.goals[self._places[task]]
+        self._score = 0.0
+        self._visit = Visit(self.shop, self.goal.instruction, Random(f"{seed} {task}"))
+        return self._visit.page.text, self._info(True)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        visit = self._visit
+        if visit is None:
+            raise RuntimeError("step before reset")
+        accepted, reward = visit.act(action), 0.0
+        if accepted and visit.bought is not None:
+            product, price = self.shop.catalogue.products[visit.bought], self.shop.catalogue.prices[visit.bought]
+            self._score = score(self.goal, product, price, visit.options, self._tag, self._alike)
+            visit.page = done_page(product, visit.options, self._score)
+            reward = self._reward * (self._score if self._partial else self._score == 1)
+        return visit.page.text, reward, visit.bought is not None, False, self._info(accepted)
+
+    def clone(self) -> WebShop:
+        other = object.__new__(WebShop)
+        other.__dict__.update(self.__dict__, _visit=None)
+        return other
+
+    def close(self) -> None:
+        self._visit = None
+
+    def _info(self, accepted: bool) -> Info:
+        return Info(
+            won=self._score == 1,
+            admissible_actions=self._visit.page.admissible,
+            is_action_valid=accepted,
+            task_type=self.goal.product.category,
+            task_id=f"{self.goal.product.asin}/{self._places[self._task]}",
+            score=self._score,
+        )
+
+
+def _only(source: str, *options: tuple[str, object, object]) -> None:
+    """UserError for an option, of (name, value, default), that is given though it belongs to `source`, which is not."""
+    for name, value, default in options:
+        if value != default:
+            raise UserError(f"{name}={value!r} goes with {source}; leave it out")

@@ -1,0 +1,140 @@
+"""What a shopper is asked to buy: WebShop's goals, made from its files in its order.
+
+After princeton-nlp/WebShop (MIT, web_agent_site/engine/goal.py: get_synthetic_goals, get_human_goals, and the shuffle in
+envs/web_agent_text_env.py). Where people wrote instructions each is a goal; elsewhere each combination of options of a
+product with an instruction is one. The 1,000-product set makes 6,910, the whole set millions, so that only their sources are held.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from atod_fast.envs.webshop.catalogue import Catalogue, Instruction, Product, line, lines, string
+from atod_fast.envs.webshop.reading import Malformed, read
+from atod_fast.errors import UserError
+
+SHUFFLE_SEED = 233  # WebShop's
+TEST_GOALS = 500  # WebShop's and verl-agent's: of the shuffled goals the first
+SPLITS = ("all", "train", "test")
+STEPS = [10.0 * step for step in range(1, 100)]  # dollars that a limit may be
+NO_LIMIT = 1_000_000.0  # dollars
+MOST_COMBINATIONS = 100_000  # of one product's options that become goals
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    product: Product  # one that fulfils it
+    instruction: str
+    attributes: tuple[str, ...]
+    options: Mapping[str, str] | tuple[str, ...]  # by name, or only values where people wrote the instruction
+    price_upper: float  # dollars
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A product with an instruction: one goal, or one a combination of options."""
+
+    product: Product
+    instruction: Instruction
+    price_upper: float
+    human: bool
+
+    @property
+    def count(self) -> int:
+        return 1 if self.human else prod(map(len, self.product.options.values()))
+
+    def goal(self, number: int) -> Goal:
+        limit = "" if self.price_upper == NO_LIMIT else f", and price lower than {self.price_upper:.2f} dollars"
+        if self.human:
+            options: Mapping[str, str] | tuple[str, ...] = self.instruction.options
+            wording = self.instruction.text.strip(".")
+        else:
+            options = {}
+            for name in sorted(self.product.options, reverse=True):  # the last name varies fastest
+                values = self.product.options[name]
+                number, choice = divmod(number, len(values))
+                options[name] = values[choice]
+            options = dict(reversed(options.items()))
+            chosen = ", and ".join(f"{name}: {value}" for name, value in options.items())
+            wording = self.instruction.text + (f" with {chosen}" if chosen else "")
+        return Goal(self.product, wording + limit, self.instruction.attributes, options, self.price_upper)
+
+
+class Goals:
+    """A catalogue's goals, shuffled; each is made when asked for.
+
+    human: instructions by product identifier, in place of the catalogue's own. random: draws the price limits.
+    """
+
+    def __init__(self, catalogue: Catalogue, human: Mapping[str, tuple[Instruction, ...]] | None, random: Random) -> None:
+        self._sources: list[_Source] = []
+        unasked = 0
+        for product, price in zip(catalogue.products, catalogue.prices, strict=True):
+            if human is None:
+                own = catalogue.instructions.get(product.asin)
+                wanted = (own,) if own else ()
+            else:
+                wanted = human.get(product.asin, ())
+            for instruction in wanted:
+                source = _Source(product, instruction, _limit(price, random), human is not None)
+                if source.count <= MOST_COMBINATIONS:
+                    self._sources.append(source)
+                else:
+                    unasked += 1
+        if unasked:
+            _log.warning("%d products have more than %d combinations of options; no goal asks for them", unasked, MOST_COMBINATIONS)
+        self._ends = list(accumulate(source.count for source in self._sources))
+        self._order = array("Q", range(self._ends[-1] if self._ends else 0))
+        Random(SHUFFLE_SEED).shuffle(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def split(self, name: str) -> range:
+        """Places of the shuffled goals: "test" has the first 500, or the first half where there are fewer than 1,000, "train"
+        the others (verl-agent's split), "all" both.
+        """
+        total = len(self._order)
+        test = min(TEST_GOALS, total // 2)
+        return {"all": range(total), "train": range(test, total), "test": range(test)}[name]
+
+    def __getitem__(self, place: int) -> Goal:
+        number = self._order[place]
+        at = bisect_right(self._ends, number)
+        return self._sources[at].goal(number - (self._ends[at - 1] if at else 0))
+
+
+def _limit(price: float, random: Random) -> float:
+    """The larger of two of the next four steps above `price`; none where fewer than two are left."""
+    steps = [step for step in STEPS if step > price][:4]
+    return max(random.sample(steps, 2)) if len(steps) >= 2 else NO_LIMIT
+
+
+def load_human(path: str | Path, malformed: int) -> dict[str, tuple[Instruction, ...]]:
+    """Instructions that people wrote, by product, of WebShop's `items_human_ins.json`. UserError as of `reading.read`, and for none."""
+    human = dict(read("human_goals", path, malformed, parse_human))
+    if not human:
+        raise UserError(f"human_goals={str(path)!r} holds no instruction; give WebShop's items_human_ins.json")
+    return human
+
+
+def parse_human(entry: Any) -> tuple[str, tuple[Instruction, ...]]:
+    """A pair of that file. Instructions without attributes are no goals, as in WebShop."""
+    asin, written = entry if isinstance(entry, tuple) else ("", None)
+    if not isinstance(written, list) or not all(isinstance(one, dict) for one in written):
+        raise Malformed("not an identifier with a list of objects")
+    made = [
+        Instruction(line(string(one, "instruction")), tuple(lines(one, "instruction_attributes")), tuple(lines(one, "instruction_options"))) for one in written
+    ]
+    return asin, tuple(one for one in made if one.attributes)

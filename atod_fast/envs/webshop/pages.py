@@ -1,0 +1,95 @@
+"""What a visitor of the shop reads, and what can be clicked there, character for character WebShop's text mode.
+
+After princeton-nlp/WebShop (MIT, web_agent_site/templates/*.html as envs/web_agent_text_env.py reads them: the visible strings,
+stripped, joined by ` [SEP] `). Chosen options do not show, and the last page tells what WebShop tells on it, hidden or not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from atod_fast.envs.webshop.catalogue import Product
+
+SEPARATOR = " [SEP] "
+BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"
+SUB_PAGES = ("description", "features", "reviews")
+SEARCH_BAR = "search"  # the button beside it, which does nothing
+A_PAGE = 10  # products on a page of results
+
+_ASCII_SPACE = " \t\n\x0c\r"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    text: str
+    clickables: tuple[str, ...]  # in lower case, in WebShop's order
+
+    @property
+    def admissible(self) -> list[str]:
+        """The actions as verl-agent lists them (agent_system/environments/env_manager.py: format_avail_actions)."""
+        bar = ["search[<your query>]"] if self.clickables == (SEARCH_BAR,) else []
+        return bar + [f"click[{name}]" for name in self.clickables]
+
+
+def search_page(instruction: str) -> Page:
+    return _page(["WebShop", "Instruction:", *_string(instruction), "Search"], [SEARCH_BAR])
+
+
+def results_page(instruction: str, products: Sequence[Product], page: int, total: int) -> Page:
+    """`products`: those on this page, the `page`-th from 1, of `total` found."""
+    pieces = [*_head(instruction), f"Page {page} (Total results: {total})", *(["< Prev"] if page > 1 else []), "Next >"]
+    for product in products:
+        pieces += [product.asin, *_string(product.title), product.price_tag]
+    buttons = [BACK, *([PREVIOUS] if page > 1 else []), NEXT]
+    return _page(pieces, buttons + [product.asin.lower() for product in products])
+
+
+def item_page(instruction: str, product: Product) -> Page:
+    pieces = [*_head(instruction), "< Prev"]
+    for name, values in product.options.items():
+        pieces += _string(name)
+        for value in values:
+            pieces += _string(value)
+    pieces += [*_string(product.title), f"Price: {product.price_tag}", "Rating: N.A.", "Description", "Features", "Reviews", "Buy Now"]
+    return _page(pieces, [BACK, PREVIOUS, *SUB_PAGES, BUY, *(value for values in product.options.values() for value in values)])
+
+
+def sub_page(instruction: str, product: Product, name: str) -> Page:
+    """`name`: one of `SUB_PAGES`. Reviews are always empty, as WebShop loads none."""
+    pieces = [*_head(instruction), "< Prev"]
+    if name == "description":
+        pieces += _string(product.description)
+    elif name == "features":
+        for bullet in product.bullets:
+            pieces += _string(" " + bullet)
+    return _page(pieces, [BACK, PREVIOUS])
+
+
+def done_page(product: Product, options: Mapping[str, str], score: float) -> Page:
+    chosen = json.dumps(options, sort_keys=True)
+    for character in "<>&'":  # as Flask writes JSON into a page
+        chosen = chosen.replace(character, f"\\u{ord(character):04x}")
+    nothing = "None"  # of what WebShop leaves out here
+    return _page(
+        ["Thank you for shopping with us!", "Your code:", nothing, "(Paste it in your MTurk interface.)"]
+        + ["Purchased", "asin", product.asin, "options", chosen, "attrs", nothing, "category", nothing, "query", nothing, "product category", nothing]
+        + ["Target", "asin", "options", "attrs", "price upper", "instuction text", "category", "product category", "query", "Goal", nothing]
+        + ["Reward", "Your score (min 0.0, max 1.0)", str(score), "Reward Details", nothing],
+        [],
+    )
+
+
+def _head(instruction: str) -> list[str]:
+    return ["Instruction:", *_string(instruction), "Back to Search"]
+
+
+def _string(text: str) -> list[str]:
+    """The visible string that WebShop's parser makes of `text` between two tags, if any: none of nothing and of bare line breaks."""
+    bare = not text.strip(_ASCII_SPACE)
+    return [] if bare and (not text or "\n" in text) else [text.strip()]
+
+
+def _page(pieces: list[str], clickables: Iterable[str]) -> Page:
+    return Page(SEPARATOR.join(pieces), tuple(dict.fromkeys(clickables)))

@@ -1,0 +1,63 @@
+"""A prompt for any world, without words of its own about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from atod_fast.rollout.prompts.action import past_turns
+from atod_fast.trajectory import Turn
+
+_THINK = "First reason step by step within <think> </think> tags. Then give one action within <action> </action> tags."
+_ACT = "Give one action within <action> </action> tags."
+_NOTHING = "Nothing is to be seen."  # in a growing conversation an empty message would say nothing
+_ACTION = re.compile("<action>(.*?)</action>", re.IGNORECASE | re.DOTALL)
+_KEPT = 100  # characters of a response without an action that become the command
+
+
+class PlainPrompt:
+    """Asks for `<action> ... </action>`, whose text becomes the command as it is.
+
+    `thinking`: ask for, and require, <think> ... </think>. `history`: turns shown with context `window`. `instructions`: what
+    the world is about, ahead of everything else.
+    """
+
+    def __init__(self, thinking: bool, history: int, instructions: str = "") -> None:
+        self.thinking, self.history, self.instructions = thinking, history, instructions
+
+    def message(self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]) -> str:
+        if not history:
+            return self.first(observation, admissible)
+        past = []
+        if len(history) > self.history:
+            past.append(f"You began with: {task_observation}")
+        if self.history:
+            _, lines = past_turns([(turn.observation, turn.command) for turn in history], self.history)
+            past.append(f"You have taken {len(history)} step(s). The last of them:\n{lines}")
+        return self._joined(self.instructions, *past, f"You are now at step {len(history) + 1}.", _situation(observation, admissible), self._request)
+
+    def first(self, observation: str, admissible: Sequence[str]) -> str:
+        return self._joined(self.instructions, _situation(observation, admissible), self._request)
+
+    def following(self, observation: str, admissible: Sequence[str]) -> str:
+        return _situation(observation, admissible)
+
+    def project(self, text: str) -> tuple[str, bool]:
+        """The first <action> block after what was thought; without one the end of the response. The letters keep their case."""
+        found = _ACTION.search(text.rpartition("</think>")[2])
+        if found is None:
+            return text.strip()[-_KEPT:], False
+        return found[1].strip(), not self.thinking or "<think>" in text and "</think>" in text
+
+    @property
+    def _request(self) -> str:
+        return _THINK if self.thinking else _ACT
+
+    @staticmethod
+    def _joined(*parts: str) -> str:
+        return "\n\n".join(part for part in parts if part)
+
+
+def _situation(observation: str, admissible: Sequence[str]) -> str:
+    listed = f"\nYour admissible actions: {', '.join(repr(action) for action in admissible)}." if admissible else ""
+    return (observation or _NOTHING) + listed
