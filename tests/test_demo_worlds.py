@@ -76,9 +76,9 @@ def test_a_page_is_reduced_to_phrases_prices_and_products():
     head = "Instruction: [SEP] Find me super soft, heavy duty curtains with color: navy | grey, and price lower than 90.00 dollars [SEP] "
     assert " ".join(webshop.compact("WebShop [SEP] " + head + "Search")) == "super-soft heavy-duty curtain navy-grey $90"
     results = head + "Back to Search [SEP] Page 2 (Total results: 31) [SEP] < Prev [SEP] Next > [SEP] B000000197 [SEP] Quone Super Soft Curtain [SEP] $78.85"
-    assert " ".join(webshop.compact(results)) == "page2 b197 super-soft curtain $80"
+    assert " ".join(webshop.compact(results)) == "page2 b197 super-soft $80"
     item = head + "Back to Search [SEP] < Prev [SEP] color [SEP] red [SEP] x-large [SEP] Neva Makeup Brush [SEP] Price: $4.0 to $6.0 [SEP] Buy Now"
-    assert " ".join(webshop.compact(item)) == "red x-large makeup-brush $10 $10 buy"
+    assert " ".join(webshop.compact(item)) == "red x-large $10 buy"
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,6 @@ SEARCHQA = World(
     junk=junk,
     recipes={
         "teacher": Recipe(traces=1, tokens=460_000, seed=2, worlds=9),
-        "student": Recipe(traces=1, tokens=250_000, seed=3, worlds=9),
+        "student": Recipe(traces=1, tokens=290_000, seed=3, worlds=9),
     },
 )

@@ -31,21 +31,24 @@ def _shown(value: str) -> str:
 _TEXTS = {_word(text): text.lower() for kind in KINDS for text in (*kind.attributes, kind.noun)}
 _TEXTS |= {_word(value): _shown(value) for values in VALUES.values() for value in values}
 _WORDS = {text: word for word, text in _TEXTS.items()} | {kind.query: _word(kind.noun) for kind in KINDS}
+_KINDS = frozenset(_word(kind.noun) for kind in KINDS)
 # Of phrases that begin alike the longest is meant.
 _PHRASE = "|".join(map(re.escape, sorted(_WORDS, key=len, reverse=True)))
-_READ = re.compile(
-    rf"(?<![\w-])(?:(?P<phrase>{_PHRASE})|b(?P<asin>[0-9]{{9}})|\$?(?P<price>[0-9]{{1,6}}\.[0-9]+)|(?P<buy>{BUY})|page (?P<page>[0-9]))(?![\w-])"
-)
+_PRICE = r"\$?(?P<price>[0-9]{1,6}\.[0-9]+)(?: to \$[0-9.]+)?"
+_READ = re.compile(rf"(?<![\w-])(?:(?P<phrase>{_PHRASE})|b(?P<asin>[0-9]{{9}})|{_PRICE}|(?P<buy>{BUY})|page (?P<page>[0-9]))(?![\w-])")
 _COMMAND = re.compile(r"(search|click)\[(.*)\]")
 
 
 def compact(page: str) -> list[str]:
-    """What tells a page from another, a word each: attributes, kinds, option values, products, prices, and `buy` where that is possible.
+    """What tells a page from another, a word each: attributes, option values, products, prices, and `buy` where that is possible.
 
-    The instruction is read on the first page only. Prices are rounded up to the tens of dollars that limits are made of.
+    The instruction, and with it the kind of product, is read on the first page only. Prices, of a range the lower end, are
+    rounded up to the tens of dollars that limits are made of.
     """
     text = page.lower()
-    return [_read(found) for found in _READ.finditer(text.partition(BACK)[2] or text)]
+    _, inside, rest = text.partition(BACK)
+    words = [_read(found) for found in _READ.finditer(rest if inside else text)]
+    return [word for word in words if word not in _KINDS] if inside else words
 
 
 def _read(found: re.Match[str]) -> str:
