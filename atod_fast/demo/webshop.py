@@ -146,7 +146,7 @@ WEBSHOP = World(
     expert=player,
     junk=junk,
     recipes={
-        "teacher": Recipe(traces=1, tokens=600_000, seed=0, worlds=4),
-        "student": Recipe(traces=1, tokens=400_000, seed=1, worlds=4),
+        "teacher": Recipe(traces=1, tokens=800_000, seed=0, worlds=6),
+        "student": Recipe(traces=1, tokens=690_000, seed=0, worlds=6),
     },
 )
