@@ -50,7 +50,11 @@ class Env(Section):
 
 
 class Rollout(Section):
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto = transformers; vllm is not in this version")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="what samples: vllm (colocated), or transformers with a decode loop of its own; auto = vllm on CUDA where its version fits"
+    )
+    tensor_parallel: int = Field(1, ge=1, description="neighbouring ranks that are one vLLM engine together")
+    kv_cache_gib: float = Field(0.0, ge=0, description="vLLM's key/value cache on a rank; 0 = room for `concurrency` sequences of the longest kind")
     context: Literal["window", "full"] = Field(
         "full",
         description="window: a fresh prompt each turn with the last `history` turns, one training row a turn (paper); full: one growing sequence, one row",
@@ -60,7 +64,7 @@ class Rollout(Section):
     response_tokens: int = Field(9, ge=1, description="longest response of one turn in tokens")
     history: int = Field(2, ge=0, description="turns of history shown with rollout.context=window")
     thinking: bool = Field(False, description="let a model that can think do so, and require <think>...</think>")
-    concurrency: int = Field(64, ge=1, description="trajectories in flight on one rank; each holds a slot of the transformers engine's key/value cache")
+    concurrency: int = Field(64, ge=1, description="trajectories in flight in one engine; each holds a slot of the transformers engine's key/value cache")
 
     @property
     def longest(self) -> int:
@@ -69,8 +73,8 @@ class Rollout(Section):
 
     @model_validator(mode="after")
     def _can_be_played(self) -> Rollout:
-        if self.engine == "vllm":
-            raise ValueError("rollout.engine=vllm is not in this version; use rollout.engine=transformers")
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError(f"rollout.tensor_parallel={self.tensor_parallel} is for vLLM; set rollout.engine=vllm, or rollout.tensor_parallel=1")
         if self.longest <= self.response_tokens:
             raise ValueError(
                 f"rollout.response_tokens={self.response_tokens} leaves no room in rollout.prompt_tokens={self.prompt_tokens}, "
@@ -83,7 +87,7 @@ class Eval(Section):
     every: int = Field(20, ge=0, description="steps between evaluations; 0 = only first and last")
     tasks: int = Field(400, ge=1, description="held-out tasks, one episode each")
     temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy")
-    teacher: bool = Field(True, description="also evaluate the teacher, once, before training; schedule.kappa.kind=adaptive needs it")
+    teacher: bool = Field(True, description="also evaluate the teacher, once, before training (with transformers); schedule.kappa.kind=adaptive needs it")
 
 
 class Train(Section):
@@ -127,7 +131,9 @@ class Objective(Section):
     dual_clip: float = Field(3.0, ge=0, description="dual clip bound for negative advantages; 0 = off")
     entropy_bonus: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
     aggregation: Literal["token", "trajectory", "turn"] = Field("token", description="what the loss is a mean over; trajectory and turn: of their token means")
-    tis_cap: float = Field(0.0, ge=0, description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine); 0 = off")
+    tis_cap: float = Field(
+        2.0, ge=0, description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine), which is 1 where the two agree; 0 = off"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Objective:

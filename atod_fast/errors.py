@@ -11,3 +11,7 @@ class GuardError(Exception):
     """A run-time guard stopped the run: a non-finite loss, or rollout and trainer log-probs that disagree."""
 
     exit_code = 3
+
+
+class EngineFailure(GuardError):
+    """The rollout engine broke down in the midst of a rollout, of which nothing may be used. The loop tries once more."""

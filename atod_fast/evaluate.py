@@ -22,7 +22,7 @@ from atod_fast.errors import GuardError, UserError
 from atod_fast.models import load_config, load_tokenizer
 from atod_fast.observe.console import Console
 from atod_fast.rollout.actor import Actor, make_engine
-from atod_fast.settings import check_model, load
+from atod_fast.settings import check_engines, check_model, load
 from atod_fast.trajectory import Trajectory
 
 
@@ -30,11 +30,18 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     """Trajectories of `model` on the first `eval.tasks` held-out tasks at `eval.temperature`, on every rank. Collective."""
     shape = load_config(model)
     check_model(config, model, shape.to_dict())
+    check_engines(config, ranks.world_size())
     device, _ = ranks.start()
     actor = Actor(config, load_tokenizer(model), shape.get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
     engine = make_engine(config, model, device)
+    mine: list[Trajectory] = []
+    failure: UserError | GuardError | None = None
     with console.progress("evaluating") as progress:
-        mine = actor.evaluate(engine, progress)
+        try:
+            mine = actor.evaluate(engine, progress)
+        except (UserError, GuardError) as error:
+            failure = error
+    ranks.raise_together(failure)
     return ranks.gather_trajectories(mine)
 
 
@@ -66,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 @record
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input."""
+    """Exit code: 0 done, 2 bad usage or input, 3 the model's log-probs are not finite or the engine broke down."""
     parser = _Parser(prog="python -m atod_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")

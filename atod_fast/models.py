@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,34 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTra
 def load_config(path: str):
     """The checkpoint's transformers configuration."""
     return _from_hub(AutoConfig, path)
+
+
+def skeleton(config) -> PreTrainedModel:
+    """The CausalLM of a transformers configuration, on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def weight_shapes(config) -> dict[str, torch.Size]:
+    """Shape of every weight by its name in the checkpoint, a tied head included."""
+    return {name: parameter.shape for name, parameter in skeleton(config).named_parameters(remove_duplicate=False)}
+
+
+class Attention(NamedTuple):
+    """What decides how large a key/value cache is, and over how many ranks heads can be shared."""
+
+    layers: int
+    heads: int  # of queries
+    kv_heads: int
+    head_dim: int
+
+
+def attention_shape(config) -> Attention:
+    """Of a transformers configuration's decoder."""
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Attention(text.num_hidden_layers, heads, getattr(text, "num_key_value_heads", None) or heads, width)
 
 
 def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

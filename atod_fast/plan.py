@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from atod_kernels.problem import TILE
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from atod_fast.config import Config
 from atod_fast.errors import UserError
-from atod_fast.models import dtype_of, load_config, resolve
+from atod_fast.models import Attention, attention_shape, dtype_of, load_config, resolve, skeleton
 from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
+from atod_fast.rollout import vllm_limits
+from atod_fast.rollout.actor import engine_kind
 from atod_fast.settings import check_model, check_world, to_toml
 
 PHASES = ("teacher's eval", "rollout", "score", "update")
@@ -78,6 +80,12 @@ def describe(config: Config, ranks: int) -> str:
             lines.append(f"{role} {path}: no folder here and not in the Hugging Face cache; its config.json is needed: hf download {path} config.json")
         else:
             lines.append(f"{role} {path}: {shapes[role].parameters:,} parameters")
+    student = shapes["student"]
+    if student and engine_kind(config, device) == "vllm":
+        heads = Attention(student.layers, student.heads, student.kv_heads, student.head_dim)
+        vllm_limits.check(config, heads, dtype_of(config.student.compute_dtype, device))
+        if not vllm_limits.supported():
+            lines.append(f"rollouts by vLLM {vllm_limits.SUPPORTED}, which is not installed here")
     step = step_bounds(config)
     lines += [
         f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = {step.trajectories:,} trajectories of {step.turns:,} turns",
@@ -108,8 +116,7 @@ def load_shape(config: Config, path: str) -> Shape | None:
 
 def shape_of(path: str, config) -> Shape:
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = skeleton(config)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
     except (ValueError, AttributeError):
         raise UserError(f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model") from None
@@ -120,12 +127,9 @@ def shape_of(path: str, config) -> Shape:
         parameters=parameters,
         block=max(blocks),
         root=parameters - sum(blocks),
-        layers=len(blocks),
         hidden=text.hidden_size,
         intermediate=experts * text.moe_intermediate_size if experts else text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        **attention_shape(config)._asdict(),
         vocabulary=text.vocab_size,
     )
 
@@ -184,7 +188,8 @@ def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: t
 
     Masters 4P/W, gradients 4P/W, AdamW 8P/W; the frozen teacher cP/W. The head's op adds the fp32 gradients of the
     hidden states [A, H] and of its weight [V, H] to its tiles, A being the action tokens of a micro-batch; lean, it
-    keeps no logits and rounds the weight's gradient slice by slice.
+    keeps no logits and rounds the weight's gradient slice by slice. On CUDA an engine sleeps through scoring and updates:
+    vLLM gives up weights and cache, the transformers engine its cache.
     """
     c, ct = (dtype_of(part.compute_dtype, device).itemsize for part in (config.student, config.teacher))
     step, rollout, objective = step_bounds(config), config.rollout, config.objective
@@ -209,9 +214,12 @@ def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: t
         yield Item("teacher, final hidden states", share * teacher.hidden * ct, ("score", "update") if exact_loss else ("score",))
 
     cache, teacher_cache = (rollout.concurrency * rollout.longest * cache_line(shape, c) for shape in (student, teacher))
-    asleep = device.type == "cuda"  # where the engine gives its cache back between rollouts
-    yield Item("rollout engine, weights", student.parameters * c, phases)
-    yield Item("rollout engine, KV cache", cache, tuple(phase for phase in phases if phase in PHASES[:2]) if asleep else phases)
+    vllm, together = engine_kind(config, device) == "vllm", rollout.tensor_parallel
+    if vllm:
+        cache = rollout.kv_cache_gib * 2**30 or cache / together
+    awake = ("rollout",) if device.type == "cuda" else phases
+    yield Item("rollout engine, weights", student.parameters * c / together, awake if vllm else phases)
+    yield Item("rollout engine, KV cache", cache, awake)
     if config.eval.teacher:
         yield Item("teacher's engine", teacher.parameters * c + teacher_cache, PHASES[:1])
 

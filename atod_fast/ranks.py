@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -12,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from atod_fast.errors import GuardError, UserError
+from atod_fast.errors import EngineFailure, GuardError, UserError
 from atod_fast.trajectory import Trajectory, Turn
+
+_before_stop: list[Callable[[], object]] = []
 
 
 def rank() -> int:
@@ -43,7 +47,15 @@ def start() -> tuple[torch.device, DeviceMesh]:
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
 
 
+def before_stop(action: Callable[[], object]) -> None:
+    """Have `stop` do this first: for what uses the process groups and must end before they do."""
+    _before_stop.append(action)
+
+
 def stop() -> None:
+    while _before_stop:
+        with suppress(Exception):  # the process ends, whatever state an error left it in
+            _before_stop.pop()()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -71,13 +83,19 @@ def any_rank(flag: bool) -> bool:
     return bool(total(torch.tensor(int(flag))))
 
 
+def speak_alone(line: str) -> None:
+    """Say on stderr what stops this rank and may never reach the first one, which prints what stops all."""
+    if rank():
+        print(f"atod_fast: rank {rank()}: {line}", file=sys.stderr, flush=True)
+
+
 def raise_together(error: UserError | GuardError | None) -> None:
     """Raise the first rank's error on every rank: one that stopped alone would leave the others waiting for it."""
-    text = "" if error is None else f"{error.exit_code}{error}"
+    text = "" if error is None else f"{type(error).__name__}:{error}"
     for found in _all_gather_bytes(text.encode()):
         if found:
-            code, message = int(found[:1]), found[1:].decode()
-            raise (UserError if code == UserError.exit_code else GuardError)(message)
+            kind, _, message = found.decode().partition(":")
+            raise {error.__name__: error for error in (UserError, GuardError, EngineFailure)}[kind](message)
 
 
 def barrier() -> None:
@@ -88,6 +106,20 @@ def barrier() -> None:
 def from_first(text: str) -> str:
     """Rank 0's text on every rank."""
     return _all_gather_bytes(text.encode())[0].decode()
+
+
+def tell(text: str | None, group: dist.ProcessGroup) -> str:
+    """The text that the first rank of `group` tells, on every rank of it; the others give None."""
+    size = torch.tensor([len(text.encode()) if text is not None else 0])
+    dist.broadcast(size, group=group, group_src=0)
+    data = torch.zeros(int(size), dtype=torch.uint8) if text is None else torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    dist.broadcast(data, group=group, group_src=0)
+    return data.numpy().tobytes().decode()
+
+
+def neighbours(size: int) -> dist.ProcessGroup:
+    """The group of `size` consecutive ranks that this one belongs to, on the CPU. Collective over all ranks."""
+    return dist.new_subgroups(size, backend="gloo")[0]
 
 
 def gather_trajectories(mine: Sequence[Trajectory]) -> list[Trajectory]:

@@ -44,7 +44,7 @@ _PAPER: Level = {
     "objective.normalise_std": True,
     "objective.baseline": "rows",  # verl-agent's default; the paper does not settle it
     "objective.aggregation": "token",
-    "objective.tis_cap": 0.0,
+    "objective.tis_cap": 2.0,
     **_schedule("linear", kappa=(1.0, 0.1), rho=(1.0, 2.0)),
     "turns.disagreement": "sampled",
     "turns.uncertainty": "sampled",
@@ -53,7 +53,7 @@ _PAPER: Level = {
     "turns.scope": "trajectory",
     "turns.budget": "raw",
 }
-_EXACT = {"objective.divergence": "reverse_kl", "objective.tis_cap": 2.0, "turns.disagreement": "exact", "turns.uncertainty": "exact", "turns.budget": "mean1"}
+_EXACT = {"objective.divergence": "reverse_kl", "turns.disagreement": "exact", "turns.uncertainty": "exact", "turns.budget": "mean1"}
 _UNIFORM = {"turns.fuse": "uniform"}
 OBJECTIVES: dict[str, Level] = {
     "paper": _PAPER,
@@ -108,11 +108,21 @@ def to_toml(config: Config) -> str:
 
 def check_world(config: Config, ranks: int) -> None:
     """UserError unless `ranks` processes can share a step's tasks evenly."""
-    tasks = config.train.tasks_per_step
-    if tasks % ranks:
-        fewer = tasks // ranks * ranks
-        near = f"{fewer} or {fewer + ranks}" if fewer else f"{ranks}"
-        raise UserError(f"train.tasks_per_step={tasks} cannot be divided by {ranks} ranks; use {near}, or another number of ranks")
+    tasks, together = config.train.tasks_per_step, config.rollout.tensor_parallel
+    engines = check_engines(config, ranks)
+    if tasks % engines:
+        fewer = tasks // engines * engines
+        near = f"{fewer} or {fewer + engines}" if fewer else f"{engines}"
+        share = f"{ranks} ranks" if together == 1 else f"the {engines} engines of {ranks} ranks"
+        raise UserError(f"train.tasks_per_step={tasks} cannot be divided by {share}; use {near}, or another number of ranks")
+
+
+def check_engines(config: Config, ranks: int) -> int:
+    """How many rollout engines `ranks` processes make up; UserError unless they are whole ones."""
+    together = config.rollout.tensor_parallel
+    if ranks % together:
+        raise UserError(f"rollout.tensor_parallel={together} does not divide {ranks} {'rank' if ranks == 1 else 'ranks'}; use a divisor of their number")
+    return ranks // together
 
 
 def check_model(config: Config, path: str, model: Mapping[str, Any]) -> None:

@@ -17,18 +17,19 @@ from __future__ import annotations
 import io
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import cli, objective, plan, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.envs import find
-from atod_fast.errors import GuardError, UserError
+from atod_fast.errors import EngineFailure, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer
 from atod_fast.observe import curves, transcripts
@@ -37,7 +38,7 @@ from atod_fast.observe.metrics import Clock, MetricsLog
 from atod_fast.policy import checkpoint
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
-from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.rollout.actor import Actor, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
 from atod_fast.settings import check_model, check_world, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, rows, turn_table
@@ -66,7 +67,8 @@ class Run:
         self.tokenizer = tokenizers[0]
         self.export_dtype = shapes[0].dtype or torch.float32
         self.actor = Actor(config, self.tokenizer, shapes[0].get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
-        self.engine = make_engine(config, config.student.path, self.device)
+        # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
+        self.engine = make_engine(config, config.student.path, self.device, filled=False)
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
 
         self.done = 0  # steps
@@ -83,7 +85,7 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
             self.log = MetricsLog(self.run_dir / "metrics.jsonl", first_step=self.done + 1 if resume else 0)
-        self.console.say(f"run folder {self.run_dir}")
+        self.console.say(f"run folder {self.run_dir}, rollouts by {engine_kind(config, self.device)}")
         self.resync()
         if not resume:
             self.before = self.evaluate_before()
@@ -137,10 +139,10 @@ class Run:
                 with clock("train"):
                     learned = learner.update(minibatches, streams, learning_rate(config, step))
                 with clock("resync"):
-                    self.resync()
+                    sent = self.resync()
                 self.done = step
 
-                metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, **gap} | policy_metrics(learned)
+                metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, "sync/bytes": sent, **gap} | policy_metrics(learned)
                 metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages, imitate) | clock.seconds
                 metrics |= {"time/step": clock.total, "perf/tokens_per_second": float(table.length.sum()) / clock.total}
                 metrics |= {"memory/peak_gib": peak_memory(self.device)}
@@ -156,10 +158,26 @@ class Run:
         return 0
 
     def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
-        """`act` on every rank, all ranks' trajectories on every rank.
-
-        What ends it on one rank, an error or a request to stop, is raised on all.
+        """`act` on every rank, all ranks' trajectories on every rank. An engine that broke down is made anew, once, and the
+        same episodes are played from their beginning: what half a rollout left is not used.
         """
+        try:
+            return self.play_once(label, act)
+        except EngineFailure as failure:
+            self.console.say(f"{label}: the rollout engine broke down ({failure}); it gets its weights anew, and the episodes begin again")
+        try:
+            self.resync()
+        except RuntimeError as failure:  # the device itself may be lost, on this rank alone
+            line = f"{label}: the rollout engine did not take its weights anew ({failure}); go on from the last checkpoint with --resume auto"
+            ranks.speak_alone(line)
+            raise GuardError(line) from failure
+        try:
+            return self.play_once(label, act)
+        except EngineFailure as failure:
+            raise GuardError(f"{label}: the rollout engine broke down twice ({failure}); go on from the last checkpoint with --resume auto") from failure
+
+    def play_once(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
+        """What ends `act` on one rank, an error or a request to stop, is raised on all."""
         mine: list[Trajectory] = []
         failure: UserError | GuardError | None = None
         with self.console.progress(label) as show:
@@ -174,6 +192,11 @@ class Run:
             except Interrupted:
                 pass
             except (UserError, GuardError) as error:
+                if isinstance(error, EngineFailure) and self.config.rollout.tensor_parallel > 1:
+                    # The engine's other ranks may still wait inside it for this one, and would never hear of it.
+                    line = f"{label}: the rollout engine broke down ({error}); go on from the last checkpoint with --resume auto"
+                    ranks.speak_alone(line)
+                    raise GuardError(line) from error
                 failure = error
         ranks.raise_together(failure)
         if ranks.any_rank(self.interrupt.requested):
@@ -189,14 +212,28 @@ class Run:
         """The student's and, with eval.teacher, the teacher's success on the held-out tasks before any training."""
         found = {"eval/success": self.success(self.engine, "evaluating the student")}
         if self.config.eval.teacher:
-            teacher = make_engine(self.config, self.config.teacher.path, self.device)
+            # With transformers: a second vLLM in the process could not be taken down without the first one's process groups.
+            self.engine.sleep()
+            teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers")
             found["eval/teacher_success"] = self.success(teacher, "evaluating the teacher")
+            del teacher
+            self.resync()
         self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in found.items()))
         return found
 
-    def resync(self) -> None:
-        self.engine.wake()
-        self.engine.load_weights(stream_weights(self.learner.student))
+    def resync(self) -> int:
+        """The student's weights to the rollout engine, which wakes for them; bytes sent."""
+        sent = 0
+
+        def counted() -> Iterator[tuple[str, Tensor]]:
+            nonlocal sent
+            for name, weight in stream_weights(self.learner.student):
+                sent += weight.nbytes
+                yield name, weight
+
+        self.learner.make_room()
+        self.engine.load_weights(counted())
+        return sent
 
     def checked_gap(self, gap: tuple[float, float]) -> dict[str, float]:
         limit = self.config.guard.logprob_gap or LOGPROB_GAP[dtype_of(self.config.student.compute_dtype, self.device)]
@@ -290,6 +327,7 @@ def policy_metrics(learned: dict[str, float]) -> dict[str, float]:
         "policy/entropy": learned["entropy"],
         "policy/clip_fraction": learned["clip_fraction"],
         "policy/gradient_norm": learned["gradient_norm"],
+        "policy/importance_weight": learned["importance"],
     }
 
 

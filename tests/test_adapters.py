@@ -75,6 +75,9 @@ class Guesser:
     def release(self, key: int) -> None:
         pass
 
+    def end(self) -> None:
+        pass
+
 
 def play(env: Environment, tasks: int = 12):
     config = Config.model_validate({"rollout": {"prompt_tokens": 4000, "response_tokens": 24, "concurrency": 4}, "env": {"max_turns": 8, "step_timeout": 20.0}})

@@ -181,7 +181,16 @@ def test_presets_hold_the_papers_settings(task, size):
 
 
 # What depends on the machine, on taste, or is not in use with preset `paper`.
-FREE = {"rollout.engine", "eval.teacher", "train.seed", "objective.alpha", "objective.gigpo_omega", "objective.gigpo_gamma"}
+FREE = {
+    "rollout.engine",
+    "rollout.tensor_parallel",
+    "rollout.kv_cache_gib",
+    "eval.teacher",
+    "train.seed",
+    "objective.alpha",
+    "objective.gigpo_omega",
+    "objective.gigpo_gamma",
+}
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("demo")])
@@ -308,6 +317,7 @@ def test_bad_usage_is_one_line_that_names_the_remedy(argv, parts):
         (["objective.divergence=skew_reverse_kl", "objective.alpha=1"], ["objective.alpha=1", "skew_reverse_kl"]),
         (["objective.dual_clip=0.5"], ["objective.dual_clip=0.5"]),
         (["train.group_size=1"], ["train.group_size=1", "opd"]),
+        (["rollout.tensor_parallel=2"], ["rollout.tensor_parallel=2", "rollout.engine=vllm"]),
         (["rollout.context=full", "rollout.prompt_tokens=100", "rollout.response_tokens=100"], ["rollout.response_tokens=100", "rollout.prompt_tokens"]),
     ],
 )
@@ -325,6 +335,7 @@ def test_settings_that_contradict_each_other_are_refused(argv, parts):
         ["objective.divergence=skew_reverse_kl", "objective.alpha=0"],
         ["objective.dual_clip=0", "objective.tis_cap=1"],
         ["train.group_size=1", "objective.preset=opd"],
+        ["rollout.tensor_parallel=2", "rollout.engine=vllm"],
         ["rollout.context=window", "rollout.prompt_tokens=100", "rollout.response_tokens=100"],
     ],
 )
@@ -352,6 +363,14 @@ def test_ranks_that_cannot_share_the_tasks_are_refused(tasks, ranks, remedy):
     with pytest.raises(UserError, match=remedy):
         check_world(config, ranks)
     check_world(config, 4)
+
+
+def test_engines_of_several_ranks_are_whole_and_share_the_tasks():
+    config = load(overrides=["rollout.engine=vllm", "rollout.tensor_parallel=4", "train.tasks_per_step=2"])
+    check_world(config, 8)
+    for ranks, line in ((6, "rollout.tensor_parallel=4 does not divide 6 ranks"), (12, "train.tasks_per_step=2 cannot .* 3 engines of 12 ranks; use 3")):
+        with pytest.raises(UserError, match=line):
+            check_world(config, ranks)
 
 
 @pytest.mark.parametrize("model", [{"max_position_embeddings": 128}, {"text_config": {"max_position_embeddings": 128}}])

@@ -184,7 +184,7 @@ def test_uniform_weights_give_plain_distillation_plus_reward():
 @pytest.mark.parametrize("divergence", ["k1", "k2", "k3", *FULL_VOCABULARY])
 def test_kappa_zero_is_grpo_whatever_the_divergence_and_asks_nothing_of_the_teacher(divergence):
     table = make_table([4, 3, 5, 2])
-    tokens, objective = tokens_of(table), Objective(divergence=divergence, entropy_bonus=0.0, dual_clip=0.0)
+    tokens, objective = tokens_of(table), Objective(divergence=divergence, entropy_bonus=0.0, dual_clip=0.0, tis_cap=0.0)
     tokens.teacher_logp = torch.full_like(tokens.old_logp, torch.nan)
     weight = torch.full_like(table.disagreement, torch.nan)
     streams = streams_of(table, tokens, objective, kappa=0.0, rho=1.0, weight=weight)
@@ -216,7 +216,7 @@ def test_turn_weights_touch_the_imitation_term_alone(divergence):
 def test_a_divergence_loss_is_added_to_the_clipped_reward_loss():
     """L = rho L_clip(A_RL) + kappa sum m w D / sum m."""
     table = make_table([4, 3, 3])
-    tokens, objective = tokens_of(table), Objective(divergence="reverse_kl", entropy_bonus=0.0)
+    tokens, objective = tokens_of(table), Objective(divergence="reverse_kl", entropy_bonus=0.0, tis_cap=0.0)
     divergence = torch.rand(len(tokens.turn))
     w, rl = weigh_turns(table, Turns()).weight[tokens.turn], rl_advantages(table, objective).turn[tokens.turn]
     loss = token_loss(statistics(tokens.logp, divergence=divergence), streams_of(table, tokens, objective, 0.6, 1.5), objective).sum()
@@ -391,6 +391,7 @@ def test_diagnostics_are_the_minibatch_means():
         "entropy": entropy.mean(),
         "opd": (streams.advantage - streams.reward_advantage).abs().mean(),
         "rl": streams.reward_advantage.abs().mean(),
+        "importance": (tokens.old_logp - tokens.rollout_logp).exp().clamp(max=objective.tis_cap).mean(),
     }
     assert set(seen) == set(expected)
     assert 0 < seen.pop("clip_fraction") < 1

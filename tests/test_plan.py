@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 from atod_fast import plan
 from atod_fast.cli import parse
 from atod_fast.errors import UserError
+from atod_fast.models import attention_shape
+from atod_fast.rollout import vllm_limits
+from atod_fast.rollout.vllm_limits import BLOCK, cache_bytes
 from atod_fast.settings import load
 
 CPU = torch.device("cpu")
@@ -123,6 +126,42 @@ def test_checkpointing_and_offload_save_what_they_promise(tiny):
     assert "teacher, shard" in base and "teacher, shard" not in config
 
 
+def test_an_engine_holds_on_cuda_only_what_it_cannot_give_back_between_rollouts(tiny):
+    cuda = torch.device("cuda")
+    names = {"rollout engine, weights", "rollout engine, KV cache"}
+    for kind, kept in (("vllm", set()), ("transformers", {"rollout engine, weights"})):
+        config = parse([*tiny, f"rollout.engine={kind}", "student.compute_dtype=bf16"]).config
+        assert names <= held(config, "rollout", device=cuda).keys()
+        assert names & held(config, "update", device=cuda).keys() == kept
+        assert names <= held(config, "update", device=CPU).keys()
+
+
+def test_ranks_that_are_one_engine_share_its_memory(tiny):
+    one, two = (held(parse([*tiny, "rollout.engine=vllm", f"rollout.tensor_parallel={n}"]).config, "rollout", ranks=2) for n in (1, 2))
+    for name in ("rollout engine, weights", "rollout engine, KV cache"):
+        assert one[name] == 2 * two[name] > 0
+    bounded = held(parse([*tiny, "rollout.engine=vllm", "rollout.kv_cache_gib=1.5"]).config, "rollout")
+    assert bounded["rollout engine, KV cache"] == 1.5 * GIB
+
+
+def test_heads_that_cannot_be_shared_and_a_vllm_that_is_not_here(tiny, monkeypatch):
+    with pytest.raises(UserError, match="rollout.tensor_parallel=8 cannot share the student's 4 heads"):
+        plan.describe(parse([*tiny, "rollout.engine=vllm", "rollout.tensor_parallel=8"]).config, 8)
+    for found, said in ((None, True), ("0.32.0", False)):
+        monkeypatch.setattr(vllm_limits, "installed", lambda found=found: found)
+        assert ("# rollouts by vLLM 0.32, which is not installed here" in plan.describe(parse([*tiny, "rollout.engine=vllm"]).config, 2)) == said
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_a_vllm_cache_is_planned_as_it_is_asked_for(tiny, together):
+    """In whole blocks and one to spare; key/value heads that cannot be split further are held by more than one rank."""
+    config, model = parse([*tiny, "rollout.engine=vllm", f"rollout.tensor_parallel={together}"]).config, qwen3(**SMALL)
+    asked = cache_bytes(config, attention_shape(model), torch.float32)
+    line = plan.cache_line(plan.shape_of("m", model), 4) / min(together, model.num_key_value_heads)
+    least = config.rollout.concurrency * config.rollout.longest * line
+    assert least < asked <= least + (config.rollout.concurrency + 1) * BLOCK * line
+
+
 @pytest.mark.parametrize(
     ("overrides", "scoring", "updating"),
     [(["objective.preset=paper"], False, False), (["objective.preset=exact"], True, True), (["turns.disagreement=exact"], True, False)],
@@ -192,11 +231,14 @@ def test_a_hub_name_without_its_config_is_planned_without_parameters(tiny):
         ("teacher.path=some/other/folder", "neither a folder with a config.json nor a hub name"),
         ("rollout.prompt_tokens=2000", "exceeds the 1024 positions"),
         ("train.tasks_per_step=7", "cannot be divided by 2 ranks"),
+        ("rollout.engine=vllm rollout.tensor_parallel=3", "rollout.tensor_parallel=3 does not divide 2 ranks"),
+        ("rollout.engine=vllm rollout.kv_cache_gib=1e-6", "rollout.kv_cache_gib=1e-06 holds no sequence of 384 tokens"),
+        ("rollout.engine=vllm eval.temperature=3", "eval.temperature=3: vLLM samples at 0.01 to 2"),
     ],
 )
 def test_what_could_not_run_is_refused(tiny, override, reason):
     with pytest.raises(UserError, match=reason) as error:
-        plan.describe(parse([*tiny, override]).config, 2)
+        plan.describe(parse([*tiny, *override.split()]).config, 2)
     assert "\n" not in str(error.value)
 
 

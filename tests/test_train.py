@@ -95,8 +95,18 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(three_ste
     assert sorted(p.name for p in (copied / "checkpoints").iterdir()) == ["step_000002", "step_000003.abandoned", "step_000004"]
 
 
-def test_without_a_learning_rate_nothing_moves(tmp_path):
+def test_without_a_learning_rate_nothing_moves(tmp_path, monkeypatch):
+    played, real = [], train.Run.play
+
+    def play(self, label, act):
+        found = real(self, label, act)
+        if label == "evaluating":
+            played.append([(turn.action, turn.logprobs) for trajectory in found for turn in trajectory.turns])
+        return found
+
+    monkeypatch.setattr(train.Run, "play", play)
     lines = run(tmp_path / "still", "train.steps=10", "train.learning_rate=0.0", "eval.every=5", "eval.temperature=0.0")
+    assert len(played) == 2 and played[0] == played[1], "greedy rollouts, bit for bit"
     before = AutoModelForCausalLM.from_pretrained(resolve("demo:student"))
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "still" / "hf")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))

@@ -47,6 +47,7 @@ def diagnostics(stats: Statistics, streams: Streams, objective: Objective) -> di
     """Scalars that, like the loss, add up over micro-batches and ranks to the mini-batch's mean.
 
     clip_fraction: tokens whose gradient a clip stopped. approx_kl: KL(old || current) by its k3 estimate, never negative.
+    importance: mean truncated importance weight, 1 where the rollout engine computes as the trainer does.
     opd and rl: mean size of the imitation and the reward term; their quotient is the balance to log. Where imitation is a
     loss, its size is that of the loss term.
     """
@@ -60,6 +61,7 @@ def diagnostics(stats: Statistics, streams: Streams, objective: Objective) -> di
         "entropy": stats.entropy,
         "opd": opd,
         "rl": streams.reward_advantage.abs(),
+        "importance": streams.policy_weight,
     }
     return {name: (streams.weight * value).sum() for name, value in values.items()}
 

@@ -133,6 +133,13 @@ class Learner:
                     signals[line, numbers.cpu()] = turn_reduce(values, offsets, "mean").cpu()
         return tuple(ranks.total(signals))
 
+    def make_room(self) -> None:
+        """Free what the device holds between updates beyond shards and optimiser, for a rollout engine to wake up in."""
+        reshard(self.student)
+        reshard(self.teacher.policy)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def logprob_gap(self, minibatches: MiniBatches) -> tuple[float, float]:
         """Mean and largest |rollout engine's - trainer's log-prob| of the sampled tokens over all ranks.
 

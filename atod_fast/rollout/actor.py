@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
-from atod_fast.models import dtype_of, load_model
+from atod_fast.models import attention_shape, dtype_of, load_config, load_model
+from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engine import Engine
+from atod_fast.rollout.lockstep import Lockstep
 from atod_fast.rollout.prompts import prompt_for
 from atod_fast.rollout.rendering import ChatRenderer, Renderer
 from atod_fast.rollout.transformers_engine import TransformersEngine
@@ -27,7 +30,10 @@ EVALUATION = 0xE7A1  # head of the seeds of evaluation episodes: equal for every
 
 
 class Actor:
-    """This rank's share of every rollout. Group g of a step belongs to rank g modulo their number, and so do the held-out tasks in turn."""
+    """This rank's share of every rollout. Group g of a step belongs to rank g modulo their number, and so do the held-out tasks in turn.
+
+    Ranks that are one engine together count as one, and their first plays.
+    """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, *, rank: int, ranks: int):
         self.config, self.rank, self.ranks = config, rank, ranks
@@ -41,11 +47,17 @@ class Actor:
         """Made when first asked for: an evaluation needs none."""
         return make(self.config.env.name, **(self.config.env.options | self.config.env.train))
 
+    def _share(self, engine: Engine) -> tuple[int, int]:
+        """Number of this rank's engine among all of its kind, and theirs."""
+        together = self.config.rollout.tensor_parallel if isinstance(engine, Lockstep) else 1
+        return self.rank // together, self.ranks // together
+
     def train(self, engine: Engine, step: int, progress: Progress | None = None) -> list[Trajectory]:
         """Groups of a step (counted from 1). Tasks come in a seeded order, each once an epoch; a pure function of the step."""
         train = self.config.train
+        first, engines = self._share(engine)
         episodes = []
-        for group in range(self.rank, train.tasks_per_step, self.ranks):
+        for group in range(first, train.tasks_per_step, engines):
             epoch, place = divmod((step - 1) * train.tasks_per_step + group, len(self.training))
             task = int(np.random.default_rng([train.seed, epoch]).permutation(len(self.training))[place])
             world = _seed(train.seed, step, group)
@@ -58,11 +70,15 @@ class Actor:
         They are drawn from all, as official games are listed by task type.
         """
         drawn = np.sort(np.random.default_rng(EVALUATION).permutation(len(self.heldout))[: self.config.eval.tasks])
-        mine = drawn[self.rank :: self.ranks].tolist()
+        first, engines = self._share(engine)
+        mine = drawn[first::engines].tolist()
         episodes = [Episode(task, task, 0, seed=_seed(EVALUATION, task), env_seed=_seed(EVALUATION, task)) for task in mine]
         return self._play(engine, self.heldout, episodes, self.config.eval.temperature, progress)
 
     def _play(self, engine: Engine, env: Environment, episodes: list[Episode], temperature: float, progress: Progress | None) -> list[Trajectory]:
+        if isinstance(engine, Lockstep) and not engine.leads:
+            engine.follow()
+            return []
         return rollout(engine, env, self.renderer, episodes, self.config, temperature=temperature, progress=progress)
 
 
@@ -103,8 +119,35 @@ def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: E
     return CompactRenderer(tokenizer, spoken.dialect)
 
 
-def make_engine(config: Config, model_path: str, device: torch.device) -> Engine:
-    """The engine of `rollout.engine`, holding the checkpoint at `model_path`."""
-    dtype = dtype_of(config.student.compute_dtype, device)
-    model = load_model(model_path, dtype).to(device)
-    return TransformersEngine(model, slots=config.rollout.concurrency, max_model_len=config.rollout.longest, device=device)
+def engine_kind(config: Config, device: torch.device) -> str:
+    """`rollout.engine`; auto is vllm on CUDA where the supported version is installed, else transformers."""
+    if config.rollout.engine != "auto":
+        return config.rollout.engine
+    return "vllm" if device.type == "cuda" and vllm_limits.supported() else "transformers"
+
+
+def make_engine(config: Config, model_path: str, device: torch.device, kind: str | None = None, *, filled: bool = True) -> Engine:
+    """The engine of `rollout.engine` (or of `kind`), holding the checkpoint at `model_path`.
+
+    With `filled` off it awaits a trainer's weights. vLLM is built before the trainer's models, by every rank together.
+    """
+    how, dtype = config.rollout, dtype_of(config.student.compute_dtype, device)
+    if (kind or engine_kind(config, device)) == "transformers":
+        engine = TransformersEngine(load_model(model_path, dtype).to(device), slots=how.concurrency, max_model_len=how.longest, device=device)
+        if not filled:
+            engine.sleep()
+        return engine
+    shape = attention_shape(load_config(model_path))
+    vllm_limits.check_installed()
+    vllm_limits.check(config, shape, dtype)
+    engine = vllm_engine.build(
+        model_path,
+        dtype,
+        device,
+        concurrency=how.concurrency,
+        max_model_len=how.longest,
+        tensor_parallel=how.tensor_parallel,
+        cache_bytes=vllm_limits.cache_bytes(config, shape, dtype),
+        filled=filled,
+    )
+    return Lockstep(engine, ranks.neighbours(how.tensor_parallel)) if how.tensor_parallel > 1 else engine

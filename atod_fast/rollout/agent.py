@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,11 +59,13 @@ def rollout(
     how = config.rollout
     if engine.max_model_len < how.longest:
         raise UserError(f"rollout.prompt_tokens={how.prompt_tokens}: sequences of {how.longest} tokens, the engine holds {engine.max_model_len}; lower it")
-    engine.begin(Sampling(how.temperature if temperature is None else temperature, how.response_tokens, renderer.stop_ids, renderer.valid_columns))
     plays = [_Play(key, episode, renderer, config) for key, episode in enumerate(episodes)]
     waiting = deque(plays)
     live = asked = finished = tokens = 0
-    with closing(Pool(env, workers=config.env.workers, timeout=config.env.step_timeout)) as pool:
+    sampling = Sampling(how.temperature if temperature is None else temperature, how.response_tokens, renderer.stop_ids, renderer.valid_columns)
+    with closing(Pool(env, workers=config.env.workers, timeout=config.env.step_timeout)) as pool, ExitStack() as last:
+        last.callback(engine.end)
+        engine.begin(sampling)
         while waiting or live:
             while waiting and live < how.concurrency:
                 play = waiting.popleft()

@@ -1,12 +1,21 @@
-"""What the agent loop asks of a generator: token ids in, token ids and log-probs out, one step at a time."""
+"""What the agent loop asks of a generator: token ids in, token ids and log-probs out, one step at a time.
+
+    load_weights -> begin -> (add | step | release)* -> end -> begin ... -> sleep -> load_weights -> ...
+
+An engine shares its accelerator with the trainer. `sleep` gives up what it holds there, weights included, and
+`load_weights` alone wakes it: to roll out with weights that are not there, or not the trainer's, is an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from atod_fast.errors import GuardError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +51,43 @@ class Engine(Protocol):
     max_model_len: int  # prompt + response tokens
 
     def begin(self, sampling: Sampling) -> None:
-        """Start a rollout: nothing is cached or queued from the one before."""
+        """Start a rollout: nothing is queued from the one before. RuntimeError without weights."""
 
     def add(self, request: Request) -> None:
         """Queue one continuation."""
 
     def step(self) -> list[Completion]:
-        """Advance every running request (by about one token); return those that finished."""
+        """Advance every running request (by about one token); return those that finished.
+
+        EngineFailure where the engine broke down: `load_weights` makes it anew, as far as that is possible.
+        """
 
     def release(self, key: int) -> None:
-        """The trajectory is over: forget its cache."""
+        """The trajectory is over: forget its cache, and its request if there is one."""
+
+    def end(self) -> None:
+        """The rollout is over, however it ended: forget all requests."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights; names as in the Hugging Face checkpoint. A missing or unknown name is an error."""
+        """Wake up, and replace all weights; names as in the Hugging Face checkpoint. GuardError where one is missing or unknown."""
 
     def sleep(self) -> None:
-        """Free accelerator memory between rollouts (a no-op where nothing is held)."""
+        """Free accelerator memory between rollouts. The next rollout needs `load_weights` first."""
 
-    def wake(self) -> None:
-        """Undo `sleep`; weights must be loaded before the next rollout."""
+
+def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """`weights` as they come. GuardError for a name that is not in `shapes`, another shape, and at the end for names that did not come."""
+    missing = dict(shapes)
+    for name, weight in weights:
+        if name not in shapes:
+            raise GuardError(f"weight sync: the trainer sends {name!r}, which the rollout engine's model does not have; its names begin with {_some(shapes)}")
+        if weight.shape != shapes[name]:
+            raise GuardError(f"weight sync: {name} has shape {tuple(weight.shape)}, in the rollout engine {tuple(shapes[name])}; are the models the same?")
+        missing.pop(name, None)
+        yield name, weight
+    if missing:
+        raise GuardError(f"weight sync: the trainer did not send {len(missing)} of the rollout engine's {len(shapes)} weights, among them {_some(missing)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:3])

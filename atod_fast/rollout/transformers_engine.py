@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atod_fast.errors import GuardError, UserError
-from atod_fast.rollout.engine import Completion, Request, Sampling
+from atod_fast.rollout.engine import Completion, Request, Sampling, checked
 from atod_fast.rollout.slot_attention import Slots
 
 
@@ -73,6 +73,7 @@ class TransformersEngine:
         self._pass_tokens = pass_tokens
         self._slots = Slots(slots, max_model_len, model.dtype, self._device)
         self._capacity = slots
+        self._filled = True
         self._reset()
 
     def _reset(self) -> None:
@@ -89,6 +90,8 @@ class TransformersEngine:
         self._token = np.zeros(slots, np.int64)  # the token to feed next
 
     def begin(self, sampling: Sampling) -> None:
+        if not self._filled:
+            raise RuntimeError("the engine was put to sleep: load_weights first")
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
         valid = sampling.valid_columns
         if valid is not None and (valid.shape != (vocabulary,) or not valid.any()):
@@ -102,6 +105,8 @@ class TransformersEngine:
         self._uniform, self._ids, self._logprobs = np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
 
     def add(self, request: Request) -> None:
+        if not self._filled:
+            raise RuntimeError("the engine was put to sleep: load_weights first")
         room = self.max_model_len - self._sampling.max_tokens
         if not 0 < len(request.prompt) <= room:
             raise UserError(f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; raise it or show less")
@@ -194,27 +199,21 @@ class TransformersEngine:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
+    def end(self) -> None:
+        self._reset()
+
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        state = self._model.state_dict()
-        shared = state.keys() - dict(self._model.named_parameters()).keys() - dict(self._model.named_buffers()).keys()  # a tied head
-        missing = state.keys() - shared
-        for name, weight in weights:
-            if name not in state:
-                raise ValueError(f"load_weights: unknown name {name!r}; the model's begin with {', '.join(list(state)[:3])}")
-            if weight.shape != state[name].shape:
-                raise ValueError(f"load_weights: {name} has shape {tuple(weight.shape)}, the model's is {tuple(state[name].shape)}")
-            if name not in shared:
-                state[name].copy_(weight)
-                missing -= {name}
-        if missing:
-            raise ValueError(f"load_weights: {len(missing)} weights are missing, among them {', '.join(sorted(missing)[:3])}")
+        self._filled = False
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, weight in checked(weights, {name: parameter.shape for name, parameter in parameters.items()}):
+            parameters[name].copy_(weight)
+        self._filled = True
 
     def sleep(self) -> None:
+        """The key/value cache is given up; the model stays where it is."""
+        self._filled = False
         if self._device.type == "cuda":
             self._reset()
             self._slots.free()
             torch.cuda.empty_cache()
-
-    def wake(self) -> None:
-        pass

@@ -1,0 +1,90 @@
+"""Ranks that are one engine together: the first of them plays, the others repeat its calls.
+
+Each rank of a tensor-parallel vLLM schedules for itself and meets the others inside the model's collectives, so all must be
+given the same requests in the same order. Worlds may answer in any order; only the first rank asks them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from atod_fast import ranks
+from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
+
+
+class Lockstep:
+    """An `Engine` on the first rank of `group`; the others `follow` it through each rollout. Weights and sleep are everyone's own calls."""
+
+    def __init__(self, engine: Engine, group: ProcessGroup) -> None:
+        self._engine, self._group = engine, group
+        self.leads = group.rank() == 0
+        self.max_model_len = engine.max_model_len
+        self._calls: list[list] = []  # made here and not yet told
+        self._whole = True
+
+    def begin(self, sampling: Sampling) -> None:
+        columns = sampling.valid_columns
+        told = None if columns is None else [len(columns), (~columns).nonzero()[:, 0].tolist()]
+        self._engine.begin(sampling)
+        self._whole = True
+        self._calls.append(["begin", sampling.temperature, sampling.max_tokens, sampling.stop_ids, told])
+
+    def add(self, request: Request) -> None:
+        self._engine.add(request)
+        self._calls.append(["add", request.key, request.prompt, request.seed])
+
+    def release(self, key: int) -> None:
+        self._engine.release(key)
+        self._calls.append(["release", key])
+
+    def step(self) -> list[Completion]:
+        self._tell(["step"])
+        try:
+            return self._engine.step()
+        except BaseException:
+            self._whole = False
+            raise
+
+    def end(self) -> None:
+        """What ends a rollout in a step ends it on every rank there; what else ends it here is told."""
+        self._engine.end()
+        if self._whole:
+            self._tell(["end"])
+        self._calls = []
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._engine.load_weights(weights)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def follow(self) -> None:
+        """Repeat the leader's calls until its rollout ends."""
+        while True:
+            for name, *arguments in json.loads(ranks.tell(None, self._group)):
+                match name:
+                    case "begin":
+                        temperature, max_tokens, stop_ids, told = arguments
+                        columns = None
+                        if told is not None:
+                            columns = torch.ones(told[0], dtype=torch.bool)
+                            columns[told[1]] = False
+                        self._engine.begin(Sampling(temperature, max_tokens, tuple(stop_ids), columns))
+                    case "add":
+                        self._engine.add(Request(*arguments))
+                    case "release":
+                        self._engine.release(*arguments)
+                    case "step":
+                        self._engine.step()
+                    case "end":
+                        self._engine.end()
+                        return
+
+    def _tell(self, call: list) -> None:
+        ranks.tell(json.dumps([*self._calls, call]), self._group)
+        self._calls = []

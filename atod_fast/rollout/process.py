@@ -1,0 +1,36 @@
+"""The process as it was: for libraries that, when they start, behave as if it were theirs alone."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def unchanged(lent: Mapping[str, str], keep: str) -> Iterator[None]:
+    """Afterwards every generator is in its state of before, torch has its threads and means to set them, and the environment
+    is as it was but for names that begin with `keep`. Meanwhile it holds what of `lent` it lacked.
+    """
+    before = dict(os.environ)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    os.environ |= dict(lent) | before
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        for name in [name for name in os.environ if not name.startswith(keep)]:
+            del os.environ[name]
+        os.environ |= {name: value for name, value in before.items() if not name.startswith(keep)}

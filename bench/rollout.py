@@ -1,0 +1,253 @@
+"""What the agent loop costs beside its engine, and what it would gain if the teacher scored while the student still acts.
+
+    python bench/rollout.py --out bench/results/rollout.md         (with vLLM installed: both engines)
+
+Efficiency: 64 episodes of the demo's games at a concurrency of 64, once through the agent loop, once as bare requests: the
+same prompts, seeds and keys, each turn asked as soon as the one before is answered, with no world, no renderer and no
+trajectory between. Efficiency is bare seconds by loop seconds: both see the same prefixes cached and the same tail. `batch`
+is the engine's raw throughput: the same requests again, as if independent, its batch kept at 64 until none is left. Turns
+cannot be: where they cost less than a batch of strangers, the prefix cache is what saves. Every run begins with none.
+
+Overlap: the loop, then the teacher over all rows; or the teacher in a thread of its own, over the trajectories that have
+ended so far, as soon as it is free. One process, one thread a model: a machine of two cores has one to spare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import queue
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from atod_fast import ranks
+from atod_fast.config import Config
+from atod_fast.models import load_config, load_tokenizer
+from atod_fast.policy.model import HeadJob
+from atod_fast.policy.packing import collate
+from atod_fast.policy.teacher import Teacher
+from atod_fast.rollout import agent, vllm_limits
+from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.rollout.engine import Engine, Request, Sampling
+from atod_fast.trajectory import Trajectory, rows
+
+ROUNDS = 5
+LARGER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+
+
+class Recorded:
+    """An `Engine` that writes down what it is asked."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.requests, self.max_model_len = engine, defaultdict(list), engine.max_model_len
+
+    def add(self, request: Request) -> None:
+        self.requests[request.key].append(request)
+        self.engine.add(request)
+
+    def __getattr__(self, name: str):
+        return getattr(self.engine, name)
+
+
+def forget(engine: Engine) -> None:
+    """vLLM keeps prefixes from one rollout to the next under the same weights; in training each begins with new ones."""
+    core = getattr(engine, "_engine", None)
+    if core is not None:
+        assert core.reset_prefix_cache()
+
+
+def batch(engine: Engine, sampling: Sampling, requests: dict[int, list[Request]]) -> int:
+    """Ask all `requests` as of so many trajectories, 64 at a time; tokens sampled."""
+    forget(engine)
+    engine.begin(sampling)
+    waiting = [Request(number, request.prompt, request.seed) for number, request in enumerate(r for turns in requests.values() for r in turns)]
+    tokens = asked = 0
+    while waiting or asked:
+        while waiting and asked < 64:
+            engine.add(waiting.pop())
+            asked += 1
+        for done in engine.step():
+            engine.release(done.key)
+            tokens += len(done.ids)
+            asked -= 1
+    engine.end()
+    return tokens
+
+
+def bare(engine: Engine, sampling: Sampling, requests: dict[int, list[Request]]) -> int:
+    """Ask `requests`, the turns of each key one after the other; tokens sampled."""
+    forget(engine)
+    engine.begin(sampling)
+    waiting = {key: iter(turns) for key, turns in requests.items()}
+    for turns in waiting.values():
+        engine.add(next(turns))
+    tokens = 0
+    while waiting:
+        for done in engine.step():
+            tokens += len(done.ids)
+            following = next(waiting[done.key], None)
+            if following is not None:
+                engine.add(following)
+            else:
+                engine.release(done.key)
+                del waiting[done.key]
+    engine.end()
+    return tokens
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def loop(actor: Actor, engine: Engine) -> list[Trajectory]:
+    forget(engine)
+    return actor.train(engine, 1)
+
+
+def efficiency(actor: Actor, engine: Engine, config: Config) -> tuple[float, ...]:
+    """(tokens, median seconds of loop, bare and batch, efficiency): in turns, so that a slow minute slows all."""
+    recorded = Recorded(engine)
+    played = actor.train(recorded, 1)
+    tokens = sum(len(turn.action) for trajectory in played for turn in trajectory.turns)
+    sampling = Sampling(config.rollout.temperature, config.rollout.response_tokens, actor.renderer.stop_ids, actor.renderer.valid_columns)
+    assert abs(bare(engine, sampling, recorded.requests) - tokens) < 0.02 * tokens, "bare requests sample what the loop sampled"
+    ways = (lambda: loop(actor, engine), lambda: bare(engine, sampling, recorded.requests), lambda: batch(engine, sampling, recorded.requests))
+    rounds = [[0.0] * 3 for _ in range(ROUNDS)]
+    for number, taken in enumerate(rounds):
+        for way in ((number + place) % 3 for place in range(3)):
+            taken[way] = seconds(ways[way])
+    return tokens, *(statistics.median(column) for column in zip(*rounds, strict=True)), statistics.median(b / a for a, b, _ in rounds)
+
+
+class Scorer:
+    """The teacher's log-probs of trajectories, in micro-batches."""
+
+    def __init__(self, config: Config, mesh, device: torch.device):
+        self.teacher, self.config = Teacher(config, mesh, device), config
+
+    def __call__(self, trajectories: list[Trajectory]) -> None:
+        found = rows(trajectories)
+        for first in range(0, len(found), 16):
+            batch = collate(found[first : first + 16], packed=False)
+            self.teacher.logp(batch, HeadJob(batch.target, self.config.rollout.temperature))
+
+
+def overlapped(actor: Actor, engine: Engine, score: Scorer) -> None:
+    """A rollout whose ended trajectories a thread scores meanwhile."""
+    ended: queue.SimpleQueue[Trajectory | None] = queue.SimpleQueue()
+    plays: list[agent._Play] = []
+
+    class Play(agent._Play):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            plays.append(self)
+
+    class Telling(Recorded):
+        def release(self, key: int) -> None:
+            self.engine.release(key)
+            ended.put(plays[key].trajectory)
+
+    def work() -> None:
+        over = False
+        while not over:
+            batch = [ended.get()]
+            while not ended.empty():
+                batch.append(ended.get())
+            over = None in batch
+            score([trajectory for trajectory in batch if trajectory is not None])
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    given, agent._Play = agent._Play, Play
+    try:
+        forget(engine)
+        actor.train(Telling(engine), 1)
+    finally:
+        agent._Play = given
+        ended.put(None)
+        worker.join()
+
+
+def overlap(actor: Actor, engine: Engine, score: Scorer) -> tuple[float, ...]:
+    """(rollout's, then the teacher's median seconds, the two overlapped, overlapped by one after the other)."""
+    played = actor.train(engine, 1)
+    overlapped(actor, engine, score)
+    triples = [(seconds(lambda: loop(actor, engine)), seconds(lambda: score(played)), seconds(lambda: overlapped(actor, engine, score))) for _ in range(ROUNDS)]
+    rollout, teacher, both = (statistics.median(column) for column in zip(*triples, strict=True))
+    return rollout, teacher, both, statistics.median(c / (a + b) for a, b, c in triples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="MD", help="write the tables here")
+    out = parser.parse_args().out
+    torch.set_num_threads(1)
+    device, mesh = ranks.start()
+    efficient, gained = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in (("demo, 0.2M", "demo:student"), ("random, 3.4M", larger(folder))):
+            config = Config.model_validate({"student": {"path": path}, "env": {"options": {}}})
+            actor = Actor(config, load_tokenizer("demo:student"), load_config(path).vocab_size, rank=0, ranks=1)
+            score = Scorer(Config.model_validate({"teacher": {"path": path}}), mesh, device)
+            for kind in ("transformers", "vllm") if vllm_limits.supported() else ("transformers",):
+                engine = make_engine(config, path, device, kind)
+                tokens, played, alone, raw, ratio = efficiency(actor, engine, config)
+                efficient.append(f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} | {tokens / raw:.0f} |")
+                rollout, teacher, both, share = overlap(actor, engine, score)
+                gained.append(f"| {name} | {kind} | {rollout:.2f} | {teacher:.2f} | {both:.2f} | {share:.2f} |")
+    table = report(efficient, gained)
+    print(table)
+    if out:
+        out.write_text(table, encoding="utf-8")
+    ranks.stop()
+
+
+def larger(folder: str) -> str:
+    """A random model with the demo's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("demo:student")
+    config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, dtype="float32", **LARGER)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def report(efficient: list[str], gained: list[str]) -> str:
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers")) + f", vllm {vllm_limits.installed()}"
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return "\n".join(
+        [
+            "# Rollouts: the agent loop and its engines",
+            "",
+            "`python bench/rollout.py --out bench/results/rollout.md`",
+            "",
+            f"{names[0] if names else platform.processor()}, one thread, {versions}. 64 episodes, concurrency 64; medians of {ROUNDS} alternating rounds on a",
+            "shared machine. Efficiency is the loop's tokens per second by those of the same requests without worlds (goal: 0.9).",
+            "",
+            "| model | engine | tokens | loop, tokens/s | bare, tokens/s | efficiency | batch, tokens/s |",
+            "|---|---|---|---|---|---|---|",
+            *efficient,
+            "",
+            "Teacher after the rollout, or in a thread of its own during it (one process on two cores, the second one otherwise idle):",
+            "",
+            "| model | engine | rollout s | teacher s | overlapped s | overlapped by the sum |",
+            "|---|---|---|---|---|---|",
+            *gained,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
