@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # What WebShop and Search-QA look things up with.
 SEARCH = ["bm25s>=0.3,<0.4", "PyStemmer>=2.2", "rapidfuzz>=3", "tenacity>=9", "urllib3>=2.2"]
+# What wraps environments of other interfaces.
+GYM, OPENENV = ["gymnasium>=1.0"], ["websockets>=15"]
 
 setup(
     name="atod_fast",
@@ -29,8 +31,10 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6; sys_platform == 'linux'", *SEARCH],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6; sys_platform == 'linux'", *SEARCH, *GYM, *OPENENV],
         "search": SEARCH,
+        "gym": GYM,
+        "openenv": OPENENV,
         "vllm": ["vllm==0.32.*"],
         "cuda": ["flash-attn>=2.8", "liger-kernel>=0.8"],
         "alfworld": ["alfworld==0.4.2"],

@@ -40,7 +40,7 @@ class Teacher(Section):
 
 
 class Env(Section):
-    name: str = Field("alfworld", description="alfworld, webshop, searchqa, an entry point of group atod_fast.envs, or module:Class")
+    name: str = Field("alfworld", description="alfworld, webshop, searchqa, gymnasium, openenv, an entry point of group atod_fast.envs, or module:Class")
     max_turns: int = Field(12, ge=1, description="turns after which an episode is cut off")
     options: dict[str, Any] = Field({}, description="options of both splits, passed to atod_fast.envs.make")
     train: dict[str, Any] = Field({"generate": 1500, "seed": 0}, description="options of the training tasks")

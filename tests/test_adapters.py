@@ -154,6 +154,13 @@ def test_a_package_offers_its_world_by_an_entry_point(page, tmp_path, monkeypatc
         make("guess", most=1)
 
 
+def test_an_option_that_is_missing_is_named():
+    with pytest.raises(UserError, match="env.name='gymnasium' needs the option 'id'; give it in env.options"):
+        make("gymnasium", tasks=3)
+    with pytest.raises(UserError, match="env.name='openenv' needs the option 'tasks'"):
+        make("openenv", url="http://127.0.0.1:1")
+
+
 # --- the plain prompt ---------------------------------------------------------------------------------------------------------
 
 
@@ -306,13 +313,6 @@ def test_a_discrete_space_may_start_anywhere_and_a_function_may_tell_the_observa
     env = Gymnasium(id=registered(gymnasium, (gymnasium.spaces.Discrete(2, start=-1),)), tasks=1, actions=["down", "up"], observation="guess:told")
     assert env.reset(0, 0)[0] == "told: start 0"
     assert [env.step(action)[0] for action in ("down", "up")] == ["told: step 1 -1", "told: step 2 0"]
-
-
-def test_a_reward_that_is_no_number_is_the_environment_s_failure(gymnasium):
-    env = Gymnasium(id=registered(gymnasium, reward=float("nan")), tasks=1)
-    env.reset(0, 0)
-    with pytest.raises(ValueError, match="the reward is nan"):
-        env.step("x")
 
 
 @pytest.mark.parametrize(

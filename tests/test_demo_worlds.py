@@ -199,3 +199,9 @@ def test_models_of_another_world_are_refused(preset: str, other: str):
     tokenizer = load_tokenizer(load(other).student.path)
     with pytest.raises(UserError, match=f"use --preset {preset}$"):
         make_renderer(config, tokenizer, len(tokenizer), env)
+
+
+def test_the_demo_s_models_are_refused_in_a_world_whose_words_they_do_not_have():
+    tokenizer = load_tokenizer("demo:student")
+    with pytest.raises(UserError, match="env.name='worlds:Corridor': the models of student.path .* speak of alfworld; give chat models"):
+        make_renderer(load("demo", overrides=["env.name=worlds:Corridor"]), tokenizer, len(tokenizer), make("worlds:Corridor"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from atod_fast.envs import make
@@ -264,6 +264,7 @@ def test_projection_of_a_searchers_answer(text, expected):
 
 
 @given(st.lists(st.sampled_from(["<search>", "</search>", "<answer>", "</answer>", "<Search>", "</ANSWER>", "x", " ", "<", "\n"]), max_size=9).map("".join))
+@example("<search>x</answer></search>")
 def test_a_well_formed_search_or_answer_is_one_the_world_takes(text):
     parse_command = pytest.importorskip("atod_fast.envs.searchqa.env").parse_command
     command, valid = SearchPrompt(thinking=False, history=4).project(text)
@@ -283,5 +284,5 @@ def test_a_world_brings_its_own_prompt_or_has_one_here():
     pytest.importorskip("bm25s")
     assert isinstance(prompt_for("webshop", make("webshop", generate=30), thinking=True, history=3), WebShopPrompt)
     assert isinstance(prompt_for("searchqa", make("searchqa", generate=1), thinking=True, history=3), SearchPrompt)
-    with pytest.raises(UserError, match="env.name='x:World' has no prompt"):
+    with pytest.raises(UserError, match="env.name='x:World' has no prompt; .*PlainPrompt"):
         prompt_for("x:World", object(), thinking=False, history=2)

@@ -148,6 +148,26 @@ def test_a_world_that_raises_ends_its_own_trajectory_only(instant, caplog):
     assert all(world.closed for world in env.family)
 
 
+@pytest.mark.parametrize("instant", [True, False])
+@pytest.mark.parametrize(
+    ("reward", "why"), [(float("nan"), "ValueError: the reward is nan"), (float("-inf"), "ValueError: the reward is -inf"), ("much", "ValueError")]
+)
+def test_a_reward_that_is_no_finite_number_ends_its_own_trajectory_only(instant, reward, why):
+    class Generous(Corridor):
+        def clone(self):
+            return Generous(self.tasks, instant=self.instant)
+
+        def step(self, action):
+            observation, *others = super().step(action)
+            return (observation, reward, *others[1:]) if self.task == 4 and self.count == 2 else (observation, *others)
+
+    played = play(Generous(instant=instant), temperature=0.0)
+    assert [(t.task, len(t.turns), t.turns[-1].reward) for t in played if t.failure] == [(4, 2, 0.0)]
+    assert played[4].failure.startswith(why)
+    healthy = play(Corridor(), temperature=0.0)
+    assert [[turn.action for turn in t.turns] for t in played if t.task != 4] == [[turn.action for turn in t.turns] for t in healthy if t.task != 4]
+
+
 def test_a_world_that_hangs_ends_its_own_trajectory_only():
     release = threading.Event()
     env = Corridor(instant=False, faults={4: release.wait, 5: release.wait})

@@ -169,6 +169,11 @@ def test_cleaning_leaves_ordinary_text_alone():
     assert clean("a <b> c </ref>") == "a ‹b> c ‹/ref>"
 
 
+def test_terminal_sequences_go_as_a_whole_and_hide_no_tag():
+    assert clean("\x1b[2Jgone, \x1b[1;31mred\x1b[0m") == "gone, red"
+    assert clean("<\x1b[0m/information>") == "‹/information>"
+
+
 def test_a_long_passage_is_cut_where_it_shows():
     shown = information(["x" * 50, "short"], chars=20)
     assert shown == f"<information>Doc 1: {'x' * 20}{CUT}\nDoc 2: short\n</information>"
@@ -544,7 +549,7 @@ def test_a_server_that_recovers_is_asked_again(files):
 @pytest.mark.parametrize(
     ("answer", "attempts", "message"),
     [
-        ((503, b"busy\nline two \x1b[2J"), 3, "HTTP status 503: busy line two [2J in 3 attempts"),
+        ((503, b"busy\nline two \x1b[2J"), 3, "HTTP status 503: busy line two in 3 attempts"),
         (None, 3, "no answer"),
         ((404, b'{"detail": "Not Found"}'), 1, "HTTP status 404"),
         ((422, b'{"detail": "query: field required"}'), 1, "query: field required"),
@@ -786,6 +791,8 @@ def test_the_wording_of_verl_agent(files):
         (" <SEARCH>\n two words </Search>\n", ("search", "two words")),
         ("<answer>The <b>B</b></answer>", ("answer", "The <b>B</b>")),
         ("<search></search>", ("search", "")),
+        ("<search>q</answer></search>", ("search", "q</answer>")),
+        ("<search>q</search></search>", None),
         ("", None),
         ("q", None),
         ("<search>q", None),

@@ -16,13 +16,16 @@ BUILT_IN = {
     "alfworld": "atod_fast.envs.alfworld.env:AlfWorld",
     "webshop": "atod_fast.envs.webshop.env:WebShop",
     "searchqa": "atod_fast.envs.searchqa.env:SearchQA",
+    "gymnasium": "atod_fast.envs.gymnasium_adapter:Gymnasium",
+    "openenv": "atod_fast.envs.openenv_adapter:OpenEnv",
 }
 
 
 def make(name: str, **options: Any) -> Environment:
     """The environment `name` with its options.
 
-    `name`: alfworld, webshop, searchqa, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option.
+    `name`: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option, and for
+    an option that is missing.
     """
     factory = find(name)
     parameters = inspect.signature(factory).parameters
@@ -32,6 +35,10 @@ def make(name: str, **options: Any) -> Environment:
                 near = get_close_matches(option, parameters, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(parameters) or 'none'}"
                 raise UserError(f"env.name={name!r} has no option {option!r}; {hint}")
+    for option, parameter in parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if required and option not in options:
+            raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in env.train and env.eval")
     return factory(**options)
 
 

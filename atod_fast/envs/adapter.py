@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -60,14 +59,6 @@ class Adapter:
     def _fit(self, text: str) -> str:
         text, most = INVISIBLE.sub("", text), self._chars
         return text if len(text) <= most else text[: most - most // 2] + CUT + text[len(text) - most // 2 :]
-
-
-def checked_reward(reward: Any) -> float:
-    """As a number; ValueError for one that is not finite, which would spoil the advantages of its group."""
-    number = float(reward)
-    if not math.isfinite(number):
-        raise ValueError(f"the reward is {number}")
-    return number
 
 
 def known_facts(facts: Mapping[str, Any]) -> Info:

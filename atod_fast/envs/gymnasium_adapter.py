@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from atod_fast.envs.adapter import Adapter, checked_reward, known_facts, one_line
+from atod_fast.envs.adapter import Adapter, known_facts, one_line
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
 
@@ -91,7 +91,7 @@ class Gymnasium(Adapter):
         if taken is None:
             return self._text, 0.0, False, False, self._facts | Info(is_action_valid=False)
         observation, gained, terminated, truncated, info = self._env.step(taken)
-        reward = checked_reward(gained)
+        reward = float(gained)
         self._text = self._shown(observation, info)
         won = bool(terminated) and reward >= self._won
         self._facts |= self._listed(info) | Info(won=won, is_action_valid=True) | known_facts(info)

@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from atod_fast.envs.adapter import Adapter, checked_reward, one_line
+from atod_fast.envs.adapter import Adapter, one_line
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
 
@@ -123,7 +123,7 @@ class OpenEnv(Adapter):
                 raise
             return self._text, 0.0, False, False, self._info(False)
         self._text, self._listed = self._read(data, first=False)
-        reward, done = checked_reward(data.get("reward") or 0.0), bool(data.get("done"))
+        reward, done = float(data.get("reward") or 0.0), bool(data.get("done"))
         return self._text, reward, done, False, self._info(True, won=done and reward >= self._won)
 
     def clone(self) -> OpenEnv:

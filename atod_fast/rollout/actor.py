@@ -113,9 +113,10 @@ def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: E
     spoken = world_of(tokenizer.get_vocab())
     if spoken is None:
         raise UserError(f"student.path: tokenizer {tokenizer.name_or_path!r} has <act> but knows none of {', '.join(WORLDS)}; use the demo's or a chat model")
-    other = next((world for world in WORLDS.values() if isinstance(env, world.env) and world is not spoken), None)
-    if other is not None:
-        raise UserError(f"env.name={config.env.name!r}: the models of student.path and teacher.path speak of {spoken.name}; use --preset {other.preset}")
+    if not isinstance(env, spoken.env):
+        preset = next((world.preset for world in WORLDS.values() if isinstance(env, world.env)), None)
+        remedy = f"use --preset {preset}" if preset else "give chat models"
+        raise UserError(f"env.name={config.env.name!r}: the models of student.path and teacher.path speak of {spoken.name}; {remedy}")
     return CompactRenderer(tokenizer, spoken.dialect)
 
 

@@ -1,10 +1,11 @@
 """The worlds of a rollout: stepped at once where a step is instant, else side by side in threads with a time limit.
 
-A world that raises or does not answer in time yields a failure in place of an answer, and is not used again.
+A world that raises, does not answer in time, or gives a reward that is not finite yields a failure in place of an answer, and is not used again.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -60,7 +61,9 @@ class Pool:
     def step(self, key: int, action: str) -> None:
         def step() -> Answer:
             observation, reward, terminated, truncated, info = world.step(action)
-            return Answer(key, observation, info, float(reward), terminated, truncated)
+            if not math.isfinite(reward := float(reward)):  # it would spoil the advantages of its group
+                raise ValueError(f"the reward is {reward}")
+            return Answer(key, observation, info, reward, terminated, truncated)
 
         world = self._worlds[key]
         self._start(key, step)

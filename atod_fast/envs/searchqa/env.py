@@ -19,8 +19,8 @@ from atod_fast.envs.searchqa.text import NOTHING_FOUND, STYLES, enclose, informa
 from atod_fast.errors import UserError
 
 UNUSABLE = "The search engine gave no usable answer."
-_COMMAND = re.compile(r"<(search|answer)>(.*)</\1>", re.IGNORECASE | re.DOTALL)
-_MARK = re.compile(r"</?(?:search|answer)>", re.IGNORECASE)
+_COMMAND = re.compile(r"<(search|answer)>((?:(?!</\1>).)*)</\1>", re.IGNORECASE | re.DOTALL)
+_OPENING = re.compile("<(?:search|answer)>", re.IGNORECASE)
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -32,7 +32,7 @@ def parse_command(action: str) -> tuple[str, str] | None:
     or nothing of a response; what has both kinds, one twice, or neither is invalid there and here.
     """
     block = _COMMAND.fullmatch(action.strip())
-    if block is None or _MARK.search(block[2]):
+    if block is None or _OPENING.search(block[2]):
         return None
     return block[1].lower(), block[2].strip()
 

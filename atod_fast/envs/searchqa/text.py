@@ -6,19 +6,19 @@ import json
 import re
 from collections.abc import Sequence
 
+from atod_fast.envs.adapter import INVISIBLE
+
 CUT = " [... cut ...]"  # stands where the end of a passage was left out
 NOTHING_FOUND = "No search results found."
 STYLES = ("text", "json")
 
-# All but tab and newline: they garble terminals and reports. Lone surrogates cannot be encoded; direction overrides hide text.
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 # "</information>", "<|im_end|>", "<s>": a mark that could end its own block, or be taken for an action or a control token.
 _TAG = re.compile(r"<(?=[/|\uff5c]|[^\W\d_])")
 
 
 def clean(text: str) -> str:
     """`text` without invisible characters, each `<` that opens something like a tag replaced by `\u2039`."""
-    return _TAG.sub("\u2039", _INVISIBLE.sub("", text))
+    return _TAG.sub("\u2039", INVISIBLE.sub("", text))
 
 
 def information(passages: Sequence[str], *, chars: int, style: str = "text") -> str:

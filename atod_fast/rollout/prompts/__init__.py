@@ -50,4 +50,7 @@ def prompt_for(name: str, env: object, thinking: bool, history: int) -> Prompt:
     for world, prompt in PROMPTS.items():
         if isinstance(env, world):
             return prompt(thinking, history)
-    raise UserError(f"env.name={name!r} has no prompt; give its class a method prompt(thinking, history) that returns one (see rollout/prompts)")
+    raise UserError(
+        f"env.name={name!r} has no prompt; give its class a method prompt(thinking, history), such as one that returns "
+        "rollout.prompts.plain.PlainPrompt (docs/environments.md)"
+    )
