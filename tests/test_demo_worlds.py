@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from random import Random
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atod_fast import evaluate, train
 from atod_fast.demo import WORLDS, build, searchqa, webshop, world_of
 from atod_fast.demo.rendering import CompactRenderer
 from atod_fast.demo.tokenizer import ACT, BOS, CONTROL, CUT, EOA, PAD, UNK
@@ -192,16 +194,28 @@ def test_a_build_is_repeatable(world: World, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@each_world
+def test_a_step_by_the_preset_and_an_evaluation_of_what_came_of_it(world: World, tmp_path):
+    few = ["--preset", world.preset, "eval.tasks=20"]
+    sizes = ["train.steps=1", "train.tasks_per_step=4", "train.group_size=4", "eval.teacher=false"]
+    assert train.main([*few, *sizes, "--run-dir", str(tmp_path / "run")]) == 0
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 1 and line["policy/gradient_norm"] > 0 and line["sync/logprob_gap"] < 1e-5
+    assert evaluate.main([str(tmp_path / "run" / "hf"), *few, "--out", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["success"] == pytest.approx(line["eval/success"]) and len(found["success_by_type"]) > 1
+
+
 @pytest.mark.parametrize(("preset", "other"), [("demo-searchqa", "demo"), ("demo", "demo-searchqa"), ("demo-webshop", "demo-searchqa")])
 def test_models_of_another_world_are_refused(preset: str, other: str):
     config = load(preset)
     env = make(config.env.name, **(config.env.options | config.env.eval))
     tokenizer = load_tokenizer(load(other).student.path)
-    with pytest.raises(UserError, match=f"use --preset {preset}$"):
+    with pytest.raises(UserError, match=f"use --preset {other} for it, or --preset {preset} for models of this world"):
         make_renderer(config, tokenizer, len(tokenizer), env)
 
 
 def test_the_demo_s_models_are_refused_in_a_world_whose_words_they_do_not_have():
     tokenizer = load_tokenizer("demo:student")
-    with pytest.raises(UserError, match="env.name='worlds:Corridor': the models of student.path .* speak of alfworld; give chat models"):
+    with pytest.raises(UserError, match="env.name='worlds:Corridor': the demo's model speaks of alfworld; use --preset demo for it, or give chat models"):
         make_renderer(load("demo", overrides=["env.name=worlds:Corridor"]), tokenizer, len(tokenizer), make("worlds:Corridor"))
