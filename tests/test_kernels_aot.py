@@ -17,7 +17,8 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 def compiled(code: str, tmp_path: Path) -> dict:
     """What a script prints as JSON in a process of its own: whether kernels are interpreted is fixed when they are imported."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(BENCH), "TRITON_CACHE_DIR": str(tmp_path)}
+    path = os.pathsep.join([str(BENCH), *sys.path])
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
