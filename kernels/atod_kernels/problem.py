@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +52,7 @@ class Problem:
     def tokens(self) -> int:
         return self.student.hidden.shape[0]
 
-    @functools.cached_property
+    @property
     def columns(self) -> int:
         """Size of the common vocabulary: what lies beyond belongs to neither softmax."""
         size = self.student.weight.shape[0]
@@ -67,7 +66,7 @@ class Problem:
     def mixture(self) -> tiles.Mixture | None:
         return tiles.Mixture.of(self.kind, self.alpha)
 
-    @functools.cached_property
+    @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of a tile. Where columns are few it has more rows, on accelerators where tokens are few more columns."""
         cpu = self.student.hidden.device.type == "cpu"
@@ -85,7 +84,7 @@ class Problem:
         rows = self.tile[0]
         return [slice(a, min(a + rows, self.tokens)) for a in range(0, self.tokens, rows)]
 
-    @functools.cached_property
+    @property
     def stride(self) -> int:
         """Elements between two rows of a tile in memory: kernels load 16 bytes at a time, from addresses that are multiples of that."""
         return -(-self.tile[1] // 16) * 16 if self.triton else self.tile[1]
