@@ -1,4 +1,4 @@
-"""Predicted times of the Triton backend's kernels and schedules on an H100, against the bare matrix products. Nothing was measured on a GPU.
+"""Predicted times of the Triton backend's kernels and schedules on an H100, against the bare matrix products. Measured ones are in results/gpu_lane.md.
 
     python bench/roofline.py                       # T 8192, H_s 2048, H_t 4096, V 151936: bench/results/roofline.md
     python bench/roofline.py --tokens 4096 --student 4096 --teacher 4096 --columns 128256 --out ''
@@ -143,8 +143,8 @@ def report(shape: Shape, machine: Machine) -> str:
     lines = [
         "# Predicted times on an H100",
         "",
-        "**Nothing was measured on a GPU.** Instruction counts are from kernels compiled ahead of time for sm_90 by "
-        f"Triton {triton.__version__}, bytes and FLOPs from the shapes; the rest is assumed:",
+        "**Predictions**, made before a kernel had run; `gpu_lane.md` has what was measured. Instruction counts are from kernels "
+        f"compiled ahead of time for sm_90 by Triton {triton.__version__}, bytes and FLOPs from the shapes; the rest is assumed:",
         "",
         f"- cuBLAS at {machine.products / 1e12:.0f} TFLOP/s (peak {machine.peak / 1e12:.0f}), {machine.clock / 1e9:.2f} GHz under load, {machine.units} units;",
         f"- main memory at {machine.memory / 1e12:.2f} TB/s; {machine.issue:.0%} of issue slots used; {machine.l2:.0f} B a clock from L2;",

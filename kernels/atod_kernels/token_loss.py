@@ -198,4 +198,5 @@ def one_pass(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], check:
         operators.chunk_backward(*arguments, rows.start, rows.stop, kept, stats[:, rows], upstream[:, rows], gradients.dx, gradients.dw, gradients.db)
     if check:
         assert_separable(loss, stats, losses, upstream, parts)
+    del kept  # before the results are cast, beside the sums they come from
     return stats, losses, gradients.results(p)
