@@ -203,6 +203,7 @@ class Observe(Section):
 
 class Guard(Section):
     logprob_gap: float = Field(0.0, ge=0, description="largest mean |rollout - trainer log-prob| tolerated; 0 = by dtype: 1e-3 fp32, 0.05 bf16")
+    failed_environments: float = Field(0.5, ge=0, le=1, description="largest share of a rollout's or an evaluation's environments that may fail")
 
 
 class Config(Section):

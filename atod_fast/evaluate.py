@@ -21,7 +21,7 @@ from atod_fast.config import Config
 from atod_fast.errors import GuardError, UserError
 from atod_fast.models import load_config, load_tokenizer
 from atod_fast.observe.console import Console
-from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.rollout.actor import Actor, check_failures, make_engine
 from atod_fast.settings import check_engines, check_model, load
 from atod_fast.trajectory import Trajectory
 
@@ -42,7 +42,9 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
         except (UserError, GuardError) as error:
             failure = error
     ranks.raise_together(failure)
-    return ranks.gather_trajectories(mine)
+    everyone = ranks.gather_trajectories(mine)
+    check_failures(everyone, config.guard.failed_environments, "evaluating")
+    return everyone
 
 
 def summary(trajectories: list[Trajectory]) -> dict:
@@ -73,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 
 @record
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input, 3 the model's log-probs are not finite or the engine broke down."""
+    """Exit code: 0 done, 2 bad usage or input, 3 the model's log-probs are not finite, the engine broke down, or too many environments failed."""
     parser = _Parser(prog="python -m atod_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")

@@ -38,7 +38,7 @@ from atod_fast.observe.metrics import Clock, MetricsLog
 from atod_fast.policy import checkpoint
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
-from atod_fast.rollout.actor import Actor, engine_kind, make_engine
+from atod_fast.rollout.actor import Actor, check_failures, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
 from atod_fast.settings import check_model, check_world, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, rows, turn_table
@@ -111,8 +111,6 @@ class Run:
                     self.engine.sleep()
                     trajectories = [t for t in everyone if t.failure is None]
                     sequences = rows(trajectories)
-                    if not sequences:
-                        raise GuardError(f"step {step}: every trajectory failed, first with: {everyone[0].failure}; mend env.* and use --resume auto")
 
                 minibatches, members = learner.plan(sequences, step)
                 imitate = objective.needs_teacher(kappa)
@@ -201,7 +199,9 @@ class Run:
         ranks.raise_together(failure)
         if ranks.any_rank(self.interrupt.requested):
             raise Interrupted
-        return ranks.gather_trajectories(mine)
+        everyone = ranks.gather_trajectories(mine)
+        check_failures(everyone, self.config.guard.failed_environments, label)
+        return everyone
 
     def success(self, engine: Engine, label: str) -> float:
         """Share of the held-out tasks solved at `eval.temperature`."""

@@ -95,6 +95,47 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(three_ste
     assert sorted(p.name for p in (copied / "checkpoints").iterdir()) == ["step_000002", "step_000003.abandoned", "step_000004"]
 
 
+FLAKY = """
+from atod_fast.envs.alfworld.env import AlfWorld
+
+class Flaky(AlfWorld):
+    def __init__(self, *, failing, **options):
+        super().__init__(**options)
+        self.failing = failing
+
+    def reset(self, seed, task):
+        if task % 10 < self.failing:
+            raise ConnectionError("the retriever is down")
+        return super().reset(seed, task)
+"""
+
+
+@pytest.fixture
+def flaky(tmp_path, monkeypatch):
+    """Settings of a world that fails in so many tenths of the training tasks and of the held-out tasks."""
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def settings(training, held_out):
+        splits = f"env.train={{generate=200, seed=0, failing={training}}}", f"env.eval={{generate=10, seed=1, failing={held_out}}}"
+        return ["env.name=flaky:Flaky", "eval.teacher=false", *splits]
+
+    return settings
+
+
+def test_some_failed_environments_are_left_out_and_most_of_a_step_lost_stops_the_run(tmp_path, flaky, capsys):
+    lines = run(tmp_path / "some", *flaky(3, 1), "train.steps=1", "train.tasks_per_step=8", "train.group_size=2")
+    assert 0 < lines[1]["rollout/failed_environments"] <= 8
+    run(tmp_path / "most", *flaky(10, 1), "train.steps=1", code=3)
+    error = capsys.readouterr().err
+    assert "step 1: 8 of 8 environments failed, first with: ConnectionError: the retriever is down; mend what env.* points to" in error
+    run(tmp_path / "held-out", *flaky(0, 6), "train.steps=1", code=3)
+    assert "evaluating the student: 6 of 10 environments failed" in capsys.readouterr().err
+    assert evaluate.main(["demo:student", *flaky(0, 6), "eval.tasks=10"]) == 3
+    assert "evaluating: 6 of 10 environments failed" in capsys.readouterr().err
+    assert evaluate.main(["demo:student", *flaky(0, 6), "eval.tasks=10", "guard.failed_environments=0.6"]) == 0
+
+
 def test_without_a_learning_rate_nothing_moves(tmp_path, monkeypatch):
     played, real = [], train.Run.play
 

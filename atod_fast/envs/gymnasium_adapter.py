@@ -98,7 +98,7 @@ class Gymnasium(Adapter):
         return self._text, reward, bool(terminated), bool(truncated), self._facts.copy()
 
     def clone(self) -> Gymnasium:
-        other = object.__new__(Gymnasium)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _env=None)
         return other
 

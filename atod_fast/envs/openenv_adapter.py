@@ -127,7 +127,7 @@ class OpenEnv(Adapter):
         return self._text, reward, done, False, self._info(True, won=done and reward >= self._won)
 
     def clone(self) -> OpenEnv:
-        other = object.__new__(OpenEnv)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _socket=None)
         return other
 

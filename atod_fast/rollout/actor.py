@@ -13,7 +13,7 @@ from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
-from atod_fast.errors import UserError
+from atod_fast.errors import GuardError, UserError
 from atod_fast.models import attention_shape, dtype_of, load_config, load_model
 from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
@@ -118,6 +118,16 @@ def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: E
         others = f"--preset {preset} for models of this world" if preset else "give chat models"
         raise UserError(f"env.name={config.env.name!r}: the demo's model speaks of {spoken.name}; use --preset {spoken.preset} for it, or {others}")
     return CompactRenderer(tokenizer, spoken.dialect)
+
+
+def check_failures(trajectories: list[Trajectory], limit: float, label: str) -> None:
+    """GuardError where all environments failed, or a larger share than `limit`: what the others did stands for nothing then."""
+    failures = [t.failure for t in trajectories if t.failure is not None]
+    if failures and (len(failures) > limit * len(trajectories) or len(failures) == len(trajectories)):
+        raise GuardError(
+            f"{label}: {len(failures)} of {len(trajectories)} environments failed, first with: {failures[0]}; "
+            "mend what env.* points to, or raise guard.failed_environments"
+        )
 
 
 def engine_kind(config: Config, device: torch.device) -> str:

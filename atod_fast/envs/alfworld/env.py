@@ -116,7 +116,7 @@ class AlfWorld:
         return observation, self._reward if won else 0.0, won, False, self._info(accepted)
 
     def clone(self) -> AlfWorld:
-        other = object.__new__(AlfWorld)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, engine=None, game=None)
         return other
 

@@ -123,7 +123,7 @@ class SearchQA:
         return observation, 0.0, False, last, self._info(valid)
 
     def clone(self) -> SearchQA:
-        other = object.__new__(SearchQA)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, question=None)
         return other
 

@@ -110,7 +110,7 @@ class WebShop:
         return visit.page.text, reward, visit.bought is not None, False, self._info(accepted)
 
     def clone(self) -> WebShop:
-        other = object.__new__(WebShop)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _visit=None)
         return other
 
