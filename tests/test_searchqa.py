@@ -573,10 +573,47 @@ def test_a_silent_server_is_given_up_in_time(files):
     assert len(log.requests) == 2
 
 
-def test_a_server_that_drips_is_given_up_in_time(files):
-    with serving(lambda queries, number: [b" "] * 100) as (url, _):
-        with pytest.raises(RetrieverError, match="not complete after 0.3 s"):
-            one_search(files, url, timeout=0.3, retries=0)
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+DRIPS = {  # what is sent at once, and what drop by drop
+    "status line": (b"HTTP/1.1 200 ", b"O"),
+    "header": (OK + b"X-Slow: ", b"x"),
+    "100 continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body": (OK + b"Content-Length: 9999\r\n\r\n", b" "),
+    "body to the end": (OK + b"Connection: close\r\n\r\n", b" "),
+    "chunk": (CHUNKED, b"1\r\n \r\n"),
+    "chunk extension": (CHUNKED + b"1;", b"x"),
+    "trailer": (CHUNKED + b"0\r\nX-Slow: ", b"x"),
+}
+
+
+@pytest.mark.parametrize(("start", "drop"), DRIPS.values(), ids=DRIPS.keys())
+def test_a_server_that_drips_is_given_up_in_time_and_hung_up_on(start, drop):
+    noticed = threading.Semaphore(0)
+
+    def drip(connection):
+        with connection:
+            connection.recv(1 << 16)
+            try:
+                connection.sendall(start)
+                for _ in range(100):
+                    connection.sendall(drop)
+                    time.sleep(0.05)
+            except OSError:
+                noticed.release()
+
+    def accept():
+        for _ in range(2):
+            threading.Thread(target=drip, args=listener.accept()[:1], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/retrieve"
+        retriever = HttpRetriever(url, timeout=0.15, retries=0, concurrency=1)
+        for _ in range(2):  # the first leaves room for the second
+            with pytest.raises(RetrieverError, match=f"retriever {url}: no whole answer within timeout=0.15 s"):
+                retriever.search("q", 1)
+        assert noticed.acquire(timeout=3) and noticed.acquire(timeout=3)
 
 
 def test_no_server_at_all_is_one_clear_line(files):
@@ -651,6 +688,35 @@ def test_a_query_that_spoils_a_batch_spoils_no_other(monkeypatch, spoil):
     assert Counter(map(len, log.requests)) == {6: 1, 1: 1 if spoil == "alone" else 6}
 
 
+@pytest.mark.parametrize(("status", "requests"), [(429, 4), (503, 4), (404, 1), (401, 1), (422, 65)])
+def test_a_server_that_serves_nobody_is_not_asked_again_for_each_query(monkeypatch, status, requests):
+    monkeypatch.setattr(client_module, "WINDOW", 60.0)
+    with serving(lambda queries, number: (status, b"no")) as (url, log):
+        found = ask_together(HttpRetriever(url), [f"q{n}" for n in range(64)])
+    assert all(isinstance(one, RetrieverError) and f"HTTP status {status}" in str(one) for one in found) and len(log.requests) == requests
+
+
+def test_a_urls_secrets_are_sent_and_not_told():
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        port = server.server_address[1]
+        with pytest.raises(RetrieverError) as caught:
+            HttpRetriever(f"http://me:s%20cret@127.0.0.1:{port}/find?key=s%20cret#cret").search("q", 1)
+        server.shutdown()
+    assert asked == [("/find?key=s%20cret", "Basic bWU6cyBjcmV0")]
+    assert str(caught.value).startswith(f"retriever http://127.0.0.1:{port}/find: HTTP status 404") and "cret" not in str(caught.value)
+
+
 def test_connections_are_kept():
     ports = set()
 
@@ -681,7 +747,7 @@ def test_connections_are_kept():
 
 def test_in_the_agent_loops_pool_a_failing_retriever_ends_its_trajectories_alone(files):
     def respond(queries, number):
-        return (404, b"gone") if "dead" in queries else result(queries)
+        return (400, b"gone") if "dead" in queries else result(queries)
 
     with serving(respond) as (url, _):
         env = searchqa(questions=files[0], retriever=url, retries=0)
@@ -698,7 +764,7 @@ def test_in_the_agent_loops_pool_a_failing_retriever_ends_its_trajectories_alone
             while len(answers) < 4:
                 answers += pool.ready(wait=True)
     by_key = {answer.key: answer for answer in answers}
-    assert by_key[3].failure.startswith(f"RetrieverError: retriever {url}/retrieve: HTTP status 404")
+    assert by_key[3].failure.startswith(f"RetrieverError: retriever {url}/retrieve: HTTP status 400")
     assert [by_key[key].observation for key in range(3)] == [f"<information>Doc 1: about s{key}\n</information>" for key in range(3)]
 
 
@@ -906,6 +972,7 @@ def test_a_missing_library_is_said_with_the_remedy(files, monkeypatch):
         ({"questions": "Q", "retriever": "."}, "python -m atod_fast.envs.searchqa.index"),
         ({"questions": "Q", "retriever": "http://"}, "is not a URL"),
         ({"questions": "Q", "retriever": "http://x:99999"}, "is not a URL"),
+        ({"questions": "Q", "retriever": "http://me:secret@x:99999?secret"}, "retriever='http://x:99999' is not a URL"),
         ({"questions": "Q", "retriever": "http://x", "timeout": 0}, "timeout=0 must be"),
         ({"questions": "Q", "retriever": "http://x", "concurrency": 0}, "concurrency=0 must be"),
     ],

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from dataclasses import dataclass, field
 from threading import Event, Lock, Semaphore
 from typing import Any
-from urllib.parse import urlsplit
 
 from atod_fast.envs.searchqa.passages import Passage, parse_passage
+from atod_fast.envs.searchqa.post import Poster, TooLong, without_secrets
 from atod_fast.envs.searchqa.retriever import BadAnswer, RetrieverError
 from atod_fast.envs.searchqa.text import clean
 from atod_fast.errors import UserError
@@ -46,9 +45,9 @@ class HttpRetriever:
     """A `Retriever` that asks the server at `url`; a URL without a path means /retrieve.
 
     Queries that several threads ask within a few milliseconds, or while `concurrency` requests are under way, share one.
-    timeout: seconds for an attempt. retries: after an attempt that found no server, ran out of time or met one that is
-    overloaded or broken (408, 429, 5xx); all together should take less than env.step_timeout. A query that was refused or
-    badly answered in company is asked again alone, so that none suffers for another.
+    timeout: seconds for an attempt, from connecting to the last byte. retries: after an attempt that found no server, ran out of time or met one that is
+    overloaded or broken (408, 429, 5xx); all together should take less than env.step_timeout. A query that was refused
+    (400, 413, 422, 500) or badly answered in company is asked again alone, so that none suffers for another.
     """
 
     instant = False
@@ -56,18 +55,11 @@ class HttpRetriever:
     def __init__(self, url: str, *, timeout: float = 10.0, retries: int = 3, concurrency: int = 8) -> None:
         try:
             import tenacity
-            import urllib3
+
+            self._poster = Poster(url, "/retrieve", timeout)
         except ImportError as error:
-            raise UserError(f"retriever={url!r} needs urllib3 and tenacity ({error}); pip install 'atod_fast[search]'") from None
-        try:
-            parts = urlsplit(url)
-            if not parts.hostname or parts.port == 0:
-                raise ValueError("no host")
-        except ValueError as error:
-            raise UserError(f"retriever={url!r} is not a URL ({error}); give one like http://127.0.0.1:8000/retrieve") from None
-        self.url = url if parts.path not in ("", "/") else parts._replace(path="/retrieve").geturl()
-        self._timeout, self._attempts, self._failures = timeout, retries + 1, urllib3.exceptions.HTTPError
-        self._http = urllib3.PoolManager(maxsize=concurrency)
+            raise UserError(f"retriever={without_secrets(url)!r} needs urllib3 and tenacity ({error}); pip install 'atod_fast[search]'") from None
+        self.url, self._timeout, self._attempts = self._poster.shown, timeout, retries + 1
         self._retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self._attempts),
             wait=tenacity.wait_exponential(FIRST_WAIT, max=LONGEST_WAIT),
@@ -83,7 +75,7 @@ class HttpRetriever:
             self._send(batch)
         batch.done.wait()
         outcome = batch.outcomes[place]
-        if len(batch.queries) > 1 and (isinstance(outcome, BadAnswer) or (isinstance(outcome, RetrieverError) and outcome.status)):
+        if len(batch.queries) > 1 and _spoilt(outcome):
             with self._slots:
                 outcome = self._ask([query], topk)[0]
         if isinstance(outcome, BadAnswer):
@@ -130,34 +122,17 @@ class HttpRetriever:
 
     def _attempt(self, request: bytes, most: int) -> bytes:
         """The body of the answer to one POST."""
-        end = time.monotonic() + self._timeout
         try:
-            response = self._http.request(
-                "POST",
-                self.url,
-                body=request,
-                headers={"Content-Type": "application/json"},
-                timeout=self._timeout,
-                retries=False,
-                redirect=False,
-                preload_content=False,
-            )
-            try:
-                body = bytearray()
-                while chunk := response.read1(1 << 16, decode_content=False):
-                    body += chunk
-                    if len(body) > most:
-                        raise BadAnswer(f"an answer of more than {most:,} bytes")
-                    if time.monotonic() > end:
-                        raise RetrieverError(f"the answer was not complete after {self._timeout:g} s")
-                if response.status != 200:
-                    raise RetrieverError(f"HTTP status {response.status}: {_excerpt(body)}", response.status)
-                response.release_conn()
-                return bytes(body)
-            finally:
-                response.close()
-        except self._failures as error:
+            status, body = self._poster.post(request, most)
+        except TooLong as error:
+            raise BadAnswer(str(error)) from None
+        except TimeoutError:
+            raise RetrieverError(f"no whole answer within timeout={self._timeout:g} s") from None
+        except ConnectionError as error:
             raise RetrieverError(f"no answer ({_excerpt(str(error).encode())})") from error
+        if status != 200:
+            raise RetrieverError(f"HTTP status {status}: {_excerpt(body)}", status)
+        return body
 
     def _warn(self, reason: str) -> None:
         """Once for each reason, not for each turn."""
@@ -197,6 +172,11 @@ def _passage(entry: Any) -> Passage:
     if not isinstance(document, dict):
         raise ValueError("not an object")
     return parse_passage({"id": "unknown"} | document)  # Search-R1's BM25 server tells no id
+
+
+def _spoilt(outcome: Outcome) -> bool:
+    """Whether another query of the same request may be the cause."""
+    return isinstance(outcome, BadAnswer) or (isinstance(outcome, RetrieverError) and outcome.status in (400, 413, 422, 500))
 
 
 def _passing(error: BaseException) -> bool:
