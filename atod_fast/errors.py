@@ -8,9 +8,13 @@ class UserError(Exception):
 
 
 class GuardError(Exception):
-    """A run-time guard stopped the run: a non-finite loss, or rollout and trainer log-probs that disagree."""
+    """A run-time guard stopped the run: a non-finite loss, rollout and trainer log-probs that disagree, one of those below."""
 
     exit_code = 3
+
+
+class EnvironmentsLost(GuardError):
+    """Too many environments of a rollout failed. What was trained before is whole."""
 
 
 class EngineFailure(GuardError):

@@ -23,7 +23,7 @@ from atod_fast.models import load_config, load_tokenizer
 from atod_fast.observe.console import Console
 from atod_fast.rollout.actor import Actor, check_failures, make_engine
 from atod_fast.settings import check_engines, check_model, load
-from atod_fast.trajectory import Trajectory
+from atod_fast.trajectory import Trajectory, outcomes
 
 
 def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
@@ -48,18 +48,17 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
 
 
 def summary(trajectories: list[Trajectory]) -> dict:
-    """Success overall and by task type, mean turns, share of invalid actions; each outcome in task order."""
+    """Success overall and by task type, the world's mean score where it has one, mean turns, share of invalid actions; each outcome in task order."""
     kinds: dict[str, list[bool]] = defaultdict(list)
     for trajectory in trajectories:
         kinds[trajectory.task_type].append(trajectory.success)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     return {
         "tasks": len(trajectories),
-        "success": _mean([t.success for t in trajectories]),
-        "success_by_type": {kind: _mean(outcomes) for kind, outcomes in sorted(kinds.items())},
+        **outcomes(trajectories),
+        "success_by_type": {kind: _mean(solved) for kind, solved in sorted(kinds.items())},
         "turns": len(turns) / len(trajectories),
         "invalid_actions": _mean([not turn.valid for turn in turns]),
-        "failed_environments": sum(t.failure is not None for t in trajectories),
         "outcomes": "".join("1" if t.success else "0" for t in trajectories),
     }
 
@@ -94,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         ranks.stop()
     if speaks:
-        print(f"{arguments.model}: success {found['success']:.1%} on {found['tasks']} tasks at temperature {config.eval.temperature:g}")
+        score = f", mean score {found['score']:.3f}," if "score" in found else ""
+        print(f"{arguments.model}: success {found['success']:.1%}{score} on {found['tasks']} tasks at temperature {config.eval.temperature:g}")
         for kind, success in found["success_by_type"].items():
             print(f"  {kind or 'task'}: {success:.1%}")
         print(f"  {found['turns']:.1f} turns an episode, {found['invalid_actions']:.1%} of actions invalid, {found['failed_environments']} environments failed")

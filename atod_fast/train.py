@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from atod_fast import cli, objective, plan, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.envs import find
-from atod_fast.errors import EngineFailure, GuardError, UserError
+from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer
 from atod_fast.observe import curves, transcripts
@@ -41,7 +41,7 @@ from atod_fast.policy.resync import stream_weights
 from atod_fast.rollout.actor import Actor, check_failures, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
 from atod_fast.settings import check_model, check_world, load, to_toml
-from atod_fast.trajectory import Trajectory, TurnTable, rows, turn_table
+from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
 LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -67,6 +67,8 @@ class Run:
         self.tokenizer = tokenizers[0]
         self.export_dtype = shapes[0].dtype or torch.float32
         self.actor = Actor(config, self.tokenizer, shapes[0].get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
+        if not len(self.actor.training):  # opened here: what is wrong with it is said before anything is played
+            raise UserError("env.train holds no tasks; give it some")
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
         self.engine = make_engine(config, config.student.path, self.device, filled=False)
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
@@ -144,14 +146,17 @@ class Run:
                 metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages, imitate) | clock.seconds
                 metrics |= {"time/step": clock.total, "perf/tokens_per_second": float(table.length.sum()) / clock.total}
                 metrics |= {"memory/peak_gib": peak_memory(self.device)}
-                record_turns = partial(transcripts.write, trajectories=trajectories, table=table, weight=weights.weight, advantage=advantages.turn)
+                record_turns = partial(transcripts.write, trajectories=everyone, table=table, weight=weights.weight, advantage=advantages.turn)
                 self.finish_step(metrics, record_turns)
             self.finish_run()
-        except Interrupted:
+        except (Interrupted, EnvironmentsLost) as stop:
             if self.done == 0:  # a checkpoint of no step would not be the start: an optimiser has no state before it
                 raise
             self.save()
-            self.console.say(f"interrupted after step {self.done}; go on with --run-dir {self.run_dir} --resume auto")
+            what = "interrupted" if isinstance(stop, Interrupted) else "saved"
+            self.console.say(f"{what} after step {self.done}; go on with --run-dir {self.run_dir} --resume auto")
+            if isinstance(stop, EnvironmentsLost):
+                raise
             return 130
         return 0
 
@@ -203,22 +208,24 @@ class Run:
         check_failures(everyone, self.config.guard.failed_environments, label)
         return everyone
 
-    def success(self, engine: Engine, label: str) -> float:
-        """Share of the held-out tasks solved at `eval.temperature`."""
-        trajectories = self.play(label, partial(self.actor.evaluate, engine))
-        return sum(t.success for t in trajectories) / len(trajectories)
+    def evaluate(self, engine: Engine, label: str, prefix: str = "eval/") -> dict[str, float]:
+        """What comes of the held-out tasks at `eval.temperature`."""
+        found = outcomes(self.play(label, partial(self.actor.evaluate, engine)))
+        if lost := found["failed_environments"]:
+            self.console.say(f"{label}: {lost} of {self.config.eval.tasks} environments failed, and count as not solved")
+        return {prefix + key: value for key, value in found.items()}
 
     def evaluate_before(self) -> dict[str, float]:
-        """The student's and, with eval.teacher, the teacher's success on the held-out tasks before any training."""
-        found = {"eval/success": self.success(self.engine, "evaluating the student")}
+        """The student's and, with eval.teacher, the teacher's outcomes on the held-out tasks before any training."""
+        found = self.evaluate(self.engine, "evaluating the student")
         if self.config.eval.teacher:
             # With transformers: a second vLLM in the process could not be taken down without the first one's process groups.
             self.engine.sleep()
             teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers")
-            found["eval/teacher_success"] = self.success(teacher, "evaluating the teacher")
+            found |= self.evaluate(teacher, "evaluating the teacher", "eval/teacher_")
             del teacher
             self.resync()
-        self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in found.items()))
+        self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in found.items() if key.endswith("success")))
         return found
 
     def resync(self) -> int:
@@ -245,23 +252,23 @@ class Run:
         return {"sync/logprob_gap": gap[0], "sync/logprob_gap_max": gap[1]}
 
     def finish_step(self, metrics: dict, record_turns: Callable[..., None]) -> None:
-        """Evaluate, write down and save, each when due. An interrupted evaluation loses itself only."""
+        """Evaluate, write down and save, each when due. An evaluation that is interrupted, or loses its environments, loses itself only."""
         config, step, last = self.config, self.done, self.done == self.config.train.steps
-        interrupted = False
+        stopped: Interrupted | EnvironmentsLost | None = None
         if last or (config.eval.every and step % config.eval.every == 0):
             try:
-                metrics["eval/success"] = self.success(self.engine, "evaluating")
+                metrics |= self.evaluate(self.engine, "evaluating")
                 self.after = metrics["eval/success"] if last else None
                 if self.adaptive:
                     self.adaptive.observe(metrics["eval/success"])
-            except Interrupted:
-                interrupted = True
+            except (Interrupted, EnvironmentsLost) as stop:
+                stopped = stop
         self.write(metrics)
         self.console.step(metrics)
         if ranks.rank() == 0 and config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
             record_turns(self.run_dir / "trajectories" / f"step_{step:06d}.jsonl")
-        if interrupted:
-            raise Interrupted
+        if stopped:
+            raise stopped
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
 
@@ -276,7 +283,7 @@ class Run:
     def finish_run(self) -> None:
         """Export for transformers, draw the curves, say what was gained."""
         if self.after is None:  # resumed with every step done
-            self.after = self.success(self.engine, "evaluating")
+            self.after = self.evaluate(self.engine, "evaluating")["eval/success"]
         checkpoint.export(self.run_dir / "hf", self.learner.student, self.tokenizer, self.export_dtype)
         if ranks.rank() != 0:
             return
@@ -305,10 +312,12 @@ def learning_rate(config: Config, step: int) -> float:
 
 def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[str, float]:
     sizes = table.offsets.diff()
-    return {
-        "train/success": sum(t.success for t in everyone) / len(everyone),
+    found = outcomes(everyone)
+    scores = {"train/score": found["score"]} if "score" in found else {}
+    return scores | {
+        "train/success": found["success"],
         "train/reward": float(table.reward.mean()),
-        "rollout/failed_environments": sum(t.failure is not None for t in everyone),
+        "rollout/failed_environments": found["failed_environments"],
         "rollout/truncated": sum(t.truncated for t in everyone) / len(everyone),
         "rollout/turns": float(sizes.double().mean()),
         "rollout/response_tokens": float(table.length.double().mean()),

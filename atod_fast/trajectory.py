@@ -41,11 +41,19 @@ class Trajectory:
     failure: str | None = None  # the environment raised or hung: why
     task_id: str = ""
     task_type: str = ""
+    score: float | None = None  # the world's own measure, where it is finer than success
 
     @property
     def reward(self) -> float:
         """Sum of the rewards of its turns."""
         return sum(turn.reward for turn in self.turns)
+
+
+def outcomes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Share of them that succeeded, those whose environment failed among them, whose number follows; the mean of the world's score, where it has one."""
+    scores = [t.score for t in trajectories if t.score is not None and t.failure is None]
+    found = {"success": sum(t.success for t in trajectories) / len(trajectories), "failed_environments": sum(t.failure is not None for t in trajectories)}
+    return found | ({"score": sum(scores) / len(scores)} if scores else {})
 
 
 @dataclass(frozen=True, slots=True)

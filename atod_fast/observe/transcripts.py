@@ -10,9 +10,14 @@ from torch import Tensor
 
 from atod_fast.trajectory import Trajectory, TurnTable
 
+FACTS = ("task", "group", "member", "task_id", "task_type", "reward", "success", "score", "truncated", "failure")
+
 
 def write(path: Path, trajectories: Sequence[Trajectory], table: TurnTable, weight: Tensor, advantage: Tensor) -> None:
-    """`weight` and `advantage` [K] are the turns' T-DUR weights and reinforcement-learning advantages."""
+    """`weight` and `advantage` [K] are the turns' T-DUR weights and reinforcement-learning advantages.
+
+    A trajectory whose environment failed is not in the table; its turns stand without signals.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     signals = {
         "disagreement": table.disagreement.tolist(),
@@ -26,7 +31,9 @@ def write(path: Path, trajectories: Sequence[Trajectory], table: TurnTable, weig
             turns = []
             for turn in trajectory.turns:
                 facts = {key: getattr(turn, key) for key in ("observation", "text", "command", "valid", "reward", "action")}
-                turns.append(facts | {key: round(values[number], 6) for key, values in signals.items()})
-                number += 1
-            facts = {key: getattr(trajectory, key) for key in ("task", "group", "member", "task_id", "task_type", "reward", "success", "truncated", "failure")}
+                if trajectory.failure is None:
+                    facts |= {key: round(values[number], 6) for key, values in signals.items()}
+                    number += 1
+                turns.append(facts)
+            facts = {key: getattr(trajectory, key) for key in FACTS}
             file.write(json.dumps(facts | {"turns": turns}, ensure_ascii=False) + "\n")

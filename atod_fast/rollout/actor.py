@@ -13,7 +13,7 @@ from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
-from atod_fast.errors import GuardError, UserError
+from atod_fast.errors import EnvironmentsLost, UserError
 from atod_fast.models import attention_shape, dtype_of, load_config, load_model
 from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
@@ -121,10 +121,10 @@ def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: E
 
 
 def check_failures(trajectories: list[Trajectory], limit: float, label: str) -> None:
-    """GuardError where all environments failed, or a larger share than `limit`: what the others did stands for nothing then."""
+    """EnvironmentsLost where all environments failed, or a larger share than `limit`: what the others did stands for nothing then."""
     failures = [t.failure for t in trajectories if t.failure is not None]
     if failures and (len(failures) > limit * len(trajectories) or len(failures) == len(trajectories)):
-        raise GuardError(
+        raise EnvironmentsLost(
             f"{label}: {len(failures)} of {len(trajectories)} environments failed, first with: {failures[0]}; "
             "mend what env.* points to, or raise guard.failed_environments"
         )

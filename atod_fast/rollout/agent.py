@@ -62,6 +62,7 @@ def rollout(
     plays = [_Play(key, episode, renderer, config) for key, episode in enumerate(episodes)]
     waiting = deque(plays)
     live = asked = finished = tokens = 0
+    failures: set[str] = set()
     sampling = Sampling(how.temperature if temperature is None else temperature, how.response_tokens, renderer.stop_ids, renderer.valid_columns)
     with closing(Pool(env, workers=config.env.workers, timeout=config.env.step_timeout)) as pool, ExitStack() as last:
         last.callback(engine.end)
@@ -72,6 +73,10 @@ def rollout(
                 pool.reset(play.key, play.episode.env_seed, play.episode.task)
                 live += 1
             for answer in pool.ready(wait=not asked):
+                if answer.failure is not None and answer.failure not in failures:  # others of a kind are counted by who reads the trajectories
+                    failures.add(answer.failure)
+                    trajectory = plays[answer.key].trajectory
+                    logger.warning("task %d, turn %d: the environment failed: %s", trajectory.task, len(trajectory.turns), answer.failure)
                 request = plays[answer.key].next(answer)
                 if request is not None:
                     engine.add(request)
@@ -113,13 +118,13 @@ class _Play:
         turns = trajectory.turns
         if answer.failure is not None:
             trajectory.failure = answer.failure
-            logger.warning("task %d, turn %d: the environment failed: %s", trajectory.task, len(turns), answer.failure)
         if turns:
             turns[-1].reward = answer.reward
             turns[-1].valid &= answer.failure is None and answer.info.get("is_action_valid", True)
         else:
             trajectory.task_id, trajectory.task_type = answer.info.get("task_id", ""), answer.info.get("task_type", "")
         trajectory.success = answer.info.get("won", False)
+        trajectory.score = answer.info.get("score", trajectory.score)
         if answer.failure is not None or answer.terminated:
             return None
         if answer.truncated or len(turns) == self.config.env.max_turns:
