@@ -239,6 +239,11 @@ def test_a_question_and_its_searches_are_told_as_verl_agent_tells_them():
     assert SearchPrompt(thinking=True, history=0).message(QUESTION, SEARCHES, "<information>Doc 2</information>", []) == SEARCH_FIRST
 
 
+def test_of_a_question_that_was_cut_to_fit_no_more_is_told():
+    prompt = SearchPrompt(thinking=True, history=4)
+    assert prompt.message("who " * 900, [], "who [... cut ...] who", []) == prompt.first("who [... cut ...] who", [])
+
+
 def test_in_one_growing_conversation_search_results_stand_alone():
     assert SearchPrompt(thinking=True, history=4).following("<information>Doc 1</information>", []) == "<information>Doc 1</information>"
     assert "no valid action" in SearchPrompt(thinking=True, history=4).following("", [])

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 CUT = " [... cut ...] "  # stands where the middle of an observation was left out
 
-# A terminal's escape sequences, and all control characters but tab and newline. Lone surrogates cannot be encoded, direction
-# overrides hide text.
-INVISIBLE = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+# A terminal's escape sequences, all control characters but tab and newline, and what shows nothing of its own: it could
+# hide text or break up a tag. Lone surrogates cannot be encoded. Joiners and variation selectors are part of scripts and emoji.
+INVISIBLE = re.compile(
+    "\x1b\\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\U000e0000-\U000e007f]"
+)
 
 _KINDS: dict[str, Callable[[Any], Any]] = {
     "won": bool,

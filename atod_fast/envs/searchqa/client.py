@@ -45,9 +45,10 @@ class HttpRetriever:
     """A `Retriever` that asks the server at `url`; a URL without a path means /retrieve.
 
     Queries that several threads ask within a few milliseconds, or while `concurrency` requests are under way, share one.
-    timeout: seconds for an attempt, from connecting to the last byte. retries: after an attempt that found no server, ran out of time or met one that is
-    overloaded or broken (408, 429, 5xx); all together should take less than env.step_timeout. A query that was refused
-    (400, 413, 422, 500) or badly answered in company is asked again alone, so that none suffers for another.
+    timeout: seconds for an attempt, from connecting to the last byte. retries: after an attempt that found no server, ran
+    out of time or met one that is overloaded or broken (408, 429, 5xx); all together should take less than
+    env.step_timeout. A query that was refused (400, 413, 422, 500) or badly answered in company is asked again alone, so
+    that none suffers for another.
     """
 
     instant = False

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from atod_fast.envs.searchqa.jsonl import read_jsonl, text_of
-from atod_fast.envs.searchqa.text import clean
+from atod_fast.envs.searchqa.text import clean, cut
 from atod_fast.errors import UserError
+
+CHARS = 2000  # of a question; a longer one is cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,10 @@ def parse_question(entry: dict[str, Any], path: Path, number: int) -> Question:
     """`golden_answers` may be one text; `data_source` is the file's name where it is missing. ValueError if malformed."""
     answers = entry.get("golden_answers")
     answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError("golden_answers must be a list of texts" if "golden_answers" in entry else "no golden_answers")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise ValueError("golden_answers must be a list of texts that are not empty" if "golden_answers" in entry else "no golden_answers")
     source = text_of(entry, "data_source") if entry.get("data_source") is not None else path.stem
-    return Question(clean(text_of(entry, "id")), clean(text_of(entry, "question")).strip(), tuple(answers), clean(source))
+    return Question(clean(text_of(entry, "id")), cut(clean(text_of(entry, "question")).strip(), CHARS), tuple(answers), clean(source))
 
 
 def read_questions(paths: Iterable[Path], *, sources: Sequence[str] = (), limit: int | None = None, bad_lines: int = 10) -> list[Question]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 from atod_fast.envs.adapter import INVISIBLE
 
-CUT = " [... cut ...]"  # stands where the end of a passage was left out
+CUT = " [... cut ...]"  # stands where the end of a text was left out
 NOTHING_FOUND = "No search results found."
 STYLES = ("text", "json")
 
 # "</information>", "<|im_end|>", "<s>": a mark that could end its own block, or be taken for an action or a control token.
-_TAG = re.compile(r"<(?=[/|\uff5c]|[^\W\d_])")
+# What joins or varies letters is left in a text, which may need it, but hides no mark.
+_JOINERS = "\u034f\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef"
+_TAG = re.compile(rf"<(?=[\s{_JOINERS}]*[/|\uff5c]|[{_JOINERS}]*[^\W\d_])")
 
 
 def clean(text: str) -> str:
@@ -22,12 +25,12 @@ def clean(text: str) -> str:
 
 
 def information(passages: Sequence[str], *, chars: int, style: str = "text") -> str:
-    """The observation after a search: the passages numbered, each cleaned and cut after `chars` characters.
+    """The observation after a search: the passages numbered, each cleaned and cut after `chars` characters, counted as they are shown.
 
     style "json" is what verl-agent's search tool shows (Apache-2.0, skyrl_gym/tools/search.py): the same text as a JSON
     object {"result": "..."}, with line ends and letters beyond ASCII escaped.
     """
-    shown = [_cut(clean(passage).strip(), chars) for passage in passages]
+    shown = [cut(clean(passage).strip(), chars, _escaped if style == "json" else len) for passage in passages]
     return enclose("".join(f"Doc {number}: {text}\n" for number, text in enumerate(shown, 1)) or NOTHING_FOUND, style)
 
 
@@ -36,5 +39,13 @@ def enclose(text: str, style: str = "text") -> str:
     return f"<information>{json.dumps({'result': text}) if style == 'json' else text}</information>"
 
 
-def _cut(text: str, chars: int) -> str:
-    return text if len(text) <= chars else text[:chars] + CUT
+def cut(text: str, chars: int, length: Callable[[str], int] = len) -> str:
+    """`text`, or the longest beginning of it with a `length` of at most `chars`, and CUT."""
+    if length(text) <= chars:
+        return text
+    return text[: bisect_right(range(chars + 1), chars, key=lambda kept: length(text[:kept])) - 1] + CUT
+
+
+def _escaped(text: str) -> int:
+    """Characters of `text` within a JSON string."""
+    return len(json.dumps(text)) - 2

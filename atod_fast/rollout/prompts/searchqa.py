@@ -39,14 +39,13 @@ class SearchPrompt:
         self._request = _ASK + (_THINK if thinking else _ACT) + _ACTIONS
 
     def message(self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]) -> str:
-        opening = _OPENING.format(question=task_observation)
         if not history or not self.history:
-            return opening + self._request
+            return self.first(task_observation if history else observation, admissible)
         # What a command was answered is what was observed before the next one.
         answers = [*(turn.observation for turn in history[1:]), observation]
         steps = [f"Step {n}:{turn.command} {answer}\n" for n, (turn, answer) in enumerate(zip(history, answers, strict=True), 1)]
         past = _HISTORY.format(steps=len(history), history="\n".join(steps[-self.history :]))
-        return opening + past + self._request
+        return _OPENING.format(question=task_observation) + past + self._request
 
     def first(self, observation: str, admissible: Sequence[str]) -> str:
         return _OPENING.format(question=observation) + self._request
