@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from random import Random
 
@@ -136,9 +137,8 @@ def test_the_expert_wins_every_task(world: World):
 
 @each_world
 def test_the_expert_takes_over_in_any_state(world: World):
-    options = {"max_turns": 60} if world.name == "searchqa" else {}
     settings = load(world.preset).env
-    env = make(settings.name, **(settings.options | settings.eval | options))
+    env = make(settings.name, **(settings.options | settings.eval))
     played = [trace(world, env, task, Random(task), 0.4, max_turns=60) for task in spread(env, 60)]
     assert all(won for _, won in played)
     assert sum(step.junk for steps, _ in played for step in steps) > 60
@@ -206,6 +206,15 @@ def test_a_step_by_the_preset_and_an_evaluation_of_what_came_of_it(world: World,
     assert found["success"] == pytest.approx(line["eval/success"]) and len(found["success_by_type"]) > 1
 
 
+@each_world
+def test_the_models_are_never_taught_in_the_held_out_world(world: World, monkeypatch):
+    opened, real = [], build.training_tasks
+    monkeypatch.setattr(build, "training_tasks", lambda settings, seed: opened.append(seed) or real(settings, seed=seed))
+    env = load(world.preset).env
+    build.examples(world, env, 1, renderer(world.name), replace(world.recipes["student"], worlds=4))
+    assert opened[0] == env.train["seed"] and len(set(opened)) == 4 and env.eval["seed"] not in opened
+
+
 @pytest.mark.parametrize(("preset", "other"), [("demo-searchqa", "demo"), ("demo", "demo-searchqa"), ("demo-webshop", "demo-searchqa")])
 def test_models_of_another_world_are_refused(preset: str, other: str):
     config = load(preset)
@@ -215,7 +224,7 @@ def test_models_of_another_world_are_refused(preset: str, other: str):
         make_renderer(config, tokenizer, len(tokenizer), env)
 
 
-def test_the_demo_s_models_are_refused_in_a_world_whose_words_they_do_not_have():
+def test_the_demo_s_models_are_refused_in_a_world_of_another_kind():
     tokenizer = load_tokenizer("demo:student")
     with pytest.raises(UserError, match="env.name='worlds:Corridor': the demo's model speaks of alfworld; use --preset demo for it, or give chat models"):
         make_renderer(load("demo", overrides=["env.name=worlds:Corridor"]), tokenizer, len(tokenizer), make("worlds:Corridor"))

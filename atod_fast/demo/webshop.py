@@ -83,7 +83,7 @@ def spoken(command: str) -> list[str]:
 
 
 def vocabulary(env: WebShop, count: int) -> list[str]:
-    """Every word that a compacted page or a command can hold, in any catalogue of this size, sorted."""
+    """Every word that a compacted page or a command can hold, in any catalogue of this size, sorted. Pages after the sixth are unknown words."""
     products = (f"b{int(product.asin[1:])}" for product in env.shop.catalogue.products)
     prices = (f"${int(step)}" for step in STEPS if step <= HIGHEST_LIMIT)
     return sorted({*VERBS, *BUTTONS, *_TEXTS, *products, *prices, *(f"page{number}" for number in range(1, 7))})

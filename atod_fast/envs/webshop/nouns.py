@@ -2,7 +2,8 @@
 
 WebShop tags titles with spaCy's en_core_web_sm. Where that is not installed a heuristic stands in: titles are strings of
 nouns, so every word counts that begins with a letter and is no function word. On the 1,000-product set it has 94% precision
-and 96% recall of spaCy's nouns, and gives 98% of random pairs of products (95% of pairs of the same search) the same type reward.
+and 96% recall of spaCy's nouns, and gives 98% of random pairs of products (95% of pairs of the same query) the same type reward
+(bench/webshop_fidelity.py).
 """
 
 from __future__ import annotations
