@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from atod_fast.envs.protocol import Info
@@ -12,7 +13,10 @@ from atod_fast.errors import UserError
 if TYPE_CHECKING:
     from atod_fast.rollout.prompts.plain import PlainPrompt
 
-CUT = " [... cut ...] "  # stands where the middle of an observation was left out
+CUT = " [... cut ...] "  # stands where the middle of a text was left out, and ends a list that was too long
+LONGEST_ACTION = 200  # characters, also of names
+LONGEST_ERROR = 300  # characters
+MOST_ACTIONS = 500  # listed
 
 # A terminal's escape sequences, all control characters but tab and newline, and what shows nothing of its own: it could
 # hide text or break up a tag. Lone surrogates cannot be encoded. Joiners and variation selectors are part of scripts and emoji.
@@ -34,15 +38,15 @@ class Adapter:
     """Task t is what the wrapped world makes of its seed `seed` + t, whatever seed the agent loop gives.
 
     tasks: their number. won: an episode is won that ends with a step of at least this reward. instructions: what the agent is
-    told ahead of the first observation. chars: characters of an observation; of a longer one the middle is left out.
+    told ahead of the first observation. chars: characters of an observation, of which the middle is left out where it is longer, and
+    of all actions listed beside it, of which the last are.
     """
 
     def __init__(self, *, tasks: int, seed: int, won: float, instructions: str, chars: int) -> None:
         for name, value, least in (("tasks", tasks, 1), ("seed", seed, 0), ("chars", chars, 16)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
-        if not isinstance(won, int | float):
-            raise UserError(f"won={won!r} must be a number: the reward from which an episode is won")
+            check(name, value, isinstance(value, int) and not isinstance(value, bool) and value >= least, f"a whole number of at least {least}")
+        check("won", won, isinstance(won, int | float), "a number: the reward from which an episode is won")
+        check("instructions", instructions, isinstance(instructions, str), "text")
         self._tasks, self._seed, self._won, self._instructions, self._chars = tasks, seed, float(won), instructions, chars
 
     def __len__(self) -> int:
@@ -59,8 +63,28 @@ class Adapter:
         return self._seed + task
 
     def _fit(self, text: str) -> str:
-        text, most = INVISIBLE.sub("", text), self._chars
-        return text if len(text) <= most else text[: most - most // 2] + CUT + text[len(text) - most // 2 :]
+        return fit(text, self._chars)
+
+    def _fit_list(self, actions: Sequence[str]) -> list[str]:
+        """Of the actions those that there is room for."""
+        listed = [fit(action, LONGEST_ACTION) for action in actions[:MOST_ACTIONS]]
+        room = sum(end <= self._chars for end in accumulate(map(len, listed)))
+        return listed[:room] + [CUT.strip()] * (room < len(actions))
+
+
+def fit(text: str, most: int) -> str:
+    """`text` as a model, a log or a terminal may have it: without what is invisible, and of more than `most` characters not the middle."""
+    return cut(INVISIBLE.sub("", text), most)
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - most // 2] + CUT + text[len(text) - most // 2 :]
+
+
+def check(option: str, value: object, right: bool, what: str) -> None:
+    """UserError unless `right`: that the option must be `what`."""
+    if not right:
+        raise UserError(f"{option}={value!r} must be {what}")
 
 
 def known_facts(facts: Mapping[str, Any]) -> Info:
@@ -69,5 +93,6 @@ def known_facts(facts: Mapping[str, Any]) -> Info:
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    """Its kind and what it says, which may be a server's words, as they may be printed."""
+    text = fit(" ".join(str(error).split()), LONGEST_ERROR).rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

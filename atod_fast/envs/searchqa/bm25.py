@@ -15,6 +15,7 @@ from atod_fast.envs.searchqa.passages import Passage
 from atod_fast.errors import UserError
 
 K1, B = 0.9, 0.4
+INSTANT = 1_000_000  # passages up to which a search, 3.5 ms there, is not worth a thread
 _WORD = re.compile(r"\w+")
 _STEMMING = Lock()  # a PyStemmer object serves one thread at a time
 
@@ -78,9 +79,8 @@ def score_matrix(lists: TermLists, show_progress: bool = False):
 class Bm25:
     """A `Retriever` over `passages`, whose scores are in `index` (a bm25s.BM25)."""
 
-    instant = True
-
     def __init__(self, index, passages: Sequence[Passage]) -> None:
+        self.instant = len(passages) <= INSTANT
         self._index, self._passages = index, passages
 
     @classmethod

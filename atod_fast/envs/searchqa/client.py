@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from threading import Event, Lock, Semaphore
 from typing import Any
 
-from atod_fast.envs.searchqa.passages import Passage, parse_passage
+from atod_fast.envs.searchqa.passages import Passage, contents_of
 from atod_fast.envs.searchqa.post import Poster, TooLong, without_secrets
 from atod_fast.envs.searchqa.retriever import BadAnswer, RetrieverError
 from atod_fast.envs.searchqa.text import clean
@@ -162,17 +162,20 @@ def read_answer(body: bytes, queries: int, topk: int) -> list[Outcome]:
 def _passages(found: Any, topk: int) -> Outcome:
     if not isinstance(found, list):
         return BadAnswer("a result that is not a list of documents")
+    passages = [passage for entry in found if (passage := _passage(entry))][:topk]
+    return passages if passages or not found else BadAnswer("a result of documents without text")
+
+
+def _passage(entry: Any) -> Passage | None:
+    """None where it holds no text. Search-R1's BM25 server tells no id."""
+    document = entry.get("document", entry) if isinstance(entry, dict) else None
+    if not isinstance(document, dict) or not isinstance(document.get("contents", ""), str):
+        return None
+    name = document.get("id")
     try:
-        return [_passage(entry) for entry in found[:topk]]
-    except ValueError as error:
-        return BadAnswer(f"a document that is none ({error})")
-
-
-def _passage(entry: Any) -> Passage:
-    document = entry.get("document", entry) if isinstance(entry, dict) else entry
-    if not isinstance(document, dict):
-        raise ValueError("not an object")
-    return parse_passage({"id": "unknown"} | document)  # Search-R1's BM25 server tells no id
+        return Passage(str(name) if isinstance(name, str | int) else "unknown", contents_of(document))
+    except ValueError:
+        return None
 
 
 def _spoilt(outcome: Outcome) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from atod_fast.envs.protocol import Info
 from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.client import HttpRetriever
 from atod_fast.envs.searchqa.generator import generate as generate_world
 from atod_fast.envs.searchqa.questions import Question, read_questions
-from atod_fast.envs.searchqa.retriever import BadAnswer, Retriever, is_url, open_local
+from atod_fast.envs.searchqa.retriever import BadAnswer, Retriever, is_url, local_path, open_local
 from atod_fast.envs.searchqa.score import exact_match, f1
 from atod_fast.envs.searchqa.text import NOTHING_FOUND, STYLES, enclose, information
 from atod_fast.errors import UserError
@@ -42,7 +44,8 @@ class SearchQA:
 
     Commands: `<search>query</search>`, answered by `<information>...</information>`, and `<answer>text</answer>`, which ends
     the episode; anything else is invalid and answered by nothing. The first observation is the question. A retriever that
-    fails raises RetrieverError; one whose answer holds no passages costs the turn, which counts as invalid.
+    fails raises RetrieverError; one whose answer holds no passages costs the turn, which counts as invalid. Nothing is
+    truncated here: env.max_turns cuts off, 4 in the preset as in verl-agent.
 
     What is asked, and where it is looked up (exactly one of the two):
       questions: JSON-lines files {id, question, golden_answers, data_source}, with sources (only these data_source) and
@@ -52,7 +55,6 @@ class SearchQA:
       generate: number of questions about a made-up world, with seed and hops (most searches that a question needs, 1 or
         2). Even and odd seeds have no thing in common.
     topk: passages of a search. passage_chars: a longer passage is cut. results: "text", or "json" for verl-agent's wording.
-    max_turns: after so many the episode is truncated; a search in the last one, whose result nobody would see, is not made.
     reward: of an answer that matches exactly; all else gives 0. info["score"] is the answer's F1, 0 until there is one.
     """
 
@@ -73,12 +75,12 @@ class SearchQA:
         topk: int = 3,
         passage_chars: int = 1500,
         results: str = "text",
-        max_turns: int = 4,
         reward: float = 1.0,
     ) -> None:
         if (generate is None) == (questions is None and retriever is None):
             raise UserError("searchqa takes either questions=<files> with retriever=<index, corpus or URL>, or generate=N")
-        _whole(topk=(topk, 1), passage_chars=(passage_chars, 1), max_turns=(max_turns, 1))
+        _whole(topk=(topk, 1), passage_chars=(passage_chars, 1))
+        _number(reward=reward)
         if results not in STYLES:
             near = get_close_matches(str(results), STYLES, n=1)
             raise UserError(f"results={results!r} is not one of {', '.join(STYLES)}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -92,8 +94,7 @@ class SearchQA:
             _only("generate=N", made)
             self._questions, self._retriever = _existing(questions, retriever, given, remote)
         self.instant = self._retriever.instant
-        self._topk, self._chars, self._style = topk, passage_chars, results
-        self._max_turns, self._reward = max_turns, float(reward)
+        self._topk, self._chars, self._style, self._reward = topk, passage_chars, results, float(reward)
         self.question: Question | None = None
 
     def __len__(self) -> int:
@@ -103,24 +104,19 @@ class SearchQA:
         """Ask question `task`. There is no chance in this world: `seed` changes nothing."""
         if not 0 <= task < len(self):
             raise IndexError(f"task {task} of {len(self)} questions")
-        self.question, self._turns, self._over = self._questions[task], 0, False
+        self.question, self._over = self._questions[task], False
         return self.question.text, self._info(True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         if self.question is None or self._over:
             raise RuntimeError("step before reset" if self.question is None else "step after the end of the episode")
-        self._turns += 1
-        last = self._turns == self._max_turns
         kind, text = parse_command(action) or (None, "")
         if kind == "answer":
             self._over = True
             won = exact_match(text, self.question.answers)
             return "", self._reward if won else 0.0, True, False, self._info(True, won, f1(text, self.question.answers))
-        observation, valid = "", kind is not None
-        if valid and not last:
-            observation, valid = self._search(text)
-        self._over = last
-        return observation, 0.0, False, last, self._info(valid)
+        observation, valid = self._search(text) if kind else ("", False)
+        return observation, 0.0, False, False, self._info(valid)
 
     def clone(self) -> SearchQA:
         other = object.__new__(type(self))
@@ -159,16 +155,20 @@ def _existing(questions: Paths | None, retriever: str | os.PathLike | None, give
         if value is None:
             raise UserError(f"searchqa needs {name}=: {what}")
     _whole(bad_lines=(given["bad_lines"], 0), **({} if given["limit"] is None else {"limit": (given["limit"], 1)}))
-    paths = [questions] if isinstance(questions, str | os.PathLike) else questions
-    sources = [given["sources"]] if isinstance(given["sources"], str) else given["sources"]
+    paths = _texts("questions", questions, "a JSON-lines file or a list of them")
+    sources = _texts("sources", given["sources"], "a data_source or a list of them")
+    if not isinstance(retriever, str | os.PathLike):
+        raise UserError(f"retriever={retriever!r} must be an index folder, a corpus .jsonl or a URL")
+    local = None if is_url(os.fspath(retriever)) else local_path(os.fspath(retriever))
     found = read_questions([Path(path).expanduser() for path in paths], **given | {"sources": sources})
-    if is_url(os.fspath(retriever)):
+    if local is None:
         _whole(retries=(remote["retries"], 0), concurrency=(remote["concurrency"], 1))
-        if not isinstance(remote["timeout"], int | float) or not 0 < remote["timeout"] < 3600:
+        _number(timeout=remote["timeout"])
+        if not 0 < remote["timeout"] < 3600:
             raise UserError(f"timeout={remote['timeout']!r} must be a number of seconds above 0 and below 3600")
         return found, HttpRetriever(os.fspath(retriever), **remote)
     _only("retriever=<URL>", remote)
-    return found, open_local(os.fspath(retriever), given["bad_lines"])
+    return found, open_local(local, given["bad_lines"])
 
 
 _DEFAULTS = dict(SearchQA.__init__.__kwdefaults__)
@@ -179,6 +179,20 @@ def _only(source: str, options: dict) -> None:
     for name, value in options.items():
         if value != _DEFAULTS[name] and value != []:
             raise UserError(f"{name}={value!r} goes with {source}; leave it out")
+
+
+def _texts(name: str, value: Any, what: str) -> list[str | os.PathLike]:
+    """The list `value`, or of it alone."""
+    texts = [value] if isinstance(value, str | os.PathLike) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str | os.PathLike) for text in texts):
+        raise UserError(f"{name}={value!r} must be {what}")
+    return list(texts)
+
+
+def _number(**options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise UserError(f"{name}={value!r} must be a finite number")
 
 
 def _whole(**options: tuple[object, int]) -> None:

@@ -37,7 +37,7 @@ def index(corpus: Sequence[Path], out: Path, *, bad_lines: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input."""
+    """Exit code: 0 done, 2 bad usage or input, 130 broken off by Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m atod_fast.envs.searchqa.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", nargs="+", type=Path, help="JSON-lines files")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to create")
@@ -49,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"atod_fast: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"atod_fast: --out {str(arguments.out)!r} cannot be written ({error}); choose another place", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     size = sum(file.stat().st_size for file in arguments.out.iterdir())
     print(f"{arguments.out}: {count:,} passages, {size / 1e6:,.0f} MB, {time.perf_counter() - start:.1f} s")
     return 0

@@ -26,9 +26,12 @@ class Passage:
 
 def parse_passage(entry: dict[str, Any]) -> Passage:
     """ValueError, with the reason, where it is malformed."""
-    if "contents" in entry:
-        return Passage(text_of(entry, "id"), text_of(entry, "contents"))
-    return Passage(text_of(entry, "id"), f'"{text_of(entry, "title")}"\n{text_of(entry, "text")}')
+    return Passage(text_of(entry, "id"), contents_of(entry))
+
+
+def contents_of(entry: dict[str, Any]) -> str:
+    """ValueError, with the reason, where it has none."""
+    return text_of(entry, "contents") if "contents" in entry else f'"{text_of(entry, "title")}"\n{text_of(entry, "text")}'
 
 
 def read_passages(paths: Sequence[Path], *, option: str, bad_lines: int, read: Callable[[int], object] = lambda size: None) -> Iterator[Passage]:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.passages import Passage, read_passages
+from atod_fast.envs.searchqa.post import without_secrets
 from atod_fast.envs.searchqa.store import load
 from atod_fast.errors import UserError
 
@@ -34,16 +35,21 @@ class Retriever(Protocol):
 
 
 def is_url(retriever: str) -> bool:
-    return retriever.startswith(("http://", "https://"))
+    return retriever.lower().startswith(("http://", "https://"))
 
 
-def open_local(retriever: str, bad_lines: int) -> Bm25:
-    """The index in a folder, or one made here and now of a corpus. Equal arguments give the same object."""
+def local_path(retriever: str) -> Path:
+    """Where an index folder or a corpus is. UserError where nothing is."""
     path = Path(retriever).expanduser()
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"retriever={without_secrets(retriever)!r} is no index folder, no corpus .jsonl and no http(s) URL; give one of these")
+    return path
+
+
+def open_local(path: Path, bad_lines: int) -> Bm25:
+    """The index in a folder, or one made here and now of a corpus. Equal arguments give the same object."""
     if path.is_dir():
         return load(path)
-    if not path.is_file():
-        raise UserError(f"retriever={retriever!r} is no index folder, no corpus .jsonl and no http(s) URL; give one of these")
     return _indexed(path.resolve(), path.stat().st_mtime_ns, bad_lines)
 
 

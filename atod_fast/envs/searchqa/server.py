@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from atod_fast.envs.searchqa.bm25 import Bm25
-from atod_fast.envs.searchqa.retriever import open_local
+from atod_fast.envs.searchqa.retriever import local_path, open_local
 from atod_fast.errors import UserError
 
 REQUEST_BYTES, QUERIES, TOPK, DEFAULT_TOPK = 4 << 20, 1024, 100, 3
@@ -92,6 +92,7 @@ def make_server(retriever: Bm25, host: str, port: int) -> ThreadingHTTPServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # connections that wait to be taken: a rollout's come all at once
 
     def handle_error(self, request: object, client_address: object) -> None:
         if not isinstance(sys.exception(), OSError):  # a client that hung up is no error of ours
@@ -99,7 +100,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 stopped by Ctrl-C, 2 bad usage or input."""
+    """Exit code: 0 stopped by Ctrl-C, 2 bad usage or input, 130 broken off by Ctrl-C before it serves."""
     parser = argparse.ArgumentParser(prog="python -m atod_fast.envs.searchqa.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("retriever", help="index folder, or corpus .jsonl to index in memory")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in (default 127.0.0.1)")
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bad-lines", type=int, default=10, metavar="N", help="skip up to N malformed lines of a corpus (default 10)")
     arguments = parser.parse_args(argv)
     try:
-        retriever = open_local(arguments.retriever, arguments.bad_lines)
+        retriever = open_local(local_path(arguments.retriever), arguments.bad_lines)
         try:
             server = make_server(retriever, arguments.host, arguments.port)
         except (OSError, OverflowError) as error:
@@ -115,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"atod_fast: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     host, port = server.server_address[:2]
     print(f"serving {len(retriever):,} passages at http://{host}:{port}/retrieve", flush=True)
     with server:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from tempfile import mkdtemp
+from secrets import token_hex
 
 import numpy as np
 
@@ -44,13 +44,14 @@ def build(passages: Iterable[Passage], folder: Path, *, show_progress: bool = Fa
     """Index `passages` into the new `folder`; their number.
 
     Neither passages nor their term lists are held in memory: the peak is bm25s' construction of the score matrix, about
-    40 bytes for each pair of a passage and a term in it. UserError where `folder` exists or the passages hold no word; an
-    unfinished folder is removed.
+    40 bytes for each pair of a passage and a term in it. UserError where `folder` exists or the passages hold no word, OSError
+    where it cannot be written; an unfinished folder is removed.
     """
     if folder.exists():
         raise UserError(f"--out {str(folder)!r} exists; give a folder that does not")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    partial = folder.with_name(f"{folder.name}.partial-{token_hex(4)}")
+    partial.mkdir()
     try:
         count = _build(passages, partial, show_progress)
         os.replace(partial, folder)
