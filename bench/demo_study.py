@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from machine import processor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -94,7 +95,7 @@ def report(seeds: list[int], runs: dict, outcomes: dict) -> None:
     import torch
     import transformers
 
-    table: dict = {"machine": {"cpu": _cpu(), "cores": os.cpu_count()}}
+    table: dict = {"machine": {"cpu": processor(), "cores": os.cpu_count()}}
     table["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     table |= {"games": GAMES, "seeds": seeds, "settings": METHODS, "success": {}, "minus_teacher": {}, "curves": {}}
     lines = ["| model | " + " | ".join(TEMPERATURES) + " |", "|---|" + "---|" * len(TEMPERATURES)]
@@ -130,13 +131,6 @@ def report(seeds: list[int], runs: dict, outcomes: dict) -> None:
     note = f"Success on {GAMES} held-out games; per method the mean (each seed); difference to the teacher [95% interval, paired by game].\n\n"
     (RESULTS / "demo_study.md").write_text(note + "\n".join(lines) + "\n")
     print("\n".join(lines))
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from statistics import median
+
+from machine import processor, version
 
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment, Info
@@ -109,7 +110,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     shared, often = args.shared, (args.episodes, args.rounds)
     made = {"generate": args.episodes, "seed": 0}
     found = [Case("ALFWorld, made up, full scenes", "alfworld", made | {"scene": "full"}, in_alfworld, *often)]
-    if args.textworld and installed("textworld") and installed("alfworld"):
+    if args.textworld and version("textworld") and version("alfworld"):
         slow = {"generate": args.textworld, "seed": 0, "scene": "full", "engine": "textworld"}
         found.append(Case("ALFWorld, made up, full scenes, TextWorld's engine", "alfworld", slow, in_alfworld, args.textworld, 1))
     found.append(Case("ALFWorld, made up, the demo's scenes", "alfworld", made, in_alfworld, *often))
@@ -127,19 +128,6 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return found
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=30, help="of a round")
@@ -150,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
 
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    versions = ", ".join(f"{package} {found}" for package in PACKAGES if (found := installed(package)))
+    versions = ", ".join(f"{package} {found}" for package in PACKAGES if (found := version(package)))
     lines = [
         "# Steps a second of the worlds, on one core",
         "",

@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
-from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -36,6 +35,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import plot_head  # noqa: E402
 import torch  # noqa: E402
 from atod_kernels import naive  # noqa: E402
+from machine import CPUINFO, processor, version  # noqa: E402
 from peers import Contender, Loss, contenders  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -209,18 +209,8 @@ def peak_cpu(name: str, shape: Shape, dtype: torch.dtype, which: str) -> float:
 def hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    avx512 = any(" avx512f" in line for line in lines if line.startswith("flags"))
-    return f"{model}, {os.cpu_count()} cores{', AVX-512' if avx512 else ''}"
-
-
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+    avx512 = CPUINFO.exists() and " avx512f" in CPUINFO.read_text()
+    return f"{processor()}, {os.cpu_count()} cores{', AVX-512' if avx512 else ''}"
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ wire, from the shapes.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from machine import processor
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -125,11 +125,6 @@ def report(rows: list[tuple]) -> str:
     ]
     lines += [f"| {model} | {way} | {mid:.3f} ({low:.3f} to {high:.3f}) | {ratio:.2f} | {mib:.0f} |" for model, way, mid, low, high, ratio, mib in rows]
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ ended so far, as soon as it is free. One process, one thread a model: a machine 
 from __future__ import annotations
 
 import argparse
-import platform
 import queue
 import statistics
 import tempfile
@@ -23,10 +22,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from machine import processor, version
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atod_fast import ranks
@@ -225,14 +224,13 @@ def larger(folder: str) -> str:
 
 def report(efficient: list[str], gained: list[str]) -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers")) + f", vllm {vllm_limits.installed()}"
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return "\n".join(
         [
             "# Rollouts: the agent loop and its engines",
             "",
             "`python bench/rollout.py --out bench/results/rollout.md`",
             "",
-            f"{names[0] if names else platform.processor()}, one thread, {versions}. 64 episodes, concurrency 64; medians of {ROUNDS} alternating rounds on a",
+            f"{processor()}, one thread, {versions}. 64 episodes, concurrency 64; medians of {ROUNDS} alternating rounds on a",
             "shared machine. Efficiency is the loop's tokens per second by those of the same requests without worlds (goal: 0.9).",
             "",
             "| model | engine | tokens | loop, tokens/s | bare, tokens/s | efficiency | batch, tokens/s |",

@@ -20,11 +20,11 @@ import resource
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from machine import processor, version
 
 from atod_fast.envs.searchqa.store import load
 
@@ -71,12 +71,6 @@ def search(folder: Path, queries: int) -> dict:
 
 def _peak_mb(whom: int) -> float:
     return resource.getrusage(whom).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ from string import ascii_lowercase
 from types import SimpleNamespace
 
 import torch
-from head import hardware, version
+from head import hardware
+from machine import version
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from atod_fast.demo.alfworld import ALFWORLD, compact
