@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,11 +24,12 @@ from atod_fast import cli, evaluate, train
 from atod_fast.config import Config
 from atod_fast.envs import adapter, make
 from atod_fast.envs.gymnasium_adapter import Gymnasium
-from atod_fast.envs.openenv_adapter import OpenEnv, at, filled
+from atod_fast.envs.openenv_adapter import OpenEnv, ServerError, at, filled
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engine import Completion, Request
+from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.prompts import prompt_for
 from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.rollout.rendering import ChatRenderer
@@ -134,8 +136,11 @@ def test_every_command_of_the_page_says_what_the_program_understands():
                 pytest.importorskip("gymnasium")
                 assert len(make(env.name, **options)) == 1000
             elif env.name == "openenv":
-                with pytest.raises(UserError, match="url='http://127.0.0.1:8000': Connection"):
-                    make(env.name, **options)
+                with socket.socket() as unused:
+                    unused.bind(("127.0.0.1", 0))  # and does not listen
+                    url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+                    with pytest.raises(UserError, match=f"url='{url}': Connection"):
+                        make(env.name, **options | {"url": url})
 
 
 def test_a_package_offers_its_world_by_an_entry_point(page, tmp_path, monkeypatch):
@@ -159,6 +164,24 @@ def test_an_option_that_is_missing_is_named():
         make("gymnasium", tasks=3)
     with pytest.raises(UserError, match="env.name='openenv' needs the option 'tasks'"):
         make("openenv", url="http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("os:path", "is no class of environments: "),
+        ("os:sep", "is no class of environments: "),
+        ("collections:OrderedDict", "is no class of environments: no signature"),
+        ("os:getcwd", "makes str, which lacks instant, reset, step, clone, close;"),
+        ("guess:Endless", "makes Endless, which lacks __len__;"),
+        (".guess:Guess", "cannot be loaded"),
+        ("os:", "cannot be loaded"),
+    ],
+)
+def test_what_makes_no_environment_is_refused(page, name, words):
+    page.Endless = type("Endless", (), {member: getattr(page.Guess, member) for member in ("instant", "reset", "step", "clone", "close")})
+    with pytest.raises(UserError, match=f"env.name='{name}' .*{words}"):
+        make(name)
 
 
 # --- the plain prompt ---------------------------------------------------------------------------------------------------------
@@ -221,12 +244,16 @@ def registered(gymnasium: ModuleType, spaces: tuple | None = None, **changes) ->
         def reset(self, *, seed=None, options=None):
             super().reset(seed=seed)
             self.count = 0
-            return f"start {seed}", changes.get("info", {})
+            return changes.get("text", f"start {seed}"), changes.get("info", {})
 
         def step(self, action):
             self.count += 1
             over = self.count == 3
-            return f"step {self.count} {action!r}", changes.get("reward", np.float32(over)), np.bool_(over), False, changes.get("info", {})
+            text = changes.get("text", f"step {self.count} {action!r}")
+            return text, changes.get("reward", np.float32(over)), np.bool_(over), False, changes.get("info", {})
+
+        def close(self):
+            changes.get("closed", []).append(self)
 
     gymnasium.register("Counter-v0", Counter)
     return "Counter-v0"
@@ -331,6 +358,14 @@ def test_a_discrete_space_may_start_anywhere_and_a_function_may_tell_the_observa
         ({"actions": ["a", "b", "A", "c"]}, "has 3 different names; FrozenLake-v1 has 4 actions"),
         ({"tasks": 0}, "tasks=0 must be a whole number of at least 1"),
         ({"seed": -1}, "seed=-1 must be"),
+        ({"won": "often"}, "won='often' must be a number"),
+        ({"instructions": 5}, "instructions=5 must be text"),
+        ({"id": 5}, "id=5 must be the name of an environment"),
+        ({"kwargs": 5}, "kwargs=5 must be a table of arguments"),
+        ({"observation": 5}, "observation=5 must be text, render or module:function"),
+        ({"actions": "left"}, "actions='left' must be a list of names"),
+        ({"instant": "no"}, "instant='no' must be true or false"),
+        ({"max_steps": "many"}, "id='FrozenLake-v1' cannot be made: "),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -358,6 +393,52 @@ def test_what_is_shown_is_bounded_and_free_of_control_characters(text, chars):
     shown = env._fit(text + "\x1b[2J\x1b]0;title\x07\u202e\ud800")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", shown) and "[2J" not in shown
     assert (adapter.CUT in shown) == (len(shown) > chars) and len(shown) <= chars + len(adapter.CUT)
+
+
+@given(st.text("ab", min_size=121, max_size=300), st.integers(16, 120))
+def test_of_what_is_too_long_the_middle_is_left_out(text, most):
+    start, end = adapter.cut(text, most).split(adapter.CUT)
+    assert len(start) + len(end) == most and len(start) - len(end) in (0, 1) and text.startswith(start) and text.endswith(end)
+
+
+def check_shown(observation: str, info: dict, chars: int = 4000) -> None:
+    """What an adapter makes of `HOSTILE`."""
+    text = observation + "".join(map(str, info.values()))
+    assert not re.search("[\x1b\u202e]", text + info.get("task_type", ""))
+    assert observation.startswith("seen") and observation.endswith("z" * (chars // 2)) and len(observation) == chars + len(adapter.CUT)
+    *listed, mark = info["admissible_actions"]
+    assert mark in adapter.CUT and listed[0] == "act" and listed[1].startswith("yy") and adapter.CUT in listed[1]
+    assert len(listed) <= adapter.MOST_ACTIONS and max(map(len, listed)) <= 200 + len(adapter.CUT) and sum(map(len, listed)) <= chars
+
+
+HOSTILE_TEXT = "\x1b[31mse\u202een" + "z" * 100_000
+HOSTILE_ACTIONS = ["\x1b[31mact", "y" * 300_000, *map(str, range(20_000))]
+
+
+def test_what_a_gymnasium_environment_tells_is_cleaned_and_cut(gymnasium):
+    info = {"admissible_actions": HOSTILE_ACTIONS, "task_type": "\x1b[2J" + "t" * 500, "task_id": "\x1b[2J" + "i" * 500}
+    env = Gymnasium(id=registered(gymnasium, text=HOSTILE_TEXT, info=info), tasks=1)
+    for observation, *_, told in (env.reset(0, 0), env.step("x")):
+        check_shown(observation, told)
+        assert len(told["task_type"]) == len(told["task_id"]) == 200 + len(adapter.CUT)
+    assert len(Gymnasium(id="Counter-v0", tasks=1, chars=20).reset(0, 0)[1]["admissible_actions"]) == 2, "the list's characters are counted"
+
+
+def test_all_of_many_actions_are_accepted_though_not_all_are_listed(gymnasium):
+    env = Gymnasium(id=registered(gymnasium, (gymnasium.spaces.Discrete(20_000),)), tasks=1)
+    info = env.reset(0, 0)[1]
+    assert info["admissible_actions"] == [*map(str, range(adapter.MOST_ACTIONS)), "[... cut ...]"]
+    assert env.step("19999")[0] == "step 1 19999" and env.step("20000")[4]["is_action_valid"] is False
+
+
+def test_closing_closes_the_gymnasium_environment_and_a_reset_makes_another(gymnasium):
+    closed = []
+    env = Gymnasium(id=registered(gymnasium, closed=closed), tasks=1)
+    assert len(closed) == 1, "the first try's"
+    env.reset(0, 0)
+    env.close()
+    env.close()
+    assert len(closed) == 2 and env.reset(0, 0)[0] == "start 0"
 
 
 # --- OpenEnv ------------------------------------------------------------------------------------------------------------------
@@ -522,6 +603,65 @@ def test_an_idle_session_that_was_ended_is_opened_again(page):
         env.close()
 
 
+def test_what_a_server_tells_is_cleaned_and_cut(page, monkeypatch):
+    told = {"observation": {"turns": [{"content": HOSTILE_TEXT}], "legal": HOSTILE_ACTIONS}, "reward": None, "done": False}
+    monkeypatch.setattr(Served, "told", lambda *_: told)
+    with replica(page) as (url, _):
+        env = connect(url, admissible="legal")
+        for observation, *_, info in (env.reset(0, 0), env.step("3"), env.step("three")):
+            check_shown(observation, info)
+        told["observation"]["legal"] = "none"
+        assert env.step("3")[4]["admissible_actions"] == []
+        env.close()
+
+
+@pytest.mark.parametrize(("reward", "done", "gained", "won"), [(2.0, False, 2.0, False), (2.0, True, 2.0, True), (None, True, 0.0, False)])
+def test_a_server_s_episode_is_won_at_its_end_and_no_reward_is_none(page, monkeypatch, reward, done, gained, won):
+    monkeypatch.setattr(Served, "told", lambda *_: {"observation": {"turns": [{"content": "x"}]}, "reward": reward, "done": done})
+    with replica(page) as (url, _):
+        env = connect(url)
+        env.reset(0, 0)
+        observation, found, terminated, _, info = env.step("3")
+        assert (observation, found, terminated, info["won"]) == ("x", gained, done, won)
+        env.close()
+
+
+def test_a_server_s_message_has_a_longest_size(page, monkeypatch):
+    monkeypatch.setattr(Served, "told", lambda *_: {"observation": {"turns": [{"content": "x" * 5_000_000}]}})
+    with replica(page) as (url, _), pytest.raises(UserError, match="hung up"):
+        connect(url)
+
+
+@pytest.mark.parametrize(
+    ("problem", "of_value", "words"),
+    [
+        ({"code": "VALIDATION_ERROR", "errors": [{"msg": "too low"}]}, True, "VALIDATION_ERROR; too low"),
+        ({"code": "VALIDATION_ERROR", "errors": [{"type": "missing"}]}, False, "VALIDATION_ERROR"),
+        ({"code": "VALIDATION_ERROR", "errors": [{"type": "missing", "loc": "number", "msg": 5}]}, False, "VALIDATION_ERROR; number: 5"),
+        ({"code": "VALIDATION_ERROR", "errors": ["too low", None]}, True, "VALIDATION_ERROR; too low"),
+        ({"code": "X", "errors": "its own words", "message": "m"}, False, "X; m; its own words"),
+        ({"code": ["X"], "errors": {"msg": "one"}}, False, "['X']; one"),
+        ({}, False, ""),
+    ],
+)
+def test_whatever_a_server_s_error_looks_like_its_cause_is_told(problem, of_value, words):
+    error = ServerError(problem)
+    assert (error.of_value, str(error)) == (of_value, words)
+
+
+def test_a_server_s_words_are_cleaned_and_cut_where_they_are_told(page):
+    with replica(page) as (url, _):
+        env = connect(url)
+        pool = Pool(env, workers=1, timeout=20.0)
+        pool.reset(0, 0, 0)
+        assert pool.ready(wait=True)[0].failure is None
+        page.Guess.step = lambda *_: (_ for _ in ()).throw(KeyError("\x1b[31m\n" + "long " * 20_000 + "end"))
+        pool.step(0, "3")
+        failure = pool.ready(wait=True)[0].failure
+        pool.close()
+    assert failure.startswith("ServerError: EXECUTION_ERROR") and failure.endswith("long end'") and len(failure) < 340 and failure.isprintable()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -529,6 +669,16 @@ def test_an_idle_session_that_was_ended_is_opened_again(page):
         ({"admissible": "metadata"}, "admissible=metadata is not a list"),
         ({"reset": {"most": 1, "seed": 7, "x": 1}}, "EXECUTION_ERROR"),
         ({"action": {"number": 3}}, 'has no place for the command; put "{}" where it goes'),
+        ({"action": "{}"}, "action='{}' must be a table"),
+        ({"action": 5}, "action=5 must be a table"),
+        ({"reset": 5}, "reset=5 must be a table"),
+        ({"observation": 5}, "observation=5 must be a field's name, or a list of them"),
+        ({"observation": ["turns", 5]}, "observation=['turns', 5] must be"),
+        ({"admissible": 5}, "admissible=5 must be a field's name"),
+        ({"timeout": "long"}, "timeout='long' must be a number of seconds"),
+        ({"timeout": 0}, "timeout=0 must be a number of seconds above 0"),
+        ({"url": 5}, "url=5 is not the address of a server"),
+        ({"url": ["x"]}, "url=['x'] is not the address of a server"),
         ({"url": "127.0.0.1:80"}, "url='127.0.0.1:80' is not the address of a server"),
         ({"url": "http://127.0.0.1:1"}, "ConnectionRefusedError"),
     ],

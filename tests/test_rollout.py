@@ -168,6 +168,50 @@ def test_a_reward_that_is_no_finite_number_ends_its_own_trajectory_only(instant,
     assert [[turn.action for turn in t.turns] for t in played if t.task != 4] == [[turn.action for turn in t.turns] for t in healthy if t.task != 4]
 
 
+@pytest.mark.parametrize("instant", [True, False])
+@pytest.mark.parametrize("method", ["reset", "step"])
+@pytest.mark.parametrize(
+    ("observation", "info", "why"),
+    [
+        (5, {}, "TypeError: the observation is int, the info dict"),
+        ("text", None, "TypeError: the observation is str, the info NoneType"),
+        ("text", {"score": "good"}, "ValueError: could not convert string to float: 'good'"),
+        ("text", {"score": float("inf")}, "ValueError: the score is inf"),
+        ("text", {"admissible_actions": 5}, "TypeError: 'int' object is not iterable"),
+    ],
+)
+def test_what_the_protocol_does_not_know_ends_its_own_trajectory_only(instant, method, observation, info, why):
+    class Odd(Corridor):
+        def clone(self):
+            return Odd(self.tasks, instant=self.instant)
+
+        def reset(self, seed, task):
+            told = super().reset(seed, task)
+            return (observation, info) if (task, method) == (4, "reset") else told
+
+        def step(self, action):
+            told = super().step(action)
+            return (observation, *told[1:4], info) if (self.task, method) == (4, "step") else told
+
+    played = play(Odd(instant=instant), [3, 4], temperature=0.0)
+    assert played[0].failure is None and played[1].failure.startswith(why)
+    assert [len(t.turns) for t in played] == [5, 1 if method == "step" else 0]
+
+
+def test_facts_of_other_types_are_taken_for_what_they_mean():
+    class Numpy(Corridor):
+        def clone(self):
+            return Numpy()
+
+        def step(self, action):
+            observation, reward, over, cut, info = super().step(action)
+            return observation, np.float32(reward), np.bool_(over), np.bool_(cut), info | {"won": np.bool_(over), "score": np.float32(0.5), "task_id": 5}
+
+    (trajectory,) = play(Numpy(), [4])
+    kinds = [type(value) for value in (trajectory.success, trajectory.score, trajectory.turns[-1].reward)]
+    assert kinds == [bool, float, float] and trajectory.score == 0.5 and trajectory.failure is None
+
+
 def test_a_world_that_hangs_ends_its_own_trajectory_only():
     release = threading.Event()
     env = Corridor(instant=False, faults={4: release.wait, 5: release.wait})

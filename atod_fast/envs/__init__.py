@@ -12,6 +12,7 @@ from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
 
 GROUP = "atod_fast.envs"  # entry points by which other packages offer their worlds
+MEMBERS = ("instant", "__len__", "reset", "step", "clone", "close")  # of the protocol
 BUILT_IN = {
     "alfworld": "atod_fast.envs.alfworld.env:AlfWorld",
     "webshop": "atod_fast.envs.webshop.env:WebShop",
@@ -24,11 +25,14 @@ BUILT_IN = {
 def make(name: str, **options: Any) -> Environment:
     """The environment `name` with its options.
 
-    `name`: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option, and for
-    an option that is missing.
+    `name`: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option, for
+    an option that is missing, and for what makes no `Environment`.
     """
     factory = find(name)
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise UserError(f"env.name={name!r} is no class of environments: {error}; docs/environments.md shows one") from error
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for option in options:
             if option not in parameters:
@@ -39,7 +43,10 @@ def make(name: str, **options: Any) -> Environment:
         required = parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if required and option not in options:
             raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in env.train and env.eval")
-    return factory(**options)
+    made = factory(**options)
+    if missing := [member for member in MEMBERS if not hasattr(made, member)]:
+        raise UserError(f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; docs/environments.md says what they owe")
+    return made
 
 
 def find(name: str) -> Any:
@@ -63,6 +70,6 @@ def _load(target: str, name: str) -> Any:
         found = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"env.name={name!r} cannot be loaded: {error}") from error
     return found

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from atod_fast.rollout.prompts.plain import PlainPrompt
 
 CUT = " [... cut ...] "  # stands where the middle of a text was left out, and ends a list that was too long
-LONGEST_ACTION = 200  # characters, also of names
+LONGEST_NAME = 200  # characters of an action, of a task's type or identifier
 LONGEST_ERROR = 300  # characters
 MOST_ACTIONS = 500  # listed
 
@@ -67,7 +67,7 @@ class Adapter:
 
     def _fit_list(self, actions: Sequence[str]) -> list[str]:
         """Of the actions those that there is room for."""
-        listed = [fit(action, LONGEST_ACTION) for action in actions[:MOST_ACTIONS]]
+        listed = [fit(action, LONGEST_NAME) for action in actions[:MOST_ACTIONS]]
         room = sum(end <= self._chars for end in accumulate(map(len, listed)))
         return listed[:room] + [CUT.strip()] * (room < len(actions))
 

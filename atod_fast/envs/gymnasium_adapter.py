@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from atod_fast.envs.adapter import Adapter, known_facts, one_line
+from atod_fast.envs.adapter import LONGEST_NAME, Adapter, check, fit, known_facts, one_line
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
 
@@ -54,6 +54,11 @@ class Gymnasium(Adapter):
         instant: bool = True,
     ) -> None:
         super().__init__(tasks=tasks, seed=seed, won=won, instructions=instructions, chars=chars)
+        check("id", id, isinstance(id, str), "the name of an environment")
+        check("observation", observation, isinstance(observation, str), "text, render or module:function")
+        check("actions", actions, isinstance(actions, list | tuple), "a list of names")
+        check("kwargs", kwargs, kwargs is None or isinstance(kwargs, Mapping), "a table of arguments")
+        check("instant", instant, isinstance(instant, bool), "true or false")
         self.instant = instant
         self._id, self._observation = id, observation
         self._arguments = {"max_episode_steps": max_steps, "disable_env_checker": True} | dict(kwargs or {})
@@ -81,7 +86,7 @@ class Gymnasium(Adapter):
             self._env = self._open()
         observation, info = self._env.reset(seed=start)
         self._text = self._shown(observation, info)
-        self._facts = self._listed(info) | Info(won=False, is_action_valid=True, task_id=f"{self._id}/{start}") | known_facts(info)
+        self._facts = Info(task_id=f"{self._id}/{start}") | self._told(info, False)
         return self._text, self._facts.copy()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
@@ -94,7 +99,7 @@ class Gymnasium(Adapter):
         reward = float(gained)
         self._text = self._shown(observation, info)
         won = bool(terminated) and reward >= self._won
-        self._facts |= self._listed(info) | Info(won=won, is_action_valid=True) | known_facts(info)
+        self._facts |= self._told(info, won)
         return self._text, reward, bool(terminated), bool(truncated), self._facts.copy()
 
     def clone(self) -> Gymnasium:
@@ -134,7 +139,7 @@ class Gymnasium(Adapter):
             kind = type(space).__name__
             raise UserError(f"id={self._id!r}: actions are {kind}" + ("; leave out actions=" if isinstance(space, Text) else ", not Text or Discrete; wrap it"))
         first, count = int(space.start), int(space.n)
-        named = [str(name) for name in names] or [str(first + place) for place in range(count)]
+        named = [fit(str(name), LONGEST_NAME) for name in names] or [str(first + place) for place in range(count)]
         numbers = {name.strip().lower(): first + place for place, name in enumerate(named)}
         if len(named) != count or len(numbers) != count:
             raise UserError(f"actions={list(names)!r} has {len(numbers)} different names; {self._id} has {count} actions: give each one")
@@ -145,13 +150,17 @@ class Gymnasium(Adapter):
         if self._numbers is None:
             return command
         name = command.strip().lower()
-        return self._numbers.get(name) if name in (listed.strip().lower() for listed in self._facts["admissible_actions"]) else None
+        return self._numbers.get(name) if name in self._allowed else None
 
-    def _listed(self, info: Mapping[str, Any]) -> Info:
-        allowed = info.get("action_mask")
-        if self._numbers is None or allowed is None:
-            return Info(admissible_actions=list(self._names))
-        return Info(admissible_actions=[name for name, may in zip(self._names, allowed, strict=True) if may])
+    def _told(self, info: Mapping[str, Any], won: bool) -> Info:
+        """The facts of a reset or a step, which may be hostile; sets which actions there are, listed or not for want of room."""
+        mask, names = info.get("action_mask"), self._names
+        if self._numbers is not None and mask is not None:
+            names = [name for name, may in zip(names, mask, strict=True) if may]
+        facts = Info(won=won, admissible_actions=names, is_action_valid=True) | known_facts(info)
+        self._allowed = {name.strip().lower() for name in facts["admissible_actions"]}
+        shown = {name: fit(facts[name], LONGEST_NAME) for name in ("task_type", "task_id") if name in facts}
+        return facts | shown | {"admissible_actions": self._fit_list(facts["admissible_actions"])}
 
     def _shown(self, observation: Any, info: Mapping[str, Any]) -> str:
         if self._observation == "render":

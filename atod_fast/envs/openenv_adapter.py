@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from atod_fast.envs.adapter import Adapter, one_line
+from atod_fast.envs.adapter import Adapter, check, one_line
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
 
@@ -38,15 +38,16 @@ class ServerError(Exception):
     """The server answered with an error. `of_value`: it found the action's fields right, and what the agent said in them wrong."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        code, problems = data.get("code"), data.get("errors") or []
-        self.of_value = code == "VALIDATION_ERROR" and not any(problem["type"] in ("missing", "extra_forbidden") for problem in problems)
-        details = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems]
-        hint = "lower rollout.concurrency, or let it have more" if code == "CAPACITY_REACHED" else ""
+        code, errors = data.get("code"), data.get("errors") or []
+        problems = [problem if isinstance(problem, dict) else {"msg": problem} for problem in (errors if isinstance(errors, list) else [errors])]
+        self.of_value = code == "VALIDATION_ERROR" and not any(problem.get("type") in ("missing", "extra_forbidden") for problem in problems)
+        details = [": ".join(str(part) for part in (_dotted(problem.get("loc") or ""), problem.get("msg")) if part) for problem in problems]
+        hint = "lower rollout.concurrency, which each engine has to itself, or let it have more" if code == "CAPACITY_REACHED" else ""
         super().__init__("; ".join(str(part) for part in (code, data.get("message"), *details, hint) if part))
 
 
 class OpenEnv(Adapter):
-    """An episode of an OpenEnv server; each has a session of its own, so that the server must allow rollout.concurrency of them.
+    """An episode of an OpenEnv server; each has a session of its own, of which the server must allow rollout.concurrency to each engine.
 
     url: of the server. action: the data of a step, in which every "{}" becomes the command. observation: the field of the
       observation that is shown, as a path like "messages.-1.content", or several, joined by line ends; what is absent or null is
@@ -76,16 +77,22 @@ class OpenEnv(Adapter):
         chars: int = 4000,
     ) -> None:
         super().__init__(tasks=tasks, seed=seed, won=won, instructions=instructions, chars=chars)
+        fields = [observation] if isinstance(observation, str) else observation
+        check("action", action, action is None or isinstance(action, Mapping), f'a table, in which "{COMMAND}" stands for the command')
+        check("observation", observation, isinstance(fields, list) and all(isinstance(field, str) for field in fields), "a field's name, or a list of them")
+        check("admissible", admissible, admissible is None or isinstance(admissible, str), "a field's name")
+        check("reset", reset, reset is None or isinstance(reset, Mapping), "a table")
+        check("timeout", timeout, isinstance(timeout, int | float) and timeout > 0, "a number of seconds above 0")
         try:
             parts = urlsplit(url)
             path = parts.path.rstrip("/").removesuffix("/ws") + "/ws"
             self._url, self._host = parts._replace(scheme=_SCHEMES[parts.scheme], path=path).geturl(), parts.hostname
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, AttributeError, TypeError):
             raise UserError(f"url={url!r} is not the address of a server; give one like http://127.0.0.1:8000") from None
         self._action = dict(action or {"message": COMMAND})
         if filled(self._action, "") == self._action:
             raise UserError(f'action={self._action!r} has no place for the command; put "{COMMAND}" where it goes')
-        self._fields = [observation] if isinstance(observation, str) else list(observation)
+        self._fields = fields
         self._admissible, self._reset, self._timeout = admissible, dict(reset or {}), timeout
         self._socket: ClientConnection | None = None
         try:
@@ -177,10 +184,14 @@ class OpenEnv(Adapter):
         listed = at(seen, self._admissible) if self._admissible else []
         if first and not isinstance(listed, list):
             raise LookupError(f"admissible={self._admissible} is not a list in what the server tells: {', '.join(seen)}")
-        return self._fit(text), [str(action) for action in listed or []]
+        return self._fit(text), self._fit_list([str(action) for action in listed] if isinstance(listed, list) else [])
 
     def _info(self, valid: bool, won: bool = False) -> Info:
         return Info(won=won, admissible_actions=list(self._listed), is_action_valid=valid, task_id=self._task_id)
+
+
+def _dotted(path: Any) -> str:
+    return ".".join(map(str, path)) if isinstance(path, list) else str(path)
 
 
 def filled(template: Any, command: str) -> Any:

@@ -1,6 +1,7 @@
 """The worlds of a rollout: stepped at once where a step is instant, else side by side in threads with a time limit.
 
-A world that raises, does not answer in time, or gives a reward that is not finite yields a failure in place of an answer, and is not used again.
+A world that raises, does not answer in time, or answers what the protocol does not know yields a failure in place of an answer, and is not used
+again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from atod_fast.envs.adapter import known_facts, one_line
 from atod_fast.envs.protocol import Environment, Info
 
 
@@ -56,14 +58,17 @@ class Pool:
     def reset(self, key: int, seed: int, task: int) -> None:
         """Start an episode."""
         world = self._worlds[key] = self._idle.pop() if self._idle else self._env.clone()
-        self._start(key, lambda: Answer(key, *world.reset(seed, task)))
+
+        def reset() -> Answer:
+            observation, info = world.reset(seed, task)
+            return _answer(key, observation, info)
+
+        self._start(key, reset)
 
     def step(self, key: int, action: str) -> None:
         def step() -> Answer:
             observation, reward, terminated, truncated, info = world.step(action)
-            if not math.isfinite(reward := float(reward)):  # it would spoil the advantages of its group
-                raise ValueError(f"the reward is {reward}")
-            return Answer(key, observation, info, reward, terminated, truncated)
+            return _answer(key, observation, info, float(reward), bool(terminated), bool(truncated))
 
         world = self._worlds[key]
         self._start(key, step)
@@ -120,12 +125,23 @@ class Pool:
         return [self._answers.get() for _ in range(self._answers.qsize())]
 
 
+def _answer(key: int, observation: str, info: Info, *outcome: float) -> Answer:
+    """What a world said, if it is what the protocol says; what is not would end the run where it is used, or spoil a mean."""
+    if not isinstance(observation, str) or not isinstance(info, dict):
+        raise TypeError(f"the observation is {type(observation).__name__}, the info {type(info).__name__}; text and a dict are due")
+    answer = Answer(key, observation, info | known_facts(info), *outcome)
+    for name, number in (("reward", answer.reward), ("score", answer.info.get("score", 0.0))):
+        if not math.isfinite(number):
+            raise ValueError(f"the {name} is {number}")
+    return answer
+
+
 def _attempt(key: int, action: Callable[[], Answer], world: Environment) -> Answer:
     try:
         return action()
     except Exception as error:
         _close(world)
-        return Answer(key, failure=f"{type(error).__name__}: {error}")
+        return Answer(key, failure=one_line(error))
 
 
 def _close(world: Environment) -> None:
