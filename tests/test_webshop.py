@@ -29,9 +29,9 @@ from atod_fast.envs.webshop.catalogue import CUT, Catalogue, Facts, Instruction,
 from atod_fast.envs.webshop.env import WebShop
 from atod_fast.envs.webshop.generator import generate_files
 from atod_fast.envs.webshop.goals import Goals
-from atod_fast.envs.webshop.pages import SEPARATOR, item_page, results_page, sub_page
+from atod_fast.envs.webshop.pages import LONGEST_PAGE, SEPARATOR, item_page, results_page, sub_page
 from atod_fast.envs.webshop.reading import Malformed
-from atod_fast.envs.webshop.reward import COLOURS, attributes_met, matcher, options_met, score, type_reward
+from atod_fast.envs.webshop.reward import attributes_met, matcher, options_met, score, type_reward
 from atod_fast.envs.webshop.search import SearchEngine
 from atod_fast.envs.webshop.shop import Shop
 from atod_fast.envs.webshop.visit import Visit
@@ -44,6 +44,8 @@ GOLDEN = Path(__file__).parent / "golden"
 ITEMS, ATTRIBUTES, HUMAN = (GOLDEN / f"webshop_{name}.json" for name in ("items", "attributes", "human"))
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 REAL = DATA / "webshop_products_1000.jsonl.xz"
+WORDS = json.loads((GOLDEN / "webshop_words.json").read_text(encoding="utf-8"))
+COLOURS = WORDS["colours"]
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the 1,000-product set in shared/data")
 
 
@@ -166,7 +168,6 @@ def test_the_product_asked_for_can_be_bought_for_full_score():
 def buy(shop: WebShop, task: int) -> bool:
     """Buy the product that the goal was made of, as a visitor would."""
     _, info = shop.reset(0, task)
-    shop.step(f"search[<q> {shop.goal.product.query}]")
     link = f"click[{shop.goal.product.asin.lower()}]"
     info = shop.step("search[<q> " + shop.goal.product.query + "]")[4]
     while link not in info["admissible_actions"]:
@@ -179,17 +180,15 @@ def buy(shop: WebShop, task: int) -> bool:
     return info["won"]
 
 
-def test_rewards_are_all_or_nothing_or_shares_of_the_score():
-    whole, shares = made_up(), WebShop(generate=60, seed=5, nouns="heuristic", reward=4, partial=True)
-    scores = set()
+def test_rewards_are_all_or_nothing_and_the_score_is_told():
+    shop, scores = made_up().clone(), set()
     for task in range(20):
-        for shop in (whole, shares):
-            shop.reset(0, task)
-            links = shop.step("search[<q> " + shop.goal.product.query + "]")[4]["admissible_actions"]
-            shop.step(links[2])
-        _, reward, _, _, info = whole.step("click[buy now]")
-        _, share, _, _, same = shares.step("click[buy now]")
-        assert info["score"] == same["score"] and share == 4 * info["score"] and reward == 10 * (info["score"] == 1)
+        _, info = shop.reset(0, task)
+        assert info["task_type"] == shop.goal.product.category != ""
+        links = shop.step("search[<q> " + shop.goal.product.query + "]")[4]["admissible_actions"]
+        shop.step(links[2])
+        _, reward, _, _, info = shop.step("click[buy now]")
+        assert reward == 10 * (info["score"] == 1)
         scores.add(info["score"])
     assert len(scores) > 3
 
@@ -232,7 +231,7 @@ def similarity(one: str, other: str) -> int:
     return max(ratio(both, first), ratio(both, second), ratio(first, second))
 
 
-def formula(goal, bought, price: float, chosen: dict[str, str]) -> float:
+def formula(goal, bought, price: float, chosen: dict[str, str], find_nouns=nouns.heuristic) -> float:
     """r_type * (n_attr + n_option + [price <= limit]) / (|attrs| + |options| + 1), written from the paper's formula and WebShop's rules."""
     attributes = 0
     for want in goal.attributes:
@@ -249,7 +248,7 @@ def formula(goal, bought, price: float, chosen: dict[str, str]) -> float:
         options += any(similarity(next((c for c in COLOURS if c in has), has), target) > 85 for has in chosen.values())
     total = (attributes + options + (price <= goal.price_upper)) / (len(goal.attributes) + len(goal.options) + 1)
 
-    asked, got = nouns.heuristic(goal.product.title), nouns.heuristic(bought.title)
+    asked, got = find_nouns(goal.product.title), find_nouns(bought.title)
     title_score = len(set(asked) & set(got)) / len(asked) if asked else 0.2
     categories = [{part.strip() for part in one.product_category.split("›")} for one in (goal.product, bought)]
     query_differs, unrelated = bought.query != goal.product.query, len(categories[0] & categories[1]) < 2
@@ -292,6 +291,31 @@ def test_scores_are_the_formulas(open_shop):
         assert found == pytest.approx(formula(goal, bought, price, chosen), abs=1e-12), (goal, bought, price, chosen)
         seen.add(round(found, 6))
     assert len(seen) > 8 and 1.0 in seen
+
+
+def test_a_visit_s_score_is_the_formula_s_of_recorded_nouns():
+    shop, random, seen = WebShop(products=ITEMS, attributes=ATTRIBUTES, nouns="heuristic"), Random(3), set()
+    rows = [row for row, one in enumerate(shop.shop.catalogue.products) if one.title]
+    for _ in range(60):
+        shop.reset(0, random.randrange(len(shop)))
+        row = random.choice(rows)
+        bought = shop.shop.catalogue.products[row]
+        shop.step(f"search[{bought.title}]")
+        if not shop.step(f"click[{bought.asin}]")[4]["is_action_valid"]:
+            continue
+        chosen = {name: random.choice(values) for name, values in bought.options.items() if values}
+        chosen = {name: value for name, value in chosen.items() if shop.step(f"click[{value}]")[4]["is_action_valid"]}
+        info = shop.step("click[buy now]")[4]
+        expected = formula(shop.goal, bought, shop.shop.catalogue.prices[row], chosen, WORDS["nouns"].__getitem__)
+        assert info["score"] == pytest.approx(expected, abs=1e-12), (shop.goal, bought, chosen)
+        seen.add(round(expected, 6))
+    assert len(seen) > 5
+
+
+def test_a_price_at_the_limit_is_met_and_one_above_it_is_not():
+    goal, alike = made_up().shop.goals[0], matcher()
+    bought = [score(goal, goal.product, price, goal.options, nouns.heuristic, alike) for price in (goal.price_upper, goal.price_upper + 0.01)]
+    assert bought[0] == 1.0 > bought[1]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +365,13 @@ LETTERS = "abcdefghijklmnopqrst"
 
 @pytest.mark.parametrize(
     ("other", "expected"),
-    [(LETTERS + "uvwxyz", True), (LETTERS + "uvwxyz0", False), ("T " + LETTERS.upper() + "!", True), ("", False), ("é" + LETTERS, True)],  # 87%, 85.1%
+    [
+        (LETTERS[:15], True),  # 85.7%
+        (LETTERS + "uvwxyz0", False),  # 85.1%
+        ("T " + LETTERS.upper() + "!", True),
+        ("", False),
+        ("é" + LETTERS, True),
+    ],
 )
 def test_strings_are_alike_above_85_percent_after_rounding(other, expected):
     assert matcher()(LETTERS, other) == expected == (similarity(LETTERS, other) > 85)
@@ -398,7 +428,7 @@ def test_spacy_is_used_where_it_is_and_named_where_it_is_missing(monkeypatch, ca
             return lambda title: map(Word, title.split())
 
     def active(choice):
-        nouns._spacy.cache_clear()
+        nouns.tagger.cache_clear()
         return nouns.tagger(choice)
 
     try:
@@ -413,10 +443,12 @@ def test_spacy_is_used_where_it_is_and_named_where_it_is_missing(monkeypatch, ca
         monkeypatch.setitem(sys.modules, "spacy", None)
         with pytest.raises(UserError, match="nouns='spacy'.*pip install spacy"):
             active("spacy")
-        with caplog.at_level(logging.INFO):
-            assert active("auto")[0] == "heuristic" and "by heuristic" in caplog.text
+        caplog.clear()
+        assert active("heuristic")[0] == "heuristic" and not caplog.records
+        assert active("auto")[0] == nouns.tagger("auto")[0] == "heuristic"
+        assert [record.levelno for record in caplog.records] == [logging.WARNING] and "by heuristic" in caplog.text
     finally:
-        nouns._spacy.cache_clear()
+        nouns.tagger.cache_clear()
 
 
 # --- goals
@@ -472,6 +504,7 @@ def test_words_are_lucenes():
         ["women", "shoe", "us", "7.5", "run", "1,000", "x3", "larg", "e.g", "us"]
     )
     assert words("it is 's") == ["s"] and words("") == []
+    assert words("generously") == ["gener"], "Porter's stem; his later English one is generous"
 
 
 def test_hits_are_by_bm25_then_by_identifier():
@@ -494,6 +527,22 @@ def test_hits_are_by_bm25_then_by_identifier():
     expected = sorted((asin for asin, text in texts.items() if bm25(text.split()) > 0), key=lambda asin: (-bm25(texts[asin].split()), asin))
     assert found == expected and found[:2] == ["B1", "B3"]
     assert engine.search("the", Random(0)) == engine.search("nowhere", Random(0)) == ()
+
+
+def test_a_search_finds_at_most_fifty():
+    bare = dict(name="oak", full_description="", small_description=[], customization_options="")
+    engine = SearchEngine([parse_product(product(asin=f"B{number:02}", **bare), {}) for number in range(60)])
+    assert engine.search("oak", Random(0)) == tuple(range(50)) and len(set(engine.search("<r>", Random(0)))) == 50
+
+
+def test_title_description_first_bullet_and_options_are_searched():
+    groups = {"wood": [{"value": "walnut"}]}
+    shown = dict(name="table", full_description="sturdy", small_description=["easy", "cheap"], customization_options=groups, category="furniture")
+    engine = SearchEngine([parse_product(product(asin="B0", **shown), {}), parse_product(product(asin="B1", category="food"), {})])
+    found = [word for word in ("table", "sturdy", "easy", "cheap", "wood", "walnut", "furniture") if 0 in engine.search(word, Random(0))]
+    assert found == ["table", "sturdy", "easy", "wood", "walnut"]
+    assert engine.search("<c> furniture", Random(0)) == engine.search("<c> furniture and more", Random(0)) == (0,)
+    assert engine.search("<c> food", Random(0)) == (1,) and engine.search("<c>", Random(0)) == ()
 
 
 def test_a_shop_without_a_word_finds_nothing():
@@ -564,6 +613,18 @@ def test_reading_piece_by_piece_gives_what_json_gives(tmp_path_factory, content,
     assert found == (content if isinstance(content, list) else list(content.items()))
 
 
+def test_bytes_that_are_no_text_are_marked_and_an_entry_has_a_longest_size(tmp_path, monkeypatch):
+    path = tmp_path / "items.json"
+    path.write_bytes(b'["a\xffb"]')
+    assert list(reading.read("products", path, 0, lambda entry: entry)) == ["a\ufffdb"]
+    path.write_text(json.dumps(["x" * 1000]))
+    assert list(reading.read("products", path, 0, len)) == [1000]
+    monkeypatch.setattr(reading, "CHUNK", 10)
+    monkeypatch.setattr(reading, "LONGEST_ENTRY", 100)
+    with pytest.raises(UserError, match="no JSON at character 1 "):
+        list(reading.read("products", path, 0, len))
+
+
 def test_malformed_lines_are_named_counted_and_left_out_up_to_a_limit(tmp_path, caplog):
     files = generate_files(30, 0)
     _, attributes, _ = files.write(tmp_path)
@@ -593,7 +654,9 @@ def test_malformed_lines_are_named_counted_and_left_out_up_to_a_limit(tmp_path, 
         ({"customization_options": [1]}, "customization_options is no object"),
         ({"customization_options": {"Color": "red"}}, "option 'Color' is no list of objects"),
         ({"customization_options": {"Color": [{"price": 1}]}}, "value is missing"),
-        ({"customization_options": {"Color": [{"value": str(n)} for n in range(501)]}}, "501 option values, 500 are the most"),
+        ({"customization_options": {"Color": [{"value": str(n)} for n in range(500)]}}, "501 options and values of 1395 characters, 500 of 20000 are"),
+        ({"customization_options": {str(n): [] for n in range(501)}}, "501 options and values"),
+        ({"customization_options": {"Color": [{"value": f"{n:0800}"} for n in range(30)]}}, "31 options and values of 24005 characters"),
         ({"pricing": "$1.2.3"}, "is no price"),
         ({"pricing": [float("inf")]}, "is no price"),
         ({"pricing": {"low": 1}}, "is no price"),
@@ -651,6 +714,12 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, option, conte
         ({"generate": 5, "scale": "big"}, "scale='big' is not one of small, full"),
         ({"generate": 5, "nouns": "spicy"}, "did you mean spacy?"),
         ({"generate": 5, "splits": "test"}, "did you mean split?"),
+        ({"generate": 5, "reward": 4}, "has no option 'reward'"),
+        ({"generate": 5, "split": ["test"]}, "split=['test'] is not one of"),
+        ({"products": 5, "attributes": ATTRIBUTES}, "products=5 is no file's path"),
+        ({"products": ITEMS, "attributes": ["x"]}, "attributes=['x'] is no file's path"),
+        ({"products": ITEMS, "attributes": ATTRIBUTES, "human_goals": 3}, "human_goals=3 is no file's path"),
+        ({"products": "~nosuchuser/x", "attributes": ATTRIBUTES}, "products='~nosuchuser/x' is no file's path"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, told):
@@ -711,6 +780,26 @@ def test_what_is_too_long_is_cut_with_a_mark():
     assert len(page.text) < 2500 and page.text.count(CUT) == 2 and f"click[{'c' * 1000}{CUT}]" in page.admissible
     assert sub_page("i", long, "description").text.endswith("d" + CUT)
     assert cleaning.line("y" * 1000) == "y" * 1000
+
+
+def test_a_page_has_a_longest_size_and_keeps_its_ends():
+    many = parse_product(product(name="t" * 5000, small_description=["b" * 30_000] * 500), {})
+    page = sub_page("i", many, "features")
+    assert len(page.text) < LONGEST_PAGE + 20 and page.text.count(CUT) > 0 and page.text.startswith("Instruction: [SEP] i [SEP] Back to Search")
+    options = {"Color": [{"value": str(n) * 9} for n in range(400)]}
+    item = item_page("i" * 20_000, parse_product(product(customization_options=options), {}))
+    assert (
+        len(item.text) < LONGEST_PAGE + 20
+        and item.text.count(CUT) == 1
+        and item.text.endswith("Buy Now")
+        and "click[399399399399399399399399399]" in item.admissible
+    )
+
+
+def test_what_cannot_be_seen_does_not_get_through():
+    for hidden in ("\u202e", "\u2066", "\u2060", "\u200f", "\ufeff", "\U000e0041", "\u2028", "\x1b[31m", "\x00"):
+        assert cleaning.line(f"a{hidden}b") == cleaning.text(f"a{hidden}b") == "a b"
+    assert cleaning.line("a\tb\nc") == "a b c" and cleaning.text("a\tb\nc") == "a\tb\nc"
 
 
 def test_lone_surrogates_do_not_get_through():

@@ -2,8 +2,8 @@
 
 After princeton-nlp/WebShop (MIT, web_agent_site/engine/engine.py: load_products, generate_product_prices). Two things are
 ours. Text is made safe: `[SEP]`, which parts a page's pieces, is spelt `[sep]` where a product says it, control characters
-give way to spaces, and what exceeds the sizes below ends in `CUT`. And an entry that WebShop would fail on is left out.
-None of this touches a character of the 1,000-product set.
+and invisible ones give way to spaces, and what exceeds the sizes below ends in `CUT`. And an entry that WebShop would fail on is
+left out. None of this touches a character of the 1,000-product set.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from random import Random
 from sys import intern
 from typing import Any
 
+from atod_fast.envs.adapter import INVISIBLE
 from atod_fast.envs.webshop.reading import Malformed, read
 from atod_fast.errors import UserError
 
 LONGEST_LINE = 1_000  # characters of a title, an option or an attribute; 232 in the 1,000-product set
 LONGEST_TEXT = 20_000  # characters of a description or a bullet point; 15,481 in that set
-MOST_VALUES = 500  # option values, bullet points or attributes of one product; 50 in that set
+MOST_VALUES = 500  # options with their values, bullet points or attributes of one product; 52 in that set
 CUT = " [... cut ...]"  # ends what was too long
 LONGEST_ASIN = 10  # WebShop leaves out products with longer ones
 NO_PRICE = 100.0  # dollars, of a product without a price
 
-# Lone surrogates, which no tokenizer takes, are among them.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_CONTROL_OR_BREAK = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Soft hyphens and zero-width spaces stay: that set has five.
+_UNSEEN = re.compile(f"(?![\xad\u200b])(?:{INVISIBLE.pattern})")
+_UNSEEN_OR_BREAK = re.compile(f"{_UNSEEN.pattern}|[\t\n]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +148,9 @@ def _options(groups: Any) -> dict[str, tuple[str, ...]]:
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             raise Malformed(f"option {name[:40]!r} is no list of objects")
         options[intern(line(name).lower())] = tuple(intern(line(string(value, "value")).strip().replace("/", " | ").lower()) for value in values)
-    if (number := sum(map(len, options.values()))) > MOST_VALUES:
-        raise Malformed(f"{number} option values, {MOST_VALUES} are the most")
+    texts = [text for name, values in options.items() for text in (name, *values)]
+    if len(texts) > MOST_VALUES or sum(map(len, texts)) > LONGEST_TEXT:
+        raise Malformed(f"{len(texts)} options and values of {sum(map(len, texts))} characters, {MOST_VALUES} of {LONGEST_TEXT} are the most")
     return options
 
 
@@ -187,12 +189,12 @@ def lines(entry: Mapping[str, Any], key: str) -> list[str]:
 
 def line(value: str) -> str:
     """`value` as it may stand on a page as one piece: on one line, of bounded length, without `[SEP]`."""
-    return _safe(value, LONGEST_LINE, _CONTROL_OR_BREAK)
+    return _safe(value, LONGEST_LINE, _UNSEEN_OR_BREAK)
 
 
 def text(value: str) -> str:
     """The same for running text, whose line breaks stay."""
-    return _safe(value, LONGEST_TEXT, _CONTROL)
+    return _safe(value, LONGEST_TEXT, _UNSEEN)
 
 
 def _safe(value: str, longest: int, forbidden: re.Pattern[str]) -> str:

@@ -18,6 +18,7 @@ from atod_fast.envs.webshop.visit import Visit
 from atod_fast.errors import UserError
 
 File = str | os.PathLike
+REWARD = 10.0  # of a purchase with score 1
 
 
 class WebShop:
@@ -32,11 +33,10 @@ class WebShop:
       1,000; "train" has the others, "all" both.
     nouns: what finds nouns for the score: "spacy", "heuristic", or "auto", spaCy where it is installed. The attribute `nouns`
       says which is active.
-    reward: of a purchase with score 1 (verl-agent); other purchases give 0, or with `partial` the reward times the score.
-      `info["score"]` is WebShop's score in either case.
 
-    An episode ends with a purchase. Actions are `search[words]`, on any page, and `click[what]`; those listed are accepted,
-    and so is any search. The `seed` of an episode matters to WebShop's search `<r>` alone.
+    An episode ends with a purchase; its reward is 10 for the score 1, else 0 (verl-agent). `info["score"]` is the score.
+    Actions are `search[words]`, on any page, and `click[what]`; those listed are accepted, and so is any search. The `seed` of
+    an episode matters to WebShop's search `<r>` alone.
     """
 
     instant = True
@@ -54,8 +54,6 @@ class WebShop:
         scale: str = "small",
         split: str = "all",
         nouns: str = "auto",
-        reward: float = 10.0,
-        partial: bool = False,
     ) -> None:
         if (generate is None) == (products is None):
             raise UserError("webshop takes exactly one of products=<items_shuffle.json>, with attributes=<items_ins_v2.json>, and generate=N")
@@ -69,20 +67,19 @@ class WebShop:
         self._alike = matcher()
         self.nouns, self._tag = tagger(nouns)
         if generate is not None:
-            _only("products=", ("attributes", attributes, None), ("human_goals", human_goals, None), ("num_products", num_products, None))
-            _only("products=", ("malformed", malformed, 100))
+            files = (("attributes", attributes, None), ("human_goals", human_goals, None))
+            _only("products=", *files, ("num_products", num_products, None), ("malformed", malformed, 100))
             self.shop = generated(generate, seed, scale)
         else:
             _only("generate=N", ("seed", seed, 0), ("scale", scale, "small"))
             if attributes is None:
                 raise UserError(f"products={str(products)!r} needs attributes=<items_ins_v2.json>, which says what is true of them")
-            human = None if human_goals is None else Path(human_goals).expanduser()
-            self.shop = Source(Path(products).expanduser(), Path(attributes).expanduser(), human, num_products, malformed).open()
+            human = None if human_goals is None else _file("human_goals", human_goals)
+            self.shop = Source(_file("products", products), _file("attributes", attributes), human, num_products, malformed).open()
         self._places = self.shop.goals.split(split)
         if not self._places:
             count, goals = len(self.shop.catalogue.products), len(self.shop.goals)
             raise UserError(f"split={split!r} is empty: {count} products make {goals} goals; give more products, or attributes that belong to them")
-        self._reward, self._partial = float(reward), bool(partial)
         self._visit: Visit | None = None
 
     def __len__(self) -> int:
@@ -106,7 +103,7 @@ class WebShop:
             product, price = self.shop.catalogue.products[visit.bought], self.shop.catalogue.prices[visit.bought]
             self._score = score(self.goal, product, price, visit.options, self._tag, self._alike)
             visit.page = done_page(product, visit.options, self._score)
-            reward = self._reward * (self._score if self._partial else self._score == 1)
+            reward = REWARD * (self._score == 1)
         return visit.page.text, reward, visit.bought is not None, False, self._info(accepted)
 
     def clone(self) -> WebShop:
@@ -126,6 +123,13 @@ class WebShop:
             task_id=f"{self.goal.product.asin}/{self._places[self._task]}",
             score=self._score,
         )
+
+
+def _file(option: str, value: File) -> Path:
+    try:
+        return Path(value).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{option}={value!r} is no file's path ({error}); give one of WebShop's data files") from error
 
 
 def _only(source: str, *options: tuple[str, object, object]) -> None:

@@ -34,10 +34,12 @@ _log = logging.getLogger(__name__)
 Nouns = Callable[[str], tuple[str, ...]]
 
 
+@lru_cache
 def tagger(choice: str) -> tuple[str, Nouns]:
     """Which tagger is active, "spacy" or "heuristic", and the tagger: title -> its nouns in lower case, repeats included.
 
-    "auto" takes spaCy where it and its model are installed. UserError for "spacy" where they are not.
+    "auto" takes spaCy where it and its model are installed, and elsewhere warns once that scores differ. UserError for "spacy" where
+    they are not.
     """
     if choice == "heuristic":
         return "heuristic", heuristic
@@ -48,7 +50,7 @@ def tagger(choice: str) -> tuple[str, Nouns]:
             raise UserError(
                 f"nouns='spacy' needs spaCy and its model ({error}); pip install spacy, python -m spacy download {MODEL}, or use heuristic"
             ) from error
-        _log.info("WebShop's reward takes nouns by heuristic: %s", error)
+        _log.warning('WebShop\'s scores take nouns by heuristic, not by spaCy (%s): some differ; nouns="heuristic" says that this is meant', error)
         return "heuristic", heuristic
 
 
@@ -58,7 +60,6 @@ def heuristic(title: str) -> tuple[str, ...]:
     return tuple(word for word in words if word not in _FUNCTION_WORDS)
 
 
-@lru_cache(maxsize=1)
 def _spacy() -> Nouns:
     import spacy
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from atod_fast.envs.adapter import cut
 from atod_fast.envs.webshop.catalogue import Product
 
 SEPARATOR = " [SEP] "
@@ -17,6 +18,7 @@ BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"
 SUB_PAGES = ("description", "features", "reviews")
 SEARCH_BAR = "search"  # the button beside it, which does nothing
 A_PAGE = 10  # products on a page of results
+LONGEST_PAGE = 25_000  # characters; of a longer page the middle is left out
 
 _ASCII_SPACE = " \t\n\x0c\r"
 
@@ -92,4 +94,4 @@ def _string(text: str) -> list[str]:
 
 
 def _page(pieces: list[str], clickables: Iterable[str]) -> Page:
-    return Page(SEPARATOR.join(pieces), tuple(dict.fromkeys(clickables)))
+    return Page(cut(SEPARATOR.join(pieces), LONGEST_PAGE), tuple(dict.fromkeys(clickables)))
