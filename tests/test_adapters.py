@@ -352,6 +352,7 @@ def test_a_discrete_space_may_start_anywhere_and_a_function_may_tell_the_observa
         ({"observation": "text"}, "observation='text' gives int, not text; use observation=render"),
         ({"observation": "picture"}, "observation='picture' is not known; use text, render or module:function"),
         ({"observation": "os:nothing"}, "observation='os:nothing' cannot be loaded"),
+        ({"observation": ".os:sep"}, "observation='.os:sep' cannot be loaded"),
         ({"observation": "os:sep"}, "observation='os:sep' is not a function"),
         ({"id": "Blackjack-v1", "actions": []}, "observation='render': Blackjack-v1 draws in human, rgb_array, not in ansi"),
         ({"id": "Pendulum-v1", "observation": "text"}, "actions are Box, not Text or Discrete; wrap it"),

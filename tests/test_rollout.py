@@ -198,6 +198,21 @@ def test_what_the_protocol_does_not_know_ends_its_own_trajectory_only(instant, m
     assert [len(t.turns) for t in played] == [5, 1 if method == "step" else 0]
 
 
+@pytest.mark.parametrize("place", [2, 3])
+def test_an_end_that_is_neither_true_nor_false_ends_its_own_trajectory_only(place):
+    class Undecided(Corridor):
+        def clone(self):
+            return Undecided()
+
+        def step(self, action):
+            told = list(super().step(action))
+            told[place] = np.zeros(2) if self.task == 4 else told[place]
+            return tuple(told)
+
+    played = play(Undecided(), [3, 4], temperature=0.0)
+    assert [t.failure is None for t in played] == [True, False] and played[1].failure.startswith("ValueError: The truth value")
+
+
 def test_facts_of_other_types_are_taken_for_what_they_mean():
     class Numpy(Corridor):
         def clone(self):

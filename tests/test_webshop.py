@@ -339,6 +339,11 @@ def test_options_are_met_by_like_values(wanted, chosen, met):
     assert options_met(wanted, chosen, matcher()) == met
 
 
+@pytest.mark.parametrize("colour", COLOURS)
+def test_every_colour_of_the_original_is_found_in_a_value(colour):
+    assert options_met([f"xq{colour}xq of quartz"], [colour], matcher()) == 1
+
+
 @pytest.mark.parametrize(
     ("wanted", "met"),
     [

@@ -186,7 +186,7 @@ def _function(name: str) -> Callable[[Any, Mapping[str, Any]], str]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"observation={name!r} cannot be loaded: {error}") from error
     if not callable(found):
         raise UserError(f"observation={name!r} is not a function")
