@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 
 class Student(Section):
-    path: str = Field("demo:student", description="Hugging Face model folder or hub name; demo:student is the shipped tiny one")
+    path: str = Field("demo:student", description="Hugging Face model folder or hub name; the shipped tiny ones are demo:student, demo:webshop/student, ...")
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="forward and backward precision; masters are always fp32; auto = bf16 on CUDA, fp32 on a CPU"
     )
@@ -34,7 +34,7 @@ class Student(Section):
 
 
 class Teacher(Section):
-    path: str = Field("demo:teacher", description="Hugging Face model folder or hub name; demo:teacher is the shipped tiny one")
+    path: str = Field("demo:teacher", description="Hugging Face model folder or hub name; the shipped tiny ones are demo:teacher, demo:webshop/teacher, ...")
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="as student.compute_dtype")
     offload: bool = Field(False, description="keep the teacher's sharded weights in CPU memory between uses")
 

@@ -22,7 +22,7 @@ from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
 from atod_fast.rollout import vllm_limits
 from atod_fast.rollout.actor import engine_kind
-from atod_fast.settings import check_model, check_world, to_toml
+from atod_fast.settings import check_env, check_model, check_world, to_toml
 
 PHASES = ("teacher's eval", "rollout", "score", "update")
 
@@ -71,6 +71,7 @@ def describe(config: Config, ranks: int) -> str:
         UserError: settings that cannot run with so many ranks or with these models, a model folder that is not there.
     """
     check_world(config, ranks)
+    check_env(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"plan for {ranks} {'rank' if ranks == 1 else 'ranks'} on {device.type}, at most:"]
     shapes = {}

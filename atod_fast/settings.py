@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from atod_fast.config import Config, Section
+from atod_fast.envs import check
 from atod_fast.errors import UserError
 
 Level = dict[str, Any]  # {dotted key: value}
@@ -115,6 +116,12 @@ def check_world(config: Config, ranks: int) -> None:
         near = f"{fewer} or {fewer + engines}" if fewer else f"{engines}"
         share = f"{ranks} ranks" if together == 1 else f"the {engines} engines of {ranks} ranks"
         raise UserError(f"train.tasks_per_step={tasks} cannot be divided by {share}; use {near}, or another number of ranks")
+
+
+def check_env(config: Config) -> None:
+    """UserError unless there is such a world with such options. It is not opened."""
+    for split in (config.env.train, config.env.eval):
+        check(config.env.name, config.env.options | split)
 
 
 def check_engines(config: Config, ranks: int) -> int:

@@ -28,7 +28,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import cli, objective, plan, ranks, rundir
 from atod_fast.config import Config
-from atod_fast.envs import find
 from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer
@@ -40,7 +39,7 @@ from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
 from atod_fast.rollout.actor import Actor, check_failures, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
-from atod_fast.settings import check_model, check_world, load, to_toml
+from atod_fast.settings import check_env, check_model, check_world, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
@@ -59,7 +58,9 @@ class Run:
         check_world(config, ranks.world_size())
         torch.manual_seed(config.train.seed)
 
-        find(config.env.name)  # before a model is fetched for a world that is not there
+        check_env(config)  # before a model is fetched for a world that is not there
+        if config.env.train == config.env.eval:
+            self.console.say("env.train and env.eval are the same: held-out success will be that of training tasks")
         shapes, tokenizers = zip(*((load_config(path), load_tokenizer(path)) for path in (config.student.path, config.teacher.path)), strict=True)
         for path, shape in zip((config.student.path, config.teacher.path), shapes, strict=True):
             check_model(config, path, shape.to_dict())

@@ -220,11 +220,11 @@ def test_models_of_another_world_are_refused(preset: str, other: str):
     config = load(preset)
     env = make(config.env.name, **(config.env.options | config.env.eval))
     tokenizer = load_tokenizer(load(other).student.path)
-    with pytest.raises(UserError, match=f"use --preset {other} for it, or --preset {preset} for models of this world"):
+    with pytest.raises(UserError, match=f"use --preset {other} for that, or --preset {preset} for models of this world"):
         make_renderer(config, tokenizer, len(tokenizer), env)
 
 
 def test_the_demo_s_models_are_refused_in_a_world_of_another_kind():
     tokenizer = load_tokenizer("demo:student")
-    with pytest.raises(UserError, match="env.name='worlds:Corridor': the demo's model speaks of alfworld; use --preset demo for it, or give chat models"):
+    with pytest.raises(UserError, match="env.name='worlds:Corridor': the demo's model speaks of alfworld only; use --preset demo for that, or set"):
         make_renderer(load("demo", overrides=["env.name=worlds:Corridor"]), tokenizer, len(tokenizer), make("worlds:Corridor"))

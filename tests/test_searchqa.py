@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
 import math
 import socket
 import subprocess
@@ -236,7 +237,7 @@ def test_malformed_lines_are_named_counted_and_skipped_up_to_a_limit(tmp_path, c
     with caplog.at_level(logging.WARNING):
         assert len(read_questions([file], bad_lines=len(BAD))) == 2
     assert f"skipped {len(BAD)} malformed lines" in caplog.text and f"{file}:3: " in caplog.text
-    with pytest.raises(UserError, match=rf"{len(BAD)} malformed lines, the last .*q.jsonl:{len(BAD) + 2}: .*raise bad_lines={len(BAD) - 1}") as caught:
+    with pytest.raises(UserError, match=rf"{len(BAD)} malformed lines, the last .*q.jsonl:{len(BAD) + 2}: .*bad_lines is {len(BAD) - 1}") as caught:
         read_questions([file], bad_lines=len(BAD) - 1)
     assert "\n" not in str(caught.value)
 
@@ -438,10 +439,21 @@ def test_a_bad_request_gets_one_clear_error(server, body, status, complaint):
     assert got == status and answer.keys() == {"error"} and complaint in answer["error"] and "\n" not in answer["error"]
 
 
+def test_a_server_takes_no_url_and_says_what_a_packed_corpus_is(tmp_path, capsys):
+    from atod_fast.envs.searchqa.server import main
+
+    assert main(["http://127.0.0.1:9/retrieve"]) == 2
+    assert "a server has no server behind it" in capsys.readouterr().err
+    packed = tmp_path / "corpus.jsonl.xz"
+    packed.write_bytes(lzma.compress(b'{"id": "1", "contents": "x"}'))
+    assert main([str(packed)]) == 2
+    assert "corpus.jsonl.xz' is compressed; unpack it first" in capsys.readouterr().err
+
+
 def test_other_paths_and_methods_get_json_too(server):
     assert post(server.replace("retrieve", "elsewhere"), b"{}")[0] == 404
     status, answer = post(server, b"", method="GET")
-    assert status == 501 and answer.keys() == {"error"}
+    assert status == 405 and answer["error"] == "POST /retrieve is all there is"
 
 
 def test_the_server_says_why_it_cannot_start(files, tmp_path, capsys):

@@ -160,6 +160,26 @@ def test_an_evaluation_most_of_which_is_lost_stops_the_run_and_loses_nothing_els
     assert evaluate.main(["demo:student", *flaky(held_out="failing=6"), "eval.tasks=10", "guard.failed_environments=0.6"]) == 0
 
 
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "run"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["--preset", "webshop-0.6b", "env.options.attrbutes=x.json"], "has no option 'attrbutes'; did you mean attributes?"),
+        (["env.train={generate=20, sead=0}"], "has no option 'sead'; did you mean seed?"),
+        (["env.name=worlds:Corridoor"], "worlds:Corridoor"),
+    ],
+)
+def test_a_world_that_cannot_be_is_told_before_a_model_is_looked_for(settings, words, dry, tmp_path, capsys):
+    assert train.main([*settings, *(dry or ["--run-dir", str(tmp_path)])]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_equal_splits_are_told(tmp_path, capsys):
+    same = "{generate=20, seed=0}"
+    run(tmp_path / "same", f"env.train={same}", f"env.eval={same}", "train.steps=1")
+    assert "env.train and env.eval are the same" in capsys.readouterr().out
+
+
 def test_a_training_split_that_is_wrong_is_told_before_anything_is_played(tmp_path, capsys):
     run(tmp_path / "wrong", "env.train={generate=20, seed=0, scene='tiny'}", code=2)
     out, err = capsys.readouterr()

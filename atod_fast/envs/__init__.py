@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -25,9 +26,17 @@ BUILT_IN = {
 def make(name: str, **options: Any) -> Environment:
     """The environment `name` with its options.
 
-    `name`: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`. UserError for an unknown name or option, for
-    an option that is missing, and for what makes no `Environment`.
+    `name`: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`. UserError as `check`, and for what makes no
+    `Environment`.
     """
+    made = check(name, options)(**options)
+    if missing := [member for member in MEMBERS if not hasattr(made, member)]:
+        raise UserError(f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; docs/environments.md says what they owe")
+    return made
+
+
+def check(name: str, options: Mapping[str, Any]) -> Any:
+    """What makes the environment `name`, which is not made yet; UserError for an unknown name or option, and for an option that is missing."""
     factory = find(name)
     try:
         parameters = inspect.signature(factory).parameters
@@ -43,10 +52,7 @@ def make(name: str, **options: Any) -> Environment:
         required = parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if required and option not in options:
             raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in env.train and env.eval")
-    made = factory(**options)
-    if missing := [member for member in MEMBERS if not hasattr(made, member)]:
-        raise UserError(f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; docs/environments.md says what they owe")
-    return made
+    return factory
 
 
 def find(name: str) -> Any:

@@ -115,8 +115,8 @@ def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: E
         raise UserError(f"student.path: tokenizer {tokenizer.name_or_path!r} has <act> but knows none of {', '.join(WORLDS)}; use the demo's or a chat model")
     if not isinstance(env, spoken.env):
         preset = next((world.preset for world in WORLDS.values() if isinstance(env, world.env)), None)
-        others = f"--preset {preset} for models of this world" if preset else "give chat models"
-        raise UserError(f"env.name={config.env.name!r}: the demo's model speaks of {spoken.name}; use --preset {spoken.preset} for it, or {others}")
+        others = f"--preset {preset} for models of this world" if preset else "set student.path and teacher.path to chat models"
+        raise UserError(f"env.name={config.env.name!r}: the demo's model speaks of {spoken.name} only; use --preset {spoken.preset} for that, or {others}")
     return CompactRenderer(tokenizer, spoken.dialect)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from atod_fast.errors import UserError
 
 T = TypeVar("T")
+PACKED = (b"\xfd7zXZ", b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"PK")  # how files of xz, gzip, bzip2, zstd and zip begin
 SHOWN = 3  # malformed lines told by name
 _log = logging.getLogger(__name__)
 
@@ -41,9 +42,12 @@ def read_jsonl(
                         raise ValueError("not a JSON object")
                     item = parse(entry, path, number)
                 except (ValueError, RecursionError) as error:
+                    if number == 1 and line.startswith(PACKED):
+                        raise UserError(f"{option}={str(path)!r} is compressed; unpack it first") from None
                     bad.append(f"{path}:{number}: {error}")
                     if len(bad) > bad_lines:
-                        raise UserError(f"{option}: {len(bad)} malformed lines, the last {bad[-1]}; mend the file, or raise bad_lines={bad_lines}") from None
+                        found = f"{len(bad)} malformed lines, the last {bad[-1]}"
+                        raise UserError(f"{option}: {found}; mend the file, or skip more: bad_lines is {bad_lines}") from None
                 else:
                     yield item
     if bad:

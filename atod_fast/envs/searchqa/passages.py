@@ -31,7 +31,7 @@ def parse_passage(entry: dict[str, Any]) -> Passage:
 
 def contents_of(entry: dict[str, Any]) -> str:
     """ValueError, with the reason, where it has none."""
-    return text_of(entry, "contents") if "contents" in entry else f'"{text_of(entry, "title")}"\n{text_of(entry, "text")}'
+    return text_of(entry, "contents") if "contents" in entry or "text" not in entry else f'"{text_of(entry, "title")}"\n{text_of(entry, "text")}'
 
 
 def read_passages(paths: Sequence[Path], *, option: str, bad_lines: int, read: Callable[[int], object] = lambda size: None) -> Iterator[Passage]:

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from atod_fast.envs.searchqa.bm25 import Bm25
-from atod_fast.envs.searchqa.retriever import local_path, open_local
+from atod_fast.envs.searchqa.retriever import is_url, local_path, open_local
 from atod_fast.errors import UserError
 
 REQUEST_BYTES, QUERIES, TOPK, DEFAULT_TOPK = 4 << 20, 1024, 100, 3
@@ -52,6 +52,9 @@ def make_server(retriever: Bm25, host: str, port: int) -> ThreadingHTTPServer:
         protocol_version = "HTTP/1.1"
         timeout = IDLE
         wbufsize = -1  # head and body leave together
+
+        def do_GET(self) -> None:
+            self.send_error(405, "POST /retrieve is all there is")
 
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
@@ -108,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bad-lines", type=int, default=10, metavar="N", help="skip up to N malformed lines of a corpus (default 10)")
     arguments = parser.parse_args(argv)
     try:
+        if is_url(arguments.retriever):
+            raise UserError("a server has no server behind it; give an index folder or a corpus .jsonl")
         retriever = open_local(local_path(arguments.retriever), arguments.bad_lines)
         try:
             server = make_server(retriever, arguments.host, arguments.port)
