@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from atod_fast.envs.options import require, whole
 from atod_fast.envs.protocol import Info
-from atod_fast.errors import UserError
 
 if TYPE_CHECKING:
     from atod_fast.rollout.prompts.plain import PlainPrompt
@@ -43,10 +43,9 @@ class Adapter:
     """
 
     def __init__(self, *, tasks: int, seed: int, won: float, instructions: str, chars: int) -> None:
-        for name, value, least in (("tasks", tasks, 1), ("seed", seed, 0), ("chars", chars, 16)):
-            check(name, value, isinstance(value, int) and not isinstance(value, bool) and value >= least, f"a whole number of at least {least}")
-        check("won", won, isinstance(won, int | float), "a number: the reward from which an episode is won")
-        check("instructions", instructions, isinstance(instructions, str), "text")
+        whole(tasks=(tasks, 1), seed=(seed, 0), chars=(chars, 16))
+        require("won", won, isinstance(won, int | float), "a number: the reward from which an episode is won")
+        require("instructions", instructions, isinstance(instructions, str), "text")
         self._tasks, self._seed, self._won, self._instructions, self._chars = tasks, seed, float(won), instructions, chars
 
     def __len__(self) -> int:
@@ -79,12 +78,6 @@ def fit(text: str, most: int) -> str:
 
 def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - most // 2] + CUT + text[len(text) - most // 2 :]
-
-
-def check(option: str, value: object, right: bool, what: str) -> None:
-    """UserError unless `right`: that the option must be `what`."""
-    if not right:
-        raise UserError(f"{option}={value!r} must be {what}")
 
 
 def known_facts(facts: Mapping[str, Any]) -> Info:

@@ -12,7 +12,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from atod_fast.envs.adapter import LONGEST_NAME, Adapter, check, fit, known_facts, one_line
+from atod_fast.envs.adapter import LONGEST_NAME, Adapter, fit, known_facts, one_line
+from atod_fast.envs.options import require
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
 
@@ -54,11 +55,11 @@ class Gymnasium(Adapter):
         instant: bool = True,
     ) -> None:
         super().__init__(tasks=tasks, seed=seed, won=won, instructions=instructions, chars=chars)
-        check("id", id, isinstance(id, str), "the name of an environment")
-        check("observation", observation, isinstance(observation, str), "text, render or module:function")
-        check("actions", actions, isinstance(actions, list | tuple), "a list of names")
-        check("kwargs", kwargs, kwargs is None or isinstance(kwargs, Mapping), "a table of arguments")
-        check("instant", instant, isinstance(instant, bool), "true or false")
+        require("id", id, isinstance(id, str), "the name of an environment")
+        require("observation", observation, isinstance(observation, str), "text, render or module:function")
+        require("actions", actions, isinstance(actions, list | tuple), "a list of names")
+        require("kwargs", kwargs, kwargs is None or isinstance(kwargs, Mapping), "a table of arguments")
+        require("instant", instant, isinstance(instant, bool), "true or false")
         self.instant = instant
         self._id, self._observation = id, observation
         self._arguments = {"max_episode_steps": max_steps, "disable_env_checker": True} | dict(kwargs or {})

@@ -21,7 +21,8 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from atod_fast.envs.adapter import Adapter, check, one_line
+from atod_fast.envs.adapter import Adapter, one_line
+from atod_fast.envs.options import require
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
 
@@ -78,11 +79,11 @@ class OpenEnv(Adapter):
     ) -> None:
         super().__init__(tasks=tasks, seed=seed, won=won, instructions=instructions, chars=chars)
         fields = [observation] if isinstance(observation, str) else observation
-        check("action", action, action is None or isinstance(action, Mapping), f'a table, in which "{COMMAND}" stands for the command')
-        check("observation", observation, isinstance(fields, list) and all(isinstance(field, str) for field in fields), "a field's name, or a list of them")
-        check("admissible", admissible, admissible is None or isinstance(admissible, str), "a field's name")
-        check("reset", reset, reset is None or isinstance(reset, Mapping), "a table")
-        check("timeout", timeout, isinstance(timeout, int | float) and timeout > 0, "a number of seconds above 0")
+        require("action", action, action is None or isinstance(action, Mapping), f'a table, in which "{COMMAND}" stands for the command')
+        require("observation", observation, isinstance(fields, list) and all(isinstance(field, str) for field in fields), "a field's name, or a list of them")
+        require("admissible", admissible, admissible is None or isinstance(admissible, str), "a field's name")
+        require("reset", reset, reset is None or isinstance(reset, Mapping), "a table")
+        require("timeout", timeout, isinstance(timeout, int | float) and timeout > 0, "a number of seconds above 0")
         try:
             parts = urlsplit(url)
             path = parts.path.rstrip("/").removesuffix("/ws") + "/ws"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from atod_fast.envs.alfworld.game import Game
 from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec, generate
 from atod_fast.envs.alfworld.loader import SPLITS, find_games, playable, read_file, split_folder, task_id
 from atod_fast.envs.alfworld.textworld import TextWorldEngine
+from atod_fast.envs.options import choice, whole
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
 
@@ -71,9 +71,9 @@ class AlfWorld:
     ) -> None:
         if sum(source is not None for source in (generate, split, games)) != 1:
             raise UserError("alfworld takes exactly one of generate=N, split=train|valid_seen|valid_unseen and games=<paths>")
-        _choice("engine", engine, ("fast", "textworld"))
+        choice("engine", engine, ("fast", "textworld"))
         for kind in task_types:
-            _choice("task_types", kind, TASK_TYPES)
+            choice("task_types", kind, TASK_TYPES)
         if generate is None:
             for name, value, default in (("seed", seed, 0), ("scene", scene, "small"), ("receptacles", receptacles, 6), ("objects", objects, 6)):
                 if value != default:
@@ -82,10 +82,8 @@ class AlfWorld:
         else:
             if data is not None:
                 raise UserError(f"data={str(data)!r} goes with split=, not with generate={generate}; leave it out")
-            _choice("scene", scene, ("small", "full"))
-            for name, value, least in (("generate", generate, 1), ("seed", seed, 0), ("receptacles", receptacles, 3), ("objects", objects, 3)):
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
+            choice("scene", scene, ("small", "full"))
+            whole(generate=(generate, 1), seed=(seed, 0), receptacles=(receptacles, 3), objects=(objects, 3))
             types = tuple(dict.fromkeys(task_types)) or (SMALL_TASK_TYPES if scene == "small" else TASK_TYPES)
             self._games = _generated(Spec(seed, types, scene, receptacles, objects), generate)
         self.instant = engine == "fast"
@@ -151,9 +149,3 @@ def _official(split: str | None, data: str | None, games: Paths | None, task_typ
     paths = [games] if isinstance(games, str | os.PathLike) else games
     files = playable(find_games(paths), task_types)
     return Games(len(files), lambda index: Game.parse(read_file(files[index]), task_id(files[index])))
-
-
-def _choice(option: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        near = get_close_matches(str(value), known, n=1)
-        raise UserError(f"{option}={value!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))

@@ -6,10 +6,10 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from atod_fast.envs.options import choice, whole
 from atod_fast.envs.protocol import Info
 from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.client import HttpRetriever
@@ -79,11 +79,9 @@ class SearchQA:
     ) -> None:
         if (generate is None) == (questions is None and retriever is None):
             raise UserError("searchqa takes either questions=<files> with retriever=<index, corpus or URL>, or generate=N")
-        _whole(topk=(topk, 1), passage_chars=(passage_chars, 1))
+        whole(topk=(topk, 1), passage_chars=(passage_chars, 1))
         _number(reward=reward)
-        if results not in STYLES:
-            near = get_close_matches(str(results), STYLES, n=1)
-            raise UserError(f"results={results!r} is not one of {', '.join(STYLES)}" + (f"; did you mean {near[0]}?" if near else ""))
+        choice("results", results, STYLES)
         given = {"sources": sources, "limit": limit, "bad_lines": bad_lines}
         remote = {"timeout": timeout, "retries": retries, "concurrency": concurrency}
         made = {"seed": seed, "hops": hops}
@@ -141,7 +139,7 @@ class SearchQA:
 
 
 def _generated(count: int, seed: int, hops: int) -> tuple[list[Question], Retriever]:
-    _whole(generate=(count, 1), seed=(seed, 0), hops=(hops, 1))
+    whole(generate=(count, 1), seed=(seed, 0), hops=(hops, 1))
     if hops > 2:
         raise UserError(f"hops={hops} is too many; the made-up world has questions of 1 and 2")
     world = generate_world(seed, hops)
@@ -154,7 +152,7 @@ def _existing(questions: Paths | None, retriever: str | os.PathLike | None, give
     for name, value, what in (("questions", questions, "JSON lines of questions"), ("retriever", retriever, "an index folder, a corpus .jsonl or a URL")):
         if value is None:
             raise UserError(f"searchqa needs {name}=: {what}")
-    _whole(bad_lines=(given["bad_lines"], 0), **({} if given["limit"] is None else {"limit": (given["limit"], 1)}))
+    whole(bad_lines=(given["bad_lines"], 0), **({} if given["limit"] is None else {"limit": (given["limit"], 1)}))
     paths = _texts("questions", questions, "a JSON-lines file or a list of them")
     sources = _texts("sources", given["sources"], "a data_source or a list of them")
     if not isinstance(retriever, str | os.PathLike):
@@ -162,7 +160,7 @@ def _existing(questions: Paths | None, retriever: str | os.PathLike | None, give
     local = None if is_url(os.fspath(retriever)) else local_path(os.fspath(retriever))
     found = read_questions([Path(path).expanduser() for path in paths], **given | {"sources": sources})
     if local is None:
-        _whole(retries=(remote["retries"], 0), concurrency=(remote["concurrency"], 1))
+        whole(retries=(remote["retries"], 0), concurrency=(remote["concurrency"], 1))
         _number(timeout=remote["timeout"])
         if not 0 < remote["timeout"] < 3600:
             raise UserError(f"timeout={remote['timeout']!r} must be a number of seconds above 0 and below 3600")
@@ -193,9 +191,3 @@ def _number(**options: object) -> None:
     for name, value in options.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise UserError(f"{name}={value!r} must be a finite number")
-
-
-def _whole(**options: tuple[object, int]) -> None:
-    for name, (value, least) in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{name}={value!r} must be a whole number of at least {least}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 from random import Random
 
+from atod_fast.envs.options import choice, whole
 from atod_fast.envs.protocol import Info
 from atod_fast.envs.webshop.generator import SCALES
 from atod_fast.envs.webshop.goals import SPLITS, Goal
@@ -57,13 +57,10 @@ class WebShop:
     ) -> None:
         if (generate is None) == (products is None):
             raise UserError("webshop takes exactly one of products=<items_shuffle.json>, with attributes=<items_ins_v2.json>, and generate=N")
-        for name, choice, known in (("scale", scale, SCALES), ("split", split, SPLITS), ("nouns", nouns, TAGGERS)):
-            if choice not in known:
-                near = get_close_matches(str(choice), known, n=1)
-                raise UserError(f"{name}={choice!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
-        for name, whole, least in (("num_products", num_products, 1), ("malformed", malformed, 0), ("generate", generate, 1), ("seed", seed, 0)):
-            if whole is not None and (not isinstance(whole, int) or isinstance(whole, bool) or whole < least):
-                raise UserError(f"{name}={whole!r} must be a whole number of at least {least}")
+        for name, value, known in (("scale", scale, SCALES), ("split", split, SPLITS), ("nouns", nouns, TAGGERS)):
+            choice(name, value, known)
+        whole(malformed=(malformed, 0), seed=(seed, 0))
+        whole(**{name: (value, 1) for name, value in (("num_products", num_products), ("generate", generate)) if value is not None})
         self._alike = matcher()
         self.nouns, self._tag = tagger(nouns)
         if generate is not None:

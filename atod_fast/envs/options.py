@@ -1,0 +1,25 @@
+"""Checks of a world's options; each raises UserError with the option, its value and what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from atod_fast.errors import UserError
+
+
+def require(option: str, value: object, right: bool, what: str) -> None:
+    if not right:
+        raise UserError(f"{option}={value!r} must be {what}")
+
+
+def whole(**options: tuple[object, int]) -> None:
+    """Each is (value, least)."""
+    for option, (value, least) in options.items():
+        require(option, value, isinstance(value, int) and not isinstance(value, bool) and value >= least, f"a whole number of at least {least}")
+
+
+def choice(option: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        near = get_close_matches(str(value), known, n=1)
+        raise UserError(f"{option}={value!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
