@@ -34,7 +34,11 @@ class Student(Section):
 
 
 class Teacher(Section):
-    path: str = Field("demo:teacher", description="Hugging Face model folder or hub name; the shipped tiny ones are demo:teacher, demo:webshop/teacher, ...")
+    path: str = Field(
+        "demo:teacher",
+        description="Hugging Face model folder or hub name; the shipped tiny ones are demo:teacher, demo:webshop/teacher, ...; "
+        '"" = none, for schedules whose kappa is 0 throughout (objective.preset=grpo)',
+    )
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="as student.compute_dtype")
     offload: bool = Field(False, description="keep the teacher's sharded weights in CPU memory between uses")
 
@@ -220,8 +224,22 @@ class Config(Section):
     observe: Observe = Field(Observe(), description="what is written down")
     guard: Guard = Field(Guard(), description="when to stop a run that has gone wrong")
 
+    @property
+    def teacher_scores(self) -> bool:
+        """Whether any step of the schedule looks at the teacher; where none does, its weights are not loaded for training."""
+        return not self.schedule.kappa.always_zero
+
+    @property
+    def teacher_plays(self) -> bool:
+        """Whether the teacher is evaluated before training."""
+        return self.eval.teacher and bool(self.teacher.path)
+
     @model_validator(mode="after")
     def _belongs_together(self) -> Config:
+        if self.teacher_scores and not self.teacher.path:
+            raise ValueError(
+                'teacher.path="" names no teacher, and schedule.kappa gives imitation weight; set teacher.path, or kappa to 0 throughout (objective.preset=grpo)'
+            )
         if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
             raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
         if self.schedule.kappa.kind == "adaptive" and not self.eval.teacher:
