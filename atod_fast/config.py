@@ -5,9 +5,12 @@ Defaults are the embedded demo's. `settings.py` makes a Config of presets, files
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from atod_fast.methods import OBJECTIVES, nest
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -210,7 +213,28 @@ class Guard(Section):
     failed_environments: float = Field(0.5, ge=0, le=1, description="largest share of a rollout's or an evaluation's environments that may fail")
 
 
+def _over(below: Mapping[str, Any], given: Any) -> Any:
+    """`given`, a section or a table, and from `below` what it leaves out."""
+    if isinstance(given, Section):
+        given = {name: getattr(given, name) for name in given.model_fields_set}
+    if not isinstance(given, Mapping):
+        return given
+    inner = {name: _over(below[name], value) for name, value in given.items() if isinstance(below.get(name), dict)}
+    return {**below, **given, **inner}
+
+
+def _method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections that an `objective.preset` in `given` stands for; without one, those of `given` as they are by default."""
+    objective = _over({}, given.get("objective"))
+    preset = objective.get("preset") if isinstance(objective, dict) else None
+    if preset is None:
+        return {name: table for name, table in nest(OBJECTIVES[Objective().preset]).items() if name in given}
+    return nest(OBJECTIVES.get(preset, {})) if isinstance(preset, str) else {}
+
+
 class Config(Section):
+    """All settings. However it is made, `objective.preset` stands for the keys it owns, and keys given beside it win."""
+
     student: Student = Field(Student(), description="the model that acts and learns")
     teacher: Teacher = Field(Teacher(), description="the frozen model that scores")
     env: Env = Field(Env(), description="the world")
@@ -224,6 +248,17 @@ class Config(Section):
     observe: Observe = Field(Observe(), description="what is written down")
     guard: Guard = Field(Guard(), description="when to stop a run that has gone wrong")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, given: Any) -> Any:
+        return _over(_method(given), given) if isinstance(given, Mapping) else given
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Config:
+        """A Config with the sections of `update`. It is checked, and a preset in `update` expands, as in any Config."""
+        method = _method(update or {})
+        kept = self.model_dump()
+        return Config.model_validate({**kept, **_over({name: kept[name] for name in method}, method), **(update or {})})
+
     @property
     def teacher_scores(self) -> bool:
         """Whether any step of the schedule looks at the teacher; where none does, its weights are not loaded for training."""
@@ -236,12 +271,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Config:
+        wanted = {"student.path": (self.student.path, "FOLDER"), "env.name": (self.env.name, "module:Class")}
+        empty = {key: example for key, (value, example) in wanted.items() if not value}
+        if empty and self.teacher_scores and not self.teacher.path:
+            empty["teacher.path"] = "FOLDER"
+        if empty:
+            remedy = " ".join(f"{key}={example}" for key, example in empty.items())
+            raise ValueError(f"{', '.join(empty)}: empty; give your own: {remedy}")
         if self.teacher_scores and not self.teacher.path:
             raise ValueError(
-                'teacher.path="" names no teacher, and schedule.kappa gives imitation weight; set teacher.path, or kappa to 0 throughout (objective.preset=grpo)'
+                'teacher.path="" names no teacher, and schedule.kappa gives imitation weight; '
+                "set teacher.path, or kappa to 0 throughout (objective.preset=grpo)"
             )
         if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
             raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
+        if self.schedule.kappa.kind == "adaptive" and not self.teacher.path:
+            raise ValueError("schedule.kappa.kind=adaptive measures the student against the teacher, and teacher.path names none; set it, or use another kind")
         if self.schedule.kappa.kind == "adaptive" and not self.eval.teacher:
             raise ValueError("schedule.kappa.kind=adaptive measures the student against the teacher, which eval.teacher=false leaves out; set it to true")
         if self.train.group_size == 1 and not self.schedule.rho.always_zero:

@@ -8,11 +8,15 @@ Episodes have the same seeds for every model, so that two models can be compared
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
+
+from atod_fast import cli
+
+if __name__ == "__main__":
+    cli.answer_early(cli.parse_evaluation)
+
+import json
 from collections import defaultdict
-from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -22,7 +26,7 @@ from atod_fast.errors import GuardError, UserError
 from atod_fast.models import load_config, load_tokenizer
 from atod_fast.observe.console import Console
 from atod_fast.rollout.actor import Actor, check_failures, make_engine
-from atod_fast.settings import check_engines, check_model, load
+from atod_fast.settings import check_engines, check_model
 from atod_fast.trajectory import Trajectory, outcomes
 
 
@@ -67,24 +71,12 @@ def _mean(values: list[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 @record
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input, 3 the model's log-probs are not finite, the engine broke down, or too many environments failed."""
-    parser = _Parser(prog="python -m atod_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")
-    parser.add_argument("--config", type=Path, metavar="TOML", help="settings file, such as a run's config.toml")
-    parser.add_argument("--preset", metavar="NAME", help="named settings")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and every outcome here")
     speaks = ranks.rank() == 0
     try:
-        arguments = parser.parse_intermixed_args(argv)
-        config = load(arguments.preset, arguments.config, arguments.settings)
+        arguments, config = cli.parse_evaluation(sys.argv[1:] if argv is None else argv)
         found = summary(evaluate(arguments.model, config, Console(speaks)))
     except (UserError, GuardError) as error:
         if speaks:

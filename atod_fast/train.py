@@ -14,9 +14,15 @@ torchrun --nproc_per_node 8 -m atod_fast.train --preset alfworld-1.7b  eight GPU
 
 from __future__ import annotations
 
+import sys
+
+from atod_fast import cli
+
+if __name__ == "__main__":
+    cli.answer_early(cli.parse)
+
 import io
 import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
@@ -26,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from atod_fast import cli, objective, plan, ranks, rundir
+from atod_fast import objective, plan, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
