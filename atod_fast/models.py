@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import try_to_load_from_cache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from atod_fast.errors import UserError
 
 logging.disable_progress_bar()  # the run has a progress bar of its own
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DEMO_WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
 
 
@@ -27,7 +30,18 @@ def resolve(path: str) -> str:
     local = Path(path).is_absolute() or path.startswith((".", "~")) or ("/" in path and Path(Path(path).parts[0]).is_dir())
     if local and not (Path(path).expanduser() / "config.json").is_file():
         raise UserError(f"model path {path!r} holds no config.json; give a Hugging Face model folder or a hub name")
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    folder = str(Path(path).expanduser()) if path.startswith("~") else path
+    if not Path(folder).is_dir() and not _HUB_NAME.fullmatch(folder):
+        raise UserError(f"model path {path!r} is neither a folder with a config.json nor a hub name")
+    return folder
+
+
+def is_here(path: str, *names: str) -> bool:
+    """Whether one of these files of a model is on this machine, in its folder or in the Hugging Face cache."""
+    folder = resolve(path)
+    if Path(folder).is_dir():
+        return any((Path(folder) / name).is_file() for name in names)
+    return any(isinstance(try_to_load_from_cache(folder, name), str) for name in names)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -54,8 +68,8 @@ def _from_hub(loader, path: str, **options):
         raise UserError(f"model path {path!r} cannot be loaded ({reason}); give a Hugging Face model folder or a reachable hub name") from None
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    return _from_hub(AutoTokenizer, path)
+def load_tokenizer(path: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
+    return _from_hub(AutoTokenizer, path, local_files_only=offline)
 
 
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
@@ -63,15 +77,25 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTra
     return _from_hub(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention)
 
 
-def load_config(path: str):
+def load_config(path: str, *, offline: bool = False):
     """The checkpoint's transformers configuration."""
-    return _from_hub(AutoConfig, path)
+    return _from_hub(AutoConfig, path, local_files_only=offline)
 
 
-def skeleton(config) -> PreTrainedModel:
-    """The CausalLM of a transformers configuration, on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def skeleton(config, path: str = "", attention: str = "sdpa") -> PreTrainedModel:
+    """The CausalLM of a transformers configuration, on the meta device: names and shapes, no memory.
+
+    Raises:
+        UserError: it is none, or has no such attention on this machine. `path` is named then.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"student.attention: {attention} is not to be had for model path {path!r} ({reason}); set student.attention=auto") from None
 
 
 def weight_shapes(config) -> dict[str, torch.Size]:

@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from atod_fast import objective, plan, ranks, rundir
+from atod_fast import objective, plan, preflight, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
-from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer
+from atod_fast.models import dtype_of
 from atod_fast.observe import curves, transcripts
 from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import Clock, MetricsLog
@@ -45,7 +45,7 @@ from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
 from atod_fast.rollout.actor import Actor, check_failures, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
-from atod_fast.settings import check_env, check_model, check_world, load, to_toml
+from atod_fast.settings import demo_values_warning, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
@@ -61,21 +61,18 @@ class Run:
         self.console = Console(speaks=ranks.rank() == 0)
         self.run_dir, resume = rundir.agree(options)
         self.config = config = resumed_config(options, resume) if resume else options.config
-        check_world(config, ranks.world_size())
+        models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened
         torch.manual_seed(config.train.seed)
 
-        check_env(config)  # before a model is fetched for a world that is not there
         if config.env.train == config.env.eval:
             self.console.say("env.train and env.eval are the same: held-out success will be that of training tasks")
-        shapes, tokenizers = zip(*((load_config(path), load_tokenizer(path)) for path in (config.student.path, config.teacher.path)), strict=True)
-        for path, shape in zip((config.student.path, config.teacher.path), shapes, strict=True):
-            check_model(config, path, shape.to_dict())
-        compare_tokenizers(*tokenizers)
-        self.tokenizer = tokenizers[0]
-        self.export_dtype = shapes[0].dtype or torch.float32
-        self.actor = Actor(config, self.tokenizer, shapes[0].get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
-        if not len(self.actor.training):  # opened here: what is wrong with it is said before anything is played
-            raise UserError("env.train holds no tasks; give it some")
+        student = models["student"]
+        if warning := demo_values_warning(config, student.parameters):
+            self.console.say(warning, style="bold yellow")
+        self.tokenizer = student.tokenizer
+        self.export_dtype = student.config.dtype or torch.float32
+        self.actor = Actor(config, self.tokenizer, student.columns, rank=ranks.rank(), ranks=ranks.world_size())
+        _ = self.actor.training  # opened here: what is wrong with it is said before anything is played
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
         self.engine = make_engine(config, config.student.path, self.device, filled=False)
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
@@ -302,6 +299,12 @@ class Run:
         self.console.say(f"model {self.run_dir / 'hf'}, curves {self.run_dir / 'curves.png'}")
 
 
+def planned_config(options: cli.Options) -> Config:
+    """The settings of the run that `options` would start or go on with. UserError where its folder refuses it."""
+    _, resume = rundir.choose(options.name, options.run_dir, options.resume)
+    return resumed_config(options, resume) if resume else options.config
+
+
 def resumed_config(options: cli.Options, resume: Path) -> Config:
     """The settings of the run that is resumed, under those of the command line; with a preset or a file, just those."""
     saved = resume.parent.parent / "config.toml"
@@ -379,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
             options = cli.parse(sys.argv[1:] if argv is None else argv)
         if options.dry_run:
             if speaks:
-                print(plan.describe(options.config, ranks.world_size()))
+                print(plan.describe(planned_config(options), ranks.world_size()))
             return 0
         with Interrupt() as interrupt:
             return Run(options, interrupt).train()
