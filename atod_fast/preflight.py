@@ -13,7 +13,17 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atod_fast.config import Config
 from atod_fast.errors import NotHere, UserError
-from atod_fast.models import attention_of, attention_shape, compare_tokenizers, dtype_of, is_here, load_config, load_tokenizer, skeleton
+from atod_fast.models import (
+    attention_of,
+    attention_shape,
+    check_quantised,
+    compare_tokenizers,
+    dtype_of,
+    is_here,
+    load_config,
+    load_tokenizer,
+    skeleton,
+)
 from atod_fast.policy.model import CausalPolicy, uses_liger
 from atod_fast.published import CONFIGS
 from atod_fast.rollout import vllm_limits
@@ -121,6 +131,7 @@ def _offline(role: str, path: str, unchecked: list[str]) -> tuple[object, PreTra
 
 def _body(config: Config, role: str, path: str, shape, device: torch.device) -> PreTrainedModel:
     """The model without its weights; UserError where it cannot act, score or learn as it is asked to."""
+    check_quantised(path, shape)
     compute = (config.student if role == "student" else config.teacher).compute_dtype
     dtype = dtype_of(compute, device)
     attention = attention_of(config.student.attention, device, dtype)
