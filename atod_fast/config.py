@@ -271,18 +271,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Config:
-        wanted = {"student.path": (self.student.path, "FOLDER"), "env.name": (self.env.name, "module:Class")}
-        empty = {key: example for key, (value, example) in wanted.items() if not value}
-        if empty and self.teacher_scores and not self.teacher.path:
-            empty["teacher.path"] = "FOLDER"
-        if empty:
-            remedy = " ".join(f"{key}={example}" for key, example in empty.items())
-            raise ValueError(f"{', '.join(empty)}: empty; give your own: {remedy}")
-        if self.teacher_scores and not self.teacher.path:
+        taught = self.teacher.path or not self.teacher_scores
+        named = {"student.path": self.student.path, "teacher.path": taught, "env.name": self.env.name}
+        empty = [key for key, name in named.items() if not name]
+        if empty == ["teacher.path"]:
             raise ValueError(
                 'teacher.path="" names no teacher, and schedule.kappa gives imitation weight; '
                 "set teacher.path, or kappa to 0 throughout (objective.preset=grpo)"
             )
+        if empty:
+            raise ValueError(f"{', '.join(empty)}: empty; name your own: {' '.join(f'{key}=...' for key in empty)} (docs/environments.md)")
         if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
             raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
         if self.schedule.kappa.kind == "adaptive" and not self.teacher.path:

@@ -133,7 +133,7 @@ def _transformers_errors_only() -> Iterator[None]:
 
 def load_config(path: str, *, offline: bool = False):
     """The checkpoint's transformers configuration."""
-    return _from_pretrained(AutoConfig, path)
+    return _from_pretrained(AutoConfig, path, local_files_only=offline)
 
 
 def generation_config(path: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def describe(config: Config, ranks: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = preflight.look(config, ranks, device, offline=True)
     preflight.look_at_tasks(config, found)
-    shapes = {role: shape_of(model.path, model.config, model.body) for role, model in found.models.items()}
+    shapes = {role: shape_of(model.path, model.body) for role, model in found.models.items()}
     lines = [f"plan for {ranks} {'rank' if ranks == 1 else 'ranks'} on {device.type}, at most:"]
     lines += [f"{role} {found.models[role].path}: {shape.parameters:,} parameters" for role, shape in shapes.items()]
     if not config.teacher_scores:
@@ -92,8 +92,9 @@ def describe(config: Config, ranks: int) -> str:
     return to_toml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 
-def shape_of(path: str, config, model: PreTrainedModel) -> Shape:
-    """Sizes of `model`, whose transformers configuration is `config`. UserError where it has no blocks `model.layers`."""
+def shape_of(path: str, model: PreTrainedModel) -> Shape:
+    """Sizes of the model at `path`. UserError where it has no blocks `model.layers`."""
+    config = model.config
     try:
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
     except AttributeError:

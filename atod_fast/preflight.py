@@ -79,8 +79,8 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
         found.models[role] = Model(path, shape, _body(config, role, path, shape, device), tokenizer)
     uses_liger(config.student.liger, device)
     if "student" in found.models and engine_kind(config, device) == "vllm":
-        vllm_limits.check_installed()
         vllm_limits.check(config, attention_shape(found.models["student"].config), dtype_of(config.student.compute_dtype, device))
+        vllm_limits.check_installed()
     tokenizers = [model.tokenizer for model in found.models.values() if model.tokenizer is not None]
     if len(tokenizers) == 2:
         compare_tokenizers(*tokenizers)
