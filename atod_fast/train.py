@@ -30,14 +30,14 @@ from atod_fast import cli, objective, plan, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
-from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer
+from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer, stop_ids
 from atod_fast.observe import curves, transcripts
 from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import Clock, MetricsLog
 from atod_fast.policy import checkpoint
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
-from atod_fast.rollout.actor import Actor, check_failures, engine_kind, make_engine
+from atod_fast.rollout.actor import Actor, check_failures, dated, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
 from atod_fast.settings import check_env, check_model, check_world, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
@@ -54,7 +54,8 @@ class Run:
         self.device, mesh = ranks.start()
         self.console = Console(speaks=ranks.rank() == 0)
         self.run_dir, resume = rundir.agree(options)
-        self.config = config = resumed_config(options, resume) if resume else options.config
+        config = resumed_config(options, resume) if resume else options.config
+        self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
         check_world(config, ranks.world_size())
         torch.manual_seed(config.train.seed)
 
@@ -67,7 +68,8 @@ class Run:
         compare_tokenizers(*tokenizers)
         self.tokenizer = tokenizers[0]
         self.export_dtype = shapes[0].dtype or torch.float32
-        self.actor = Actor(config, self.tokenizer, shapes[0].get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
+        columns, stops = shapes[0].get_text_config().vocab_size, stop_ids(config.student.path)
+        self.actor = Actor(config, self.tokenizer, columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
         if not len(self.actor.training):  # opened here: what is wrong with it is said before anything is played
             raise UserError("env.train holds no tasks; give it some")
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
@@ -274,7 +276,7 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None}
+        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None, "date": self.config.rollout.date}
         checkpoint.save(self.run_dir, self.done, self.learner.student, self.learner.optimizer, state, keep=self.config.checkpoint.keep)
 
     def write(self, metrics: dict) -> None:
