@@ -6,6 +6,7 @@ Defaults are the embedded demo's. `settings.py` makes a Config of presets, files
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -71,6 +72,9 @@ class Rollout(Section):
     response_tokens: int = Field(9, ge=1, description="longest response of one turn in tokens")
     history: int = Field(2, ge=0, description="turns of history shown with rollout.context=window")
     thinking: bool = Field(False, description="let a model that can think do so, and require <think>...</think>")
+    date: str = Field(
+        "", description="YYYY-MM-DD, the day that chat templates which write a date show; empty = the day the run starts, kept when it is resumed"
+    )
     concurrency: int = Field(64, ge=1, description="trajectories in flight in one engine; each holds a slot of the transformers engine's key/value cache")
 
     @property
@@ -82,6 +86,11 @@ class Rollout(Section):
     def _can_be_played(self) -> Rollout:
         if self.tensor_parallel > 1 and self.engine != "vllm":
             raise ValueError(f"rollout.tensor_parallel={self.tensor_parallel} is for vLLM; set rollout.engine=vllm, or rollout.tensor_parallel=1")
+        if self.date:
+            try:
+                date.fromisoformat(self.date)
+            except ValueError:
+                raise ValueError(f"rollout.date={self.date!r} is no date; write YYYY-MM-DD, or leave it empty for today") from None
         if self.longest <= self.response_tokens:
             raise ValueError(
                 f"rollout.response_tokens={self.response_tokens} leaves no room in rollout.prompt_tokens={self.prompt_tokens}, "

@@ -23,9 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.errors import GuardError, UserError
-from atod_fast.models import load_config, load_tokenizer
+from atod_fast.models import load_config, load_tokenizer, stop_ids
 from atod_fast.observe.console import Console
-from atod_fast.rollout.actor import Actor, check_failures, make_engine
+from atod_fast.rollout.actor import Actor, check_failures, dated, make_engine
 from atod_fast.settings import check_engines, check_model
 from atod_fast.trajectory import Trajectory, outcomes
 
@@ -36,7 +36,8 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     check_model(config, model, shape.to_dict())
     check_engines(config, ranks.world_size())
     device, _ = ranks.start()
-    actor = Actor(config, load_tokenizer(model), shape.get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
+    config, columns = dated(config), shape.get_text_config().vocab_size
+    actor = Actor(config, load_tokenizer(model), columns, stop_ids(model), rank=ranks.rank(), ranks=ranks.world_size())
     engine = make_engine(config, model, device)
     mine: list[Trajectory] = []
     failure: UserError | GuardError | None = None

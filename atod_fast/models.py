@@ -136,7 +136,7 @@ def load_config(path: str, *, offline: bool = False):
     return _from_pretrained(AutoConfig, path, local_files_only=offline)
 
 
-def generation_config(path: str) -> dict[str, Any]:
+def generation_config(path: str, *, offline: bool = False) -> dict[str, Any]:
     """What the checkpoint's generation_config.json holds, as it stands there; empty where there is none.
 
     Raises:
@@ -145,7 +145,8 @@ def generation_config(path: str) -> dict[str, Any]:
     folder = resolve(path)
     name = "generation_config.json"
     try:
-        file = Path(folder) / name if Path(folder).is_dir() else cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+        options = {"local_files_only": offline, "_raise_exceptions_for_missing_entries": False}
+        file = Path(folder) / name if Path(folder).is_dir() else cached_file(folder, name, **options)
     except OSError:
         file = None
     if file is None or not Path(file).is_file():
@@ -159,9 +160,9 @@ def generation_config(path: str) -> dict[str, Any]:
     return found
 
 
-def stop_ids(path: str) -> list[int]:
+def stop_ids(path: str, *, offline: bool = False) -> list[int]:
     """Tokens at which the checkpoint's generation_config.json ends a text. Raises UserError for what is no id."""
-    found = generation_config(path).get("eos_token_id")
+    found = generation_config(path, offline=offline).get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise UserError(f"generation_config.json of model path {path!r}: eos_token_id = {found!r}: expected an id or a list of ids")

@@ -23,6 +23,7 @@ from atod_fast.models import (
     load_config,
     load_tokenizer,
     skeleton,
+    stop_ids,
 )
 from atod_fast.policy.model import CausalPolicy, uses_liger
 from atod_fast.published import CONFIGS
@@ -97,7 +98,7 @@ def look_at_tasks(config: Config, found: Found) -> None:
             found.unchecked.append(f"env.{split}: {error}")
     student = found.models.get("student")
     if "eval" in opened and student and student.tokenizer is not None:
-        make_renderer(config, student.tokenizer, student.columns, opened["eval"])
+        make_renderer(config, student.tokenizer, student.columns, opened["eval"], stop_ids(student.path, offline=True))
     for env in opened.values():
         env.close()
 

@@ -36,14 +36,14 @@ from atod_fast import objective, plan, preflight, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
-from atod_fast.models import dtype_of
+from atod_fast.models import dtype_of, stop_ids
 from atod_fast.observe import curves, transcripts
 from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import Clock, MetricsLog
 from atod_fast.policy import checkpoint
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
-from atod_fast.rollout.actor import Actor, check_failures, engine_kind, make_engine
+from atod_fast.rollout.actor import Actor, check_failures, dated, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
 from atod_fast.settings import demo_values_warning, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
@@ -60,7 +60,8 @@ class Run:
         self.device, mesh = ranks.start()
         self.console = Console(speaks=ranks.rank() == 0)
         self.run_dir, resume = rundir.agree(options)
-        self.config = config = resumed_config(options, resume) if resume else options.config
+        config = resumed_config(options, resume) if resume else options.config
+        self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
         models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened
         torch.manual_seed(config.train.seed)
 
@@ -71,7 +72,8 @@ class Run:
             self.console.say(warning, style="bold yellow")
         self.tokenizer = student.tokenizer
         self.export_dtype = student.config.dtype or torch.float32
-        self.actor = Actor(config, self.tokenizer, student.columns, rank=ranks.rank(), ranks=ranks.world_size())
+        stops = stop_ids(config.student.path)
+        self.actor = Actor(config, self.tokenizer, student.columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
         _ = self.actor.training  # opened here: what is wrong with it is said before anything is played
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
         self.engine = make_engine(config, config.student.path, self.device, filled=False)
@@ -277,7 +279,7 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None}
+        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None, "date": self.config.rollout.date}
         checkpoint.save(self.run_dir, self.done, self.learner.student, self.learner.optimizer, state, keep=self.config.checkpoint.keep)
 
     def write(self, metrics: dict) -> None:

@@ -80,8 +80,8 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
             if parameter.default is parameter.empty:
                 raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in env.train and env.eval")
         elif options[option] is not parameter.default and not _fits(options[option], hints.get(option)):
-            kind = inspect.formatannotation(hints[option])
-            raise UserError(f"env.name={name!r}: option {option}={options[option]!r}: expected {kind}; correct env.options, env.train or env.eval")
+            where = "correct env.options, env.train or env.eval"
+            raise UserError(f"env.name={name!r}: {option}={options[option]!r} must be {_named(hints[option])}; {where}")
     return factory
 
 
@@ -133,3 +133,14 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
     plain = {bool: bool, str: (str, os.PathLike), list: (list, tuple), tuple: (list, tuple), dict: Mapping, NoneType: NoneType}
     return isinstance(value, plain.get(origin, object)) if isinstance(origin, type) else True
+
+
+def _named(kind: Any) -> str:
+    """A type in the words of a configuration."""
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return " or ".join(_named(part) for part in get_args(kind) if part is not NoneType)  # TOML has no word for None
+    if origin is Literal:
+        return " | ".join(map(repr, get_args(kind)))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", tuple: "a list", dict: "a table"}
+    return words.get(origin, inspect.formatannotation(kind)) if isinstance(origin, type) else str(kind)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date
 from functools import cached_property
 
 import numpy as np
@@ -35,10 +36,10 @@ class Actor:
     Ranks that are one engine together count as one, and their first plays.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, *, rank: int, ranks: int):
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, stop_ids: Sequence[int] = (), *, rank: int, ranks: int):
         self.config, self.rank, self.ranks = config, rank, ranks
         self.heldout = open_heldout(config)
-        self.renderer = make_renderer(config, tokenizer, columns, self.heldout)
+        self.renderer = make_renderer(config, tokenizer, columns, self.heldout, stop_ids)
 
     @cached_property
     def training(self) -> Environment:
@@ -100,10 +101,10 @@ def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
-def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, env: Environment) -> Renderer:
+def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, env: Environment, stop_ids: Sequence[int] = ()) -> Renderer:
     """Chat messages for a model with a chat template; few words for the demo's word-level tokenizers.
 
-    `columns` is the width of the model's head: those without a token are never sampled.
+    `columns` is the width of the model's head: those without a token are never sampled. `stop_ids`: see `ChatRenderer`.
     """
     if "<act>" in tokenizer.get_vocab() and tokenizer.chat_template is None:
         return _compact_renderer(config, tokenizer, env)
@@ -115,7 +116,15 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: i
         thinking=config.rollout.thinking,
         prompt_tokens=config.rollout.prompt_tokens,
         columns=columns,
+        stop_ids=stop_ids,
+        day=date.fromisoformat(config.rollout.date) if config.rollout.date else None,
     )
+
+
+def dated(config: Config, day: str = "") -> Config:
+    """`config` with a `rollout.date`: its own, else `day`, else rank 0's today, so that all prompts of a run show one. Collective."""
+    shown = config.rollout.date or day or ranks.from_first(date.today().isoformat())
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"date": shown})})
 
 
 def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: Environment) -> Renderer:
