@@ -6,6 +6,7 @@ A run stops at the first refusal. A dry run fetches nothing: what is not on this
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -90,17 +91,21 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
 
 def look_at_tasks(config: Config, found: Found) -> None:
     """What a run asks of its environments before it plays: opens both splits, and words their prompts for the student."""
-    opened = {}
-    for split, open_split in (("eval", open_heldout), ("train", open_training)):
-        try:
-            opened[split] = open_split(config)
-        except NotHere as error:
-            found.unchecked.append(f"env.{split}: {error}")
     student = found.models.get("student")
-    if "eval" in opened and student and student.tokenizer is not None:
-        make_renderer(config, student.tokenizer, student.columns, opened["eval"], stop_ids(student.path, offline=True))
-    for env in opened.values():
-        env.close()
+    with _noting(found, "env.eval"), closing(open_heldout(config)) as env:
+        if student and student.tokenizer is not None:
+            make_renderer(config, student.tokenizer, student.columns, env, stop_ids(student.path, offline=True))
+    with _noting(found, "env.train"):
+        open_training(config).close()
+
+
+@contextmanager
+def _noting(found: Found, key: str) -> Iterator[None]:
+    """What is not here is not checked."""
+    try:
+        yield
+    except NotHere as error:
+        found.unchecked.append(f"{key}: {error}")
 
 
 def used_models(config: Config) -> Iterator[tuple[str, str]]:
