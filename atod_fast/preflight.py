@@ -80,8 +80,9 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
         check_model(config, path, shape.to_dict())
         found.models[role] = Model(path, shape, _body(config, role, path, shape, device), tokenizer)
     uses_liger(config.student.liger, device)
-    if "student" in found.models and engine_kind(config, device) == "vllm":
-        vllm_limits.check(config, attention_shape(found.models["student"].config), dtype_of(config.student.compute_dtype, device))
+    if engine_kind(config, device) == "vllm":
+        if student := found.models.get("student"):
+            vllm_limits.check(config, attention_shape(student.config), dtype_of(config.student.compute_dtype, device))
         vllm_limits.check_installed()
     tokenizers = [model.tokenizer for model in found.models.values() if model.tokenizer is not None]
     if len(tokenizers) == 2:
