@@ -242,8 +242,9 @@ class Config(Section):
             )
         if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
             raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
-        if self.schedule.kappa.kind == "adaptive" and not self.eval.teacher:
-            raise ValueError("schedule.kappa.kind=adaptive measures the student against the teacher, which eval.teacher=false leaves out; set it to true")
+        if self.schedule.kappa.kind == "adaptive" and not self.teacher_plays:
+            without = 'teacher.path="" does not name; name one' if self.eval.teacher else "eval.teacher=false leaves out; set it to true"
+            raise ValueError(f"schedule.kappa.kind=adaptive measures the student against the teacher, which {without}")
         if self.train.group_size == 1 and not self.schedule.rho.always_zero:
             raise ValueError("train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd")
         return self

@@ -61,13 +61,13 @@ class Run:
         check_env(config)  # before a model is fetched for a world that is not there
         if config.env.train == config.env.eval:
             self.console.say("env.train and env.eval are the same: held-out success will be that of training tasks")
-        shapes, tokenizers = zip(*((load_config(path), load_tokenizer(path)) for path in (config.student.path, config.teacher.path)), strict=True)
-        for path, shape in zip((config.student.path, config.teacher.path), shapes, strict=True):
-            check_model(config, path, shape.to_dict())
-        compare_tokenizers(*tokenizers)
-        self.tokenizer = tokenizers[0]
-        self.export_dtype = shapes[0].dtype or torch.float32
-        self.actor = Actor(config, self.tokenizer, shapes[0].get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
+        shape, self.tokenizer = load_config(config.student.path), load_tokenizer(config.student.path)
+        check_model(config, config.student.path, shape.to_dict())
+        if config.teacher_scores or config.teacher_plays:
+            check_model(config, config.teacher.path, load_config(config.teacher.path).to_dict())
+            compare_tokenizers(self.tokenizer, load_tokenizer(config.teacher.path))
+        self.export_dtype = shape.dtype or torch.float32
+        self.actor = Actor(config, self.tokenizer, shape.get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
         if not len(self.actor.training):  # opened here: what is wrong with it is said before anything is played
             raise UserError("env.train holds no tasks; give it some")
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
@@ -217,9 +217,9 @@ class Run:
         return {prefix + key: value for key, value in found.items()}
 
     def evaluate_before(self) -> dict[str, float]:
-        """The student's and, with eval.teacher, the teacher's outcomes on the held-out tasks before any training."""
+        """The student's and, with eval.teacher and a teacher, the teacher's outcomes on the held-out tasks before any training."""
         found = self.evaluate(self.engine, "evaluating the student")
-        if self.config.eval.teacher:
+        if self.config.teacher_plays:
             # With transformers: a second vLLM in the process could not be taken down without the first one's process groups.
             self.engine.sleep()
             teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers")
