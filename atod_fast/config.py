@@ -202,7 +202,8 @@ class Checkpoint(Section):
 
 
 class Observe(Section):
-    trajectories_every: int = Field(10, ge=0, description="steps between trajectory files; 0 = none")
+    trajectories_every: int = Field(10, ge=0, description="steps between files of training trajectories, which each evaluation has too; 0 = no such files")
+    prompts: bool = Field(True, description="write each turn's rendered prompt into them (about 4 bytes a token), special tokens included")
 
 
 class Guard(Section):

@@ -145,7 +145,8 @@ class _Play:
     def act(self, completion: Completion) -> str:
         """Take in what the model said; the command for the world."""
         text, command, well_formed = self.renderer.parse(completion.ids, completion.stopped)
-        self.trajectory.turns.append(Turn(self.prompt, completion.ids, completion.logprobs, self.observation, text, command, well_formed))
+        turn = Turn(self.prompt, completion.ids, completion.logprobs, self.observation, text, command, well_formed, stopped=completion.stopped)
+        self.trajectory.turns.append(turn)
         if self.trajectory.context == "full":
             self.sequence = self.sequence + self.prompt + completion.ids
         return command
