@@ -277,7 +277,7 @@ class Run:
         self.write(metrics)
         self.console.step(metrics)
         for line in self.advice.after(metrics, everyone):
-            self.console.say(line, style="yellow")
+            self.console.say(f"warning: {line}", style="yellow")
         if config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
             self.record(f"step_{step:06d}", everyone, signals)
         if stopped:

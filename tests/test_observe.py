@@ -27,7 +27,7 @@ HEALTHY = {
 FAULTS = {
     "invalid": ({"rollout/invalid_actions": 0.97}, ["97%", "invalid", "'take the mug'"]),
     "cut off": ({"rollout/cut_off": 0.8, "rollout/invalid_actions": 0.97}, ["80%", "rollout.response_tokens=9"]),
-    "flat": ({"turns/flat_groups": 1.0, "train/success": 0.0}, ["success 0%", "easier tasks", "imitation alone", "train.group_size above 8"]),
+    "flat": ({"turns/flat_groups": 1.0, "train/success": 0.0}, ["success 0%", "easier tasks", "imitation alone", "train.group_size=8"]),
     "unweighted": ({"profile/weight": [1.0], "rollout/turns": 1.0}, ["turns.min_turns=3", "1.0 turns", "turns.scope=batch", "turns.fuse=uniform"]),
 }
 

@@ -44,36 +44,33 @@ def advise(steps: Sequence[Metrics], config: Config, example: str = "") -> Itera
 
     last = steps[-1]
     if lowest("rollout/cut_off") > CUT_OFF:
-        thinking = ", or rollout.thinking=false" if config.rollout.thinking else ""
-        yield (
-            "cut off",
-            f"{last['rollout/cut_off']:.0%} of responses are cut off at rollout.response_tokens={config.rollout.response_tokens}, before they "
-            f"end: raise it{thinking}",
-        )
+        share, limit = last["rollout/cut_off"], config.rollout.response_tokens
+        thinking = ", or set rollout.thinking=false" if config.rollout.thinking else ""
+        yield "cut off", f"{share:.0%} of responses are cut off at rollout.response_tokens={limit} before their end; raise it{thinking}"
     elif lowest("rollout/invalid_actions") > INVALID:
         shown = f" (it said {example!r})" if example else ""
-        where = "; prompts and responses are in trajectories/" if config.observe.trajectories_every else ""
+        where = "; trajectories/ holds prompts and responses" if config.observe.trajectories_every else ""
         yield (
             "invalid",
-            f"{last['rollout/invalid_actions']:.0%} of actions are invalid: the model does not keep the response's form, or the environment knows "
-            f"no such action{shown}{where}: take a model that was trained to answer so, or say in the prompt how to",
+            f"{last['rollout/invalid_actions']:.0%} of actions are invalid: the model does not keep the response's form, or the environment "
+            f"knows no such action{shown}; take a model that was trained to answer so, or say in the prompt how to{where}",
         )
     if lowest("turns/flat_groups") == 1 and lowest("schedule/rho") > 0:
-        success, size = last["train/success"], config.train.group_size
-        remedy = {0: "easier tasks, a warm start", 1: "harder tasks"}.get(success, "rewards that tell episodes apart")
-        meanwhile = "; imitation alone teaches" if last["schedule/kappa"] > 0 else "; nothing is learnt"
+        success = last["train/success"]
+        teaches = "imitation alone teaches" if last["schedule/kappa"] > 0 else "nothing is learnt"
+        remedy = {0: "take easier tasks or a warm start", 1: "take harder tasks"}.get(success, "give rewards that tell episodes apart")
         yield (
             "flat",
-            f"no group of trajectories differed in reward in {len(steps)} steps (success {success:.0%}), so reward gives no signal{meanwhile}: "
-            f"{remedy}, or train.group_size above {size}",
+            f"no group of trajectories differed in reward in {len(steps)} steps (success {success:.0%}): reward gives no signal, {teaches}; "
+            f"{remedy}, or raise train.group_size={config.train.group_size}",
         )
-    longest = max(len(step["profile/weight"]) for step in steps)
-    if longest < config.turns.min_turns and lowest("schedule/kappa") > 0 and config.turns.fuse != "uniform":
-        remedy = f"turns.min_turns={longest}" if longest > 1 else "turns.min_turns=1 with turns.scope=batch compares turns of different episodes"
+    longest, least = max(len(step["profile/weight"]) for step in steps), config.turns.min_turns
+    if longest < least and lowest("schedule/kappa") > 0 and config.turns.fuse != "uniform":
+        remedy = f"turns.min_turns={longest}" if longest > 1 else "turns.min_turns=1 and turns.scope=batch to compare turns of different episodes"
         yield (
             "unweighted",
-            f"turns.min_turns={config.turns.min_turns} leaves every trajectory unweighted, as episodes have {last['rollout/turns']:.1f} turns: "
-            f"T-DUR does nothing; {remedy}, or turns.fuse=uniform says so",
+            f"turns.min_turns={least} leaves every trajectory unweighted, as episodes have {last['rollout/turns']:.1f} turns: T-DUR does nothing; "
+            f"set {remedy}, or turns.fuse=uniform to say so",
         )
 
 
