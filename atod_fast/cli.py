@@ -78,22 +78,16 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
     )
 
 
-def parse_evaluation(argv: Sequence[str], program: str = "atod_fast.evaluate") -> tuple[argparse.Namespace, Config]:
-    """The arguments of an evaluation (model, out), and its settings. Raises as `parse`."""
-    parser = Parser(
-        program,
-        description="Success of a checkpoint on held-out tasks. Episodes have the same seeds for every model, so that two models\n"
-        "can be compared game by game.\n\n"
-        "    python -m atod_fast.evaluate runs/demo/hf eval.tasks=2000 eval.temperature=0.5 --out evaluation.json\n"
-        "    python -m atod_fast.evaluate Qwen/Qwen3-0.6B --preset own env.name=guess:Guess env.eval='{tasks=400, seed=1}'\n"
-        "    torchrun --nproc_per_node 2 -m atod_fast.evaluate demo:teacher",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_evaluation(argv: Sequence[str], description: str | None) -> tuple[argparse.Namespace, Config]:
+    """The arguments of an evaluation (model, out, transcripts), and its settings. Raises as `parse`."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("atod_fast.evaluate", description=description, formatter_class=form)
     parser.add_argument("model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings file, such as a run's config.toml")
     parser.add_argument("--preset", metavar="NAME", help="named settings; own: for your own model in your own environment")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and every outcome here")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and what came of every task here")
+    parser.add_argument("--transcripts", type=Path, metavar="JSONL", help="write every episode here, with what the model was shown and said")
     arguments = parser.parse_intermixed_args(argv)
     # This model is all there is: a preset that leaves student and teacher to its user needs no others.
     own = [f"{role}.path={arguments.model}" for role in ("student", "teacher")]

@@ -214,7 +214,8 @@ class Checkpoint(Section):
 
 
 class Observe(Section):
-    trajectories_every: int = Field(10, ge=0, description="steps between trajectory files; 0 = none")
+    trajectories_every: int = Field(10, ge=0, description="steps between files of training trajectories, which each evaluation has too; 0 = no such files")
+    prompts: bool = Field(True, description="write each turn's rendered prompt into them (about 4 bytes a token), special tokens included")
 
 
 class Guard(Section):
@@ -292,10 +293,9 @@ class Config(Section):
             raise ValueError(f"{', '.join(empty)}: empty; name your own: {' '.join(f'{key}=...' for key in empty)} (docs/environments.md)")
         if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
             raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
-        if self.schedule.kappa.kind == "adaptive" and not self.teacher.path:
-            raise ValueError("schedule.kappa.kind=adaptive measures the student against the teacher, and teacher.path names none; set it, or use another kind")
-        if self.schedule.kappa.kind == "adaptive" and not self.eval.teacher:
-            raise ValueError("schedule.kappa.kind=adaptive measures the student against the teacher, which eval.teacher=false leaves out; set it to true")
+        if self.schedule.kappa.kind == "adaptive" and not self.teacher_plays:
+            without = 'teacher.path="" does not name; name one' if self.eval.teacher else "eval.teacher=false leaves out; set it to true"
+            raise ValueError(f"schedule.kappa.kind=adaptive measures the student against the teacher, which {without}")
         if self.train.group_size == 1 and not self.schedule.rho.always_zero:
             raise ValueError("train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd")
         return self

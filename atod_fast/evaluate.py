@@ -1,6 +1,7 @@
 """Success of a checkpoint on held-out tasks.
 
-    python -m atod_fast.evaluate runs/demo/hf eval.tasks=2000 eval.temperature=0.5 --out evaluation.json
+    python -m atod_fast.evaluate runs/demo/hf eval.tasks=2000 eval.temperature=0.5 --out evaluation.json --transcripts episodes.jsonl
+    python -m atod_fast.evaluate Qwen/Qwen3-0.6B --preset own env.name=guess:Guess env.eval='{tasks=400, seed=1}'
     torchrun --nproc_per_node 2 -m atod_fast.evaluate demo:teacher
 
 Episodes have the same seeds for every model, so that two models can be compared game by game.
@@ -13,10 +14,11 @@ import sys
 from atod_fast import cli
 
 if __name__ == "__main__":
-    cli.answer_early(cli.parse_evaluation)
+    cli.answer_early(lambda argv: cli.parse_evaluation(argv, __doc__))
 
 import json
 from collections import defaultdict
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -24,14 +26,18 @@ from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.errors import GuardError, UserError
 from atod_fast.models import load_config, load_tokenizer, stop_ids
+from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
 from atod_fast.rollout.actor import Actor, check_failures, dated, make_engine
-from atod_fast.settings import check_engines, check_model
+from atod_fast.settings import check_engines, check_env, check_model
 from atod_fast.trajectory import Trajectory, outcomes
+
+EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
 
 
 def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     """Trajectories of `model` on the first `eval.tasks` held-out tasks at `eval.temperature`, on every rank. Collective."""
+    check_env(config)
     shape = load_config(model)
     check_model(config, model, shape.to_dict())
     check_engines(config, ranks.world_size())
@@ -53,7 +59,9 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
 
 
 def summary(trajectories: list[Trajectory]) -> dict:
-    """Success overall and by task type, the world's mean score where it has one, mean turns, share of invalid actions; each outcome in task order."""
+    """Success overall and by task type, the world's mean score where it has one, mean turns, share of invalid actions; each
+    episode in task order, and the outcomes as one text of 0 and 1.
+    """
     kinds: dict[str, list[bool]] = defaultdict(list)
     for trajectory in trajectories:
         kinds[trajectory.task_type].append(trajectory.success)
@@ -65,6 +73,7 @@ def summary(trajectories: list[Trajectory]) -> dict:
         "turns": len(turns) / len(trajectories),
         "invalid_actions": _mean([not turn.valid for turn in turns]),
         "outcomes": "".join("1" if t.success else "0" for t in trajectories),
+        "episodes": [{key: getattr(t, key) for key in EPISODE} | {"turns": len(t.turns)} for t in trajectories],
     }
 
 
@@ -72,13 +81,27 @@ def _mean(values: list[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def make_place(option: str, path: Path) -> None:
+    """Make the folder of the file `path`. UserError where it cannot be, or `path` is one: said before the episodes are played, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}; give a file that can be written") from None
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file")
+
+
 @record
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input, 3 the model's log-probs are not finite, the engine broke down, or too many environments failed."""
     speaks = ranks.rank() == 0
     try:
-        arguments, config = cli.parse_evaluation(sys.argv[1:] if argv is None else argv)
-        found = summary(evaluate(arguments.model, config, Console(speaks)))
+        arguments, config = cli.parse_evaluation(sys.argv[1:] if argv is None else argv, __doc__)
+        for option, path in (("--out", arguments.out), ("--transcripts", arguments.transcripts)):
+            if path is not None:
+                make_place(option, path)
+        trajectories = evaluate(arguments.model, config, Console(speaks))
+        found = summary(trajectories)
     except (UserError, GuardError) as error:
         if speaks:
             print(f"atod_fast: {error}", file=sys.stderr)
@@ -91,8 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         for kind, success in found["success_by_type"].items():
             print(f"  {kind or 'task'}: {success:.1%}")
         print(f"  {found['turns']:.1f} turns an episode, {found['invalid_actions']:.1%} of actions invalid, {found['failed_environments']} environments failed")
+        if arguments.transcripts:
+            transcripts.write(arguments.transcripts, trajectories, load_tokenizer(arguments.model))
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
             facts = {"model": arguments.model, "temperature": config.eval.temperature, "env": config.env.model_dump(mode="json")}
             arguments.out.write_text(json.dumps(facts | found, indent=1) + "\n")
     return 0

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import io
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserEr
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import dtype_of, stop_ids
 from atod_fast.observe import curves, transcripts
+from atod_fast.observe.advice import Advice
 from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import Clock, MetricsLog
 from atod_fast.policy import checkpoint
@@ -62,6 +63,7 @@ class Run:
         self.run_dir, resume = rundir.agree(options)
         config = resumed_config(options, resume) if resume else options.config
         self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
+        self.advice = Advice(config)
         models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened
         torch.manual_seed(config.train.seed)
 
@@ -152,8 +154,8 @@ class Run:
                 metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages, imitate) | clock.seconds
                 metrics |= {"time/step": clock.total, "perf/tokens_per_second": float(table.length.sum()) / clock.total}
                 metrics |= {"memory/peak_gib": peak_memory(self.device)}
-                record_turns = partial(transcripts.write, trajectories=everyone, table=table, weight=weights.weight, advantage=advantages.turn)
-                self.finish_step(metrics, record_turns)
+                signals = {"disagreement": table.disagreement, "uncertainty": table.uncertainty, "weight": weights.weight, "advantage": advantages.turn}
+                self.finish_step(metrics, everyone, signals)
             self.finish_run()
         except (Interrupted, EnvironmentsLost) as stop:
             if self.done == 0:  # a checkpoint of no step would not be the start: an optimiser has no state before it
@@ -214,21 +216,23 @@ class Run:
         check_failures(everyone, self.config.guard.failed_environments, label)
         return everyone
 
-    def evaluate(self, engine: Engine, label: str, prefix: str = "eval/") -> dict[str, float]:
-        """What comes of the held-out tasks at `eval.temperature`."""
-        found = outcomes(self.play(label, partial(self.actor.evaluate, engine)))
+    def evaluate(self, engine: Engine, label: str, teacher: bool = False) -> dict[str, float]:
+        """What comes of the held-out tasks at `eval.temperature`, with the student (or the teacher) in `engine`."""
+        everyone = self.play(label, partial(self.actor.evaluate, engine))
+        self.record(f"eval_{self.done:06d}" + "_teacher" * teacher, everyone)
+        prefix, found = "eval/" + "teacher_" * teacher, outcomes(everyone)
         if lost := found["failed_environments"]:
             self.console.say(f"{label}: {lost} of {self.config.eval.tasks} environments failed, and count as not solved")
         return {prefix + key: value for key, value in found.items()}
 
     def evaluate_before(self) -> dict[str, float]:
-        """The student's and, with eval.teacher, the teacher's outcomes on the held-out tasks before any training."""
+        """The student's and, with eval.teacher and a teacher, the teacher's outcomes on the held-out tasks before any training."""
         found = self.evaluate(self.engine, "evaluating the student")
-        if self.config.eval.teacher:
+        if self.config.teacher_plays:
             # With transformers: a second vLLM in the process could not be taken down without the first one's process groups.
             self.engine.sleep()
             teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers")
-            found |= self.evaluate(teacher, "evaluating the teacher", "eval/teacher_")
+            found |= self.evaluate(teacher, "evaluating the teacher", teacher=True)
             del teacher
             self.resync()
         self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in found.items() if key.endswith("success")))
@@ -257,7 +261,13 @@ class Run:
             )
         return {"sync/logprob_gap": gap[0], "sync/logprob_gap_max": gap[1]}
 
-    def finish_step(self, metrics: dict, record_turns: Callable[..., None]) -> None:
+    def record(self, name: str, trajectories: Sequence[Trajectory], signals: Mapping[str, Tensor] = transcripts.NONE) -> None:
+        """`trajectories` to a file of the run, with their turns' `signals` by name."""
+        observe = self.config.observe
+        if ranks.rank() == 0 and observe.trajectories_every:
+            transcripts.write(self.run_dir / "trajectories" / f"{name}.jsonl", trajectories, self.tokenizer if observe.prompts else None, signals)
+
+    def finish_step(self, metrics: dict, everyone: Sequence[Trajectory], signals: Mapping[str, Tensor]) -> None:
         """Evaluate, write down and save, each when due. An evaluation that is interrupted, or loses its environments, loses itself only."""
         config, step, last = self.config, self.done, self.done == self.config.train.steps
         stopped: Interrupted | EnvironmentsLost | None = None
@@ -271,8 +281,10 @@ class Run:
                 stopped = stop
         self.write(metrics)
         self.console.step(metrics)
-        if ranks.rank() == 0 and config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
-            record_turns(self.run_dir / "trajectories" / f"step_{step:06d}.jsonl")
+        for line in self.advice.after(metrics, everyone):
+            self.console.say(f"warning: {line}", style="yellow")
+        if config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
+            self.record(f"step_{step:06d}", everyone, signals)
         if stopped:
             raise stopped
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -325,6 +337,7 @@ def learning_rate(config: Config, step: int) -> float:
 def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[str, float]:
     sizes = table.offsets.diff()
     found = outcomes(everyone)
+    turns = [turn for trajectory in everyone if trajectory.failure is None for turn in trajectory.turns]
     scores = {"train/score": found["score"]} if "score" in found else {}
     return scores | {
         "train/success": found["success"],
@@ -334,6 +347,7 @@ def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[st
         "rollout/turns": float(sizes.double().mean()),
         "rollout/response_tokens": float(table.length.double().mean()),
         "rollout/invalid_actions": float((~table.valid).double().mean()),
+        "rollout/cut_off": 1 - sum(turn.stopped for turn in turns) / len(turns) if turns else float("nan"),
     }
 
 

@@ -614,5 +614,5 @@ def test_a_rank_other_than_the_first_prints_no_help():
 
 
 def test_an_evaluation_of_ones_own_needs_no_other_model_than_its_own():
-    arguments, config = parse_evaluation(["Qwen/Qwen3-0.6B", "--preset", "own", OWN[2], "eval.tasks=5"])
+    arguments, config = parse_evaluation(["Qwen/Qwen3-0.6B", "--preset", "own", OWN[2], "eval.tasks=5"], None)
     assert (arguments.model, config.student.path, config.env.name, config.eval.tasks) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "guess:Guess", 5)

@@ -165,7 +165,7 @@ class _Play:
         except Exception as error:
             self.trajectory.failure = f"its answer could not be read: {one_line(error)}"
             return None
-        turn = Turn(self.prompt, completion.ids, completion.logprobs, self.observation, text, command, bool(well_formed))
+        turn = Turn(self.prompt, completion.ids, completion.logprobs, self.observation, text, command, bool(well_formed), stopped=completion.stopped)
         self.trajectory.turns.append(turn)
         if self.trajectory.context == "full":
             self.sequence = self.sequence + self.prompt + completion.ids
