@@ -81,12 +81,19 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
         found.models[role] = Model(path, shape, _body(config, role, path, shape, device), tokenizer)
     uses_liger(config.student.liger, device)
     if engine_kind(config, device) == "vllm":
-        if student := found.models.get("student"):
-            vllm_limits.check(config, attention_shape(student.config), dtype_of(config.student.compute_dtype, device))
+        if "student" in found.models:
+            vllm_limits.check(config, attention_shape(found.models["student"].config), dtype_of(config.student.compute_dtype, device))
         vllm_limits.check_installed()
-    tokenizers = [model.tokenizer for model in found.models.values() if model.tokenizer is not None]
-    if len(tokenizers) == 2:
-        compare_tokenizers(*tokenizers)
+    student, teacher = found.models.get("student"), found.models.get("teacher")
+    if student and teacher and student.tokenizer is not None:
+        if teacher.tokenizer is not None:
+            compare_tokenizers(student.tokenizer, teacher.tokenizer)
+        last = max(i for i in student.tokenizer.get_vocab().values() if i < student.columns)
+        if last >= teacher.columns:
+            raise UserError(
+                f"teacher.path={teacher.path!r} has {teacher.columns} columns, too few for token {last} of student.path={student.path!r}; "
+                "use a teacher of the student's family"
+            )
     return found
 
 
