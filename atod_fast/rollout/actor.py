@@ -15,7 +15,7 @@ from atod_fast.config import Config
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import EnvironmentsLost, UserError
-from atod_fast.models import attention_shape, dtype_of, load_config, load_model
+from atod_fast.models import attention_shape, check_weights, dtype_of, load_config, load_model
 from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engine import Engine
@@ -174,6 +174,8 @@ def make_engine(config: Config, model_path: str, device: torch.device, kind: str
     shape = attention_shape(load_config(model_path))
     vllm_limits.check_installed()
     vllm_limits.check(config, shape, dtype)
+    if filled:
+        check_weights(model_path)
     engine = vllm_engine.build(
         model_path,
         dtype,
