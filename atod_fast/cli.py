@@ -7,6 +7,7 @@ import difflib
 import io
 import os
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -44,6 +45,8 @@ class Options:
     run_dir: Path | None
     dry_run: bool
     resume: str | None  # "auto", a path, or None
+    set_aside: bool = False  # what lies beyond the checkpoint that is resumed may be moved away
+    command: str = ""  # that asked for it
 
 
 def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
@@ -61,6 +64,8 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
         print("\n".join(f"{name:15} {preset_summary(name)}" for name in PRESETS))
         raise SystemExit(0)
     overrides = [argument for argument in arguments.settings if _OVERRIDE.match(argument)]
+    if arguments.set_aside and arguments.resume is None:
+        raise UserError("--set-aside goes with --resume: it moves away what lies beyond the checkpoint that is resumed")
     files = [Path(argument) for argument in arguments.settings if not _OVERRIDE.match(argument)]
     for file in files:
         if str(file) in FIELDS:
@@ -75,6 +80,8 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
         run_dir=arguments.run_dir,
         dry_run=arguments.dry_run,
         resume=arguments.resume,
+        set_aside=arguments.set_aside,
+        command=shlex.join(["python", "-m", program, *argv]),
     )
 
 
@@ -142,6 +149,11 @@ def _parser(program: str) -> Parser:
         metavar="auto|PATH",
         help="continue from a checkpoint (auto: the newest of the run folder, or start if there is none), with its run's own settings "
         "unless --preset or CONFIG.toml is given",
+    )
+    parser.add_argument(
+        "--set-aside",
+        action="store_true",
+        help="with --resume of a checkpoint that is not the newest: move what came after it into RUN/set-aside-N",
     )
     parser.add_argument("--list-presets", action="store_true", help="print the presets and stop")
     return parser

@@ -211,6 +211,7 @@ class Turns(Section):
 class Checkpoint(Section):
     every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end or when interrupted")
     keep: int = Field(2, ge=1, description="checkpoints kept")
+    keep_best: bool = Field(False, description="also keep the checkpoint of the best held-out success, which checkpoints/best.json names")
 
 
 class Observe(Section):
@@ -220,6 +221,12 @@ class Observe(Section):
 
 class Guard(Section):
     logprob_gap: float = Field(0.0, ge=0, description="largest mean |rollout - trainer log-prob| tolerated; 0 = by dtype: 1e-3 fp32, 0.05 bf16")
+    wait_minutes: float = Field(
+        0.0,
+        ge=0,
+        description="minutes a rank waits for the others after a rollout; 0 = the longest one that the settings allow: "
+        "episodes in waves of rollout.concurrency, env.step_timeout a turn, a second a token; 30 at least",
+    )
     failed_environments: float = Field(0.5, ge=0, le=1, description="largest share of a rollout's or an evaluation's environments that may fail")
 
 
@@ -296,6 +303,8 @@ class Config(Section):
         if self.schedule.kappa.kind == "adaptive" and not self.teacher_plays:
             without = 'teacher.path="" does not name; name one' if self.eval.teacher else "eval.teacher=false leaves out; set it to true"
             raise ValueError(f"schedule.kappa.kind=adaptive measures the student against the teacher, which {without}")
+        if self.checkpoint.keep_best and self.eval.every == 0:
+            raise ValueError("checkpoint.keep_best=true follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
         if self.train.group_size == 1 and not self.schedule.rho.always_zero:
             raise ValueError("train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd")
         return self

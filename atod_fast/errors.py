@@ -23,3 +23,13 @@ class EnvironmentsLost(GuardError):
 
 class EngineFailure(GuardError):
     """The rollout engine broke down in the midst of a rollout, of which nothing may be used. The loop tries once more."""
+
+
+class RankLost(GuardError):
+    """Another rank is gone or did not come in time: the ranks can do nothing together any more, saving included."""
+
+
+class Unexpected(Exception):
+    """Neither of the above: a bug, a full disk, a lost device. Its traceback has been printed on the rank where it happened."""
+
+    exit_code = 1

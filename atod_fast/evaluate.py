@@ -29,6 +29,7 @@ from atod_fast.models import load_config, load_tokenizer, stop_ids
 from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
 from atod_fast.rollout.actor import Actor, check_failures, dated, make_engine
+from atod_fast.rollout.duration import limit
 from atod_fast.settings import check_engines, check_env, check_model
 from atod_fast.trajectory import Trajectory, outcomes
 
@@ -40,11 +41,13 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     check_env(config)
     shape = load_config(model)
     check_model(config, model, shape.to_dict())
-    check_engines(config, ranks.world_size())
+    engines = check_engines(config, ranks.world_size())
     device, _ = ranks.start()
     config, columns = dated(config), shape.get_text_config().vocab_size
     actor = Actor(config, load_tokenizer(model), columns, stop_ids(model), rank=ranks.rank(), ranks=ranks.world_size())
+    ranks.be_patient(limit(config, engines, instant=actor.heldout.instant))
     engine = make_engine(config, model, device)
+    ranks.doing("evaluating")
     mine: list[Trajectory] = []
     failure: UserError | GuardError | None = None
     with console.progress("evaluating") as progress:
@@ -52,6 +55,7 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
             mine = actor.evaluate(engine, progress)
         except (UserError, GuardError) as error:
             failure = error
+    ranks.wait()
     ranks.raise_together(failure)
     everyone = ranks.gather_trajectories(mine)
     check_failures(everyone, config.guard.failed_environments, "evaluating")

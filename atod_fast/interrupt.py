@@ -7,12 +7,17 @@ the last checkpoint stands. A second Ctrl-C kills.
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from types import FrameType
 
 
 class Interrupted(Exception):
     """The run was asked to stop; every rank raises it at the same place."""
+
+    exit_code = 130
 
 
 class Interrupt:
@@ -20,12 +25,18 @@ class Interrupt:
 
     def __init__(self):
         self.requested = False
+        self._ending = False
         self._previous: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        # torchrun sends SIGTERM to the other ranks as soon as one has ended: that is no second wish.
+        if self.requested and number == signal.SIGINT and not self._ending:
             raise KeyboardInterrupt
         self.requested = True
+
+    def ending(self) -> None:
+        """All that could be saved is saved: what is left to do is short, and a further signal must not cut off the last line."""
+        self._ending = True
 
     def __enter__(self) -> Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -35,3 +46,19 @@ class Interrupt:
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+_AFTER = """
+import os, select, sys
+with os.fdopen(os.pidfd_open(int(sys.argv[1]))) as parent:
+    select.select([parent], [], [], 120)
+print(sys.argv[2], flush=True)
+"""
+
+
+def last_word(line: str) -> None:
+    """Print `line`; under torchrun once more when it has ended, below the report it prints of its own."""
+    print(line, flush=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(os, "pidfd_open"):
+        # A process in a session of its own: torchrun kills those of its workers.
+        subprocess.Popen([sys.executable, "-c", _AFTER, str(os.getppid()), line], start_new_session=True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -14,10 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from atod_fast.errors import EngineFailure, GuardError, UserError
+from atod_fast import errors
+from atod_fast.errors import RankLost, Unexpected, UserError
 from atod_fast.trajectory import Trajectory, Turn
 
+COLLECTIVE = timedelta(minutes=30)  # what ranks do together takes far less; they wait for each other's rollouts in `wait`
+STOPPING = timedelta(seconds=30)  # ranks that stop for the same reason come to `all_stop` well within it
+
 _before_stop: list[Callable[[], object]] = []
+_waiting: dist.ProcessGroup | None = None  # of `wait`
+_stopping: dist.ProcessGroup | None = None  # of `all_stop`: one that stops must not be taken for one whose rollout is over
+_limit = COLLECTIVE
+_doing = "starting"
 
 
 def rank() -> int:
@@ -41,7 +53,7 @@ def start() -> tuple[torch.device, DeviceMesh]:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=COLLECTIVE)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
@@ -53,11 +65,92 @@ def before_stop(action: Callable[[], object]) -> None:
 
 
 def stop() -> None:
+    global _waiting, _stopping
     while _before_stop:
         with suppress(Exception):  # the process ends, whatever state an error left it in
             _before_stop.pop()()
+    _waiting = _stopping = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def doing(what: str) -> None:
+    """Note what this rank is about to do, for the message of one that waits in vain."""
+    global _doing
+    _doing = what
+
+
+def be_patient(seconds: float) -> None:
+    """How long `wait` waits. Collective."""
+    global _waiting, _stopping, _limit
+    _limit = timedelta(seconds=seconds)
+    if world_size() > 1:
+        # The first rank knows who is missing and speaks first; the others' own limit is the group's.
+        _waiting = dist.new_group(backend="gloo", timeout=_limit + STOPPING)
+        _stopping = dist.new_group(backend="gloo", timeout=STOPPING)
+
+
+def wait() -> None:
+    """After a rollout, which takes each rank its own time: go on when all are here.
+
+    Raises:
+        RankLost: one is gone, or not here within the limit of `be_patient`.
+    """
+    if _waiting is None:
+        return
+    start = time.monotonic()
+    try:
+        dist.monitored_barrier(_waiting, timeout=_limit, wait_all_ranks=True)
+    except RuntimeError as error:
+        missing = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        who = f"rank {missing[1]}" if missing else "rank 0" if rank() else "another rank"
+        waited = time.monotonic() - start
+        if waited < _limit.total_seconds() or "Connection" in str(error):
+            raise RankLost(_gone(who)) from None
+        line = f"waited {waited / 60:.2g} min for {who} in {_doing!r}: see what holds it up there, or raise guard.wait_minutes"
+        speak_alone(line)
+        raise RankLost(f"rank {rank()} {line}") from None
+
+
+def all_stop(whole: bool) -> bool:
+    """Whether every rank is stopping too, with whole weights: then they can save together. Waits `STOPPING` for them.
+
+    A rank that failed alone finds nobody here: the others are inside a collective that it will never join.
+    """
+    if _stopping is not None:
+        try:
+            dist.monitored_barrier(_stopping, timeout=STOPPING)
+        except RuntimeError:
+            return False
+    return not any_rank(not whole)
+
+
+def _gone(who: str) -> str:
+    return f"{who} is gone (seen by rank {rank()} in {_doing!r}); what it last said tells why"
+
+
+def understood(error: Exception) -> Exception:
+    """`error` as one that ends in a line: itself; RankLost for a failed collective; else Unexpected, its traceback printed."""
+    if hasattr(error, "exit_code"):
+        return error
+    text = str(error)
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
+        late = "imed out" in text
+        return RankLost(f"rank {rank()} waited in vain for another rank in {_doing!r}" if late else _gone("another rank"))
+    traceback.print_exception(error)
+    first = text.strip().splitlines()[0][:300] if text.strip() else ""
+    return Unexpected(f"{type(error).__name__}: {first}" if world_size() == 1 else f"rank {rank()}: {type(error).__name__}: {first}")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What is raised inside on one rank is raised on all of them, at the end of the block. Nothing collective inside."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = understood(error)
+    raise_together(failure)
 
 
 def total(values: Tensor) -> Tensor:
@@ -89,13 +182,17 @@ def speak_alone(line: str) -> None:
         print(f"atod_fast: rank {rank()}: {line}", file=sys.stderr, flush=True)
 
 
-def raise_together(error: UserError | GuardError | None) -> None:
-    """Raise the first rank's error on every rank: one that stopped alone would leave the others waiting for it."""
+_SHARED = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise the first rank's error, one of atod_fast.errors, on every rank: one that stopped alone would leave the others waiting for it."""
     text = "" if error is None else f"{type(error).__name__}:{error}"
-    for found in _all_gather_bytes(text.encode()):
+    mine = text.encode(errors="replace")
+    for found in _all_gather_bytes(mine) if dist.is_initialized() else [mine]:
         if found:
             kind, _, message = found.decode().partition(":")
-            raise {error.__name__: error for error in (UserError, GuardError, EngineFailure)}[kind](message)
+            raise _SHARED[kind](message)
 
 
 def barrier() -> None:
@@ -118,8 +215,11 @@ def tell(text: str | None, group: dist.ProcessGroup) -> str:
 
 
 def neighbours(size: int) -> dist.ProcessGroup:
-    """The group of `size` consecutive ranks that this one belongs to, on the CPU. Collective over all ranks."""
-    return dist.new_subgroups(size, backend="gloo")[0]
+    """The group of `size` consecutive ranks that this one belongs to, on the CPU. Collective over all ranks.
+
+    In a rollout its ranks wait for each other as long as for others after it.
+    """
+    return dist.new_subgroups(size, backend="gloo", timeout=_limit)[0]
 
 
 def gather_trajectories(mine: Sequence[Trajectory]) -> list[Trajectory]:

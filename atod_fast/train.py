@@ -22,11 +22,11 @@ if __name__ == "__main__":
     cli.answer_early(cli.parse)
 
 import io
+import json
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,19 +34,21 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import objective, plan, preflight, ranks, rundir
 from atod_fast.config import Config
-from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
-from atod_fast.interrupt import Interrupt, Interrupted
+from atod_fast.errors import EngineFailure, GuardError, RankLost, UserError
+from atod_fast.interrupt import Interrupt, Interrupted, last_word
 from atod_fast.models import dtype_of, stop_ids
-from atod_fast.observe import curves, transcripts
+from atod_fast.observe import provenance, transcripts
 from atod_fast.observe.advice import Advice
 from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import Clock, MetricsLog
 from atod_fast.policy import checkpoint
+from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
 from atod_fast.rollout.actor import Actor, check_failures, dated, engine_kind, make_engine
+from atod_fast.rollout.duration import limit
 from atod_fast.rollout.engine import Engine
-from atod_fast.settings import demo_values_warning, load, to_toml
+from atod_fast.settings import check_engines, demo_values_warning, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
@@ -60,9 +62,11 @@ class Run:
         self.interrupt = interrupt
         self.device, mesh = ranks.start()
         self.console = Console(speaks=ranks.rank() == 0)
-        self.run_dir, resume = rundir.agree(options)
-        config = resumed_config(options, resume) if resume else options.config
+        self.run_dir, resume, finished = rundir.agree(options)
+        config = rundir.resumed_config(options, resume)
         self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
+        if finished:
+            raise rundir.Finished(f"{self.run_dir} is finished: {config.train.steps} steps, model {self.run_dir / 'hf'}; give more train.steps to go on")
         self.advice = Advice(config)
         models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened
         torch.manual_seed(config.train.seed)
@@ -73,10 +77,12 @@ class Run:
         if warning := demo_values_warning(config, student.parameters):
             self.console.say(warning, style="bold yellow")
         self.tokenizer = student.tokenizer
-        self.export_dtype = student.config.dtype or torch.float32
-        stops = stop_ids(config.student.path)
-        self.actor = Actor(config, self.tokenizer, student.columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
-        _ = self.actor.training  # opened here: what is wrong with it is said before anything is played
+        with ranks.together():  # its files may be missing on one machine alone
+            stops = stop_ids(config.student.path)
+            self.actor = Actor(config, self.tokenizer, student.columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
+            _ = self.actor.training  # opened here: what is wrong with it is said before anything is played
+        engines = check_engines(config, ranks.world_size())
+        ranks.be_patient(limit(config, engines, instant=self.actor.heldout.instant))
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
         self.engine = make_engine(config, config.student.path, self.device, filled=False)
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
@@ -89,12 +95,15 @@ class Run:
         if resume:
             self.done, self.before = state["step"], state["before"]
             self.console.say(f"resumed from {resume}")
-        if ranks.rank() == 0:
-            if resume and resume.parent.parent == self.run_dir:
-                checkpoint.set_aside_after(self.run_dir, self.done)
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            self.log = MetricsLog(self.run_dir / "metrics.jsonl", first_step=self.done + 1 if resume else 0)
+        self.whole_at = self.learner.updates  # weights are those after step `done` as long as there are no more
+        here = resume is not None and resume.parent.parent.resolve() == self.run_dir.resolve()
+        self.saved = self.done if here else 0  # the newest step with a checkpoint in the run folder
+        self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
+        with ranks.together():
+            if ranks.rank() == 0:
+                self.open_folder(options.command, self.done if here else -1)
+        if config.checkpoint.keep_best and here:
+            self.best = self.kept_best(state.get("best"))
         self.console.say(f"run folder {self.run_dir}, rollouts by {engine_kind(config, self.device)}")
         self.resync()
         if not resume:
@@ -107,12 +116,32 @@ class Run:
             if resume:
                 self.adaptive.load_state_dict(state["adaptive"])
 
-    def train(self) -> int:
-        """Roll out, score, weigh, learn, resync; evaluate and save when due. Returns the exit code."""
+    def open_folder(self, command: str, done: int) -> None:
+        """Set aside what the run folder holds beyond step `done`, and write down what runs here."""
+        settings = to_toml(self.config)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if aside := rundir.set_aside(self.run_dir, done, settings):
+            self.console.say(f"what lay beyond step {max(done, 0)} or differed is in {aside}")
+        (self.run_dir / "config.toml").write_text(settings, encoding="utf-8")
+        provenance.record(self.run_dir / "environment.json", command, ranks.world_size(), self.device, self.done)
+        self.log = MetricsLog(self.run_dir / "metrics.jsonl")
+
+    def kept_best(self, told: list | None) -> checkpoint.Best | None:
+        """The best step that the resumed checkpoint knows of, if its own checkpoint is there still. The same on every rank."""
+        found = checkpoint.Best(*told) if told else None
+        if ranks.rank() == 0:
+            if found and not checkpoint.is_complete(checkpoint.folder(self.run_dir, found.step)):
+                found = None
+            checkpoint.name_best(self.run_dir, found)
+        told = json.loads(ranks.from_first(json.dumps(found)))
+        return checkpoint.Best(*told) if told else None
+
+    def train(self) -> None:
+        """Roll out, score, weigh, learn, resync; evaluate and save when due. What ends it early is raised, with a note that says what is saved."""
         config, learner = self.config, self.learner
         try:
             for step in range(self.done + 1, config.train.steps + 1):
-                clock = Clock()
+                clock = Clock(lambda phase, step=step: ranks.doing(f"{phase} of step {step}"))
                 kappa = self.adaptive.value(step) if self.adaptive else objective.value(config.schedule.kappa, step)
                 rho = objective.value(config.schedule.rho, step)
 
@@ -146,9 +175,9 @@ class Run:
 
                 with clock("train"):
                     learned = learner.update(minibatches, streams, learning_rate(config, step))
+                self.done, self.whole_at = step, learner.updates
                 with clock("resync"):
                     sent = self.resync()
-                self.done = step
 
                 metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, "sync/bytes": sent, **gap} | policy_metrics(learned)
                 metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages, imitate) | clock.seconds
@@ -157,16 +186,37 @@ class Run:
                 signals = {"disagreement": table.disagreement, "uncertainty": table.uncertainty, "weight": weights.weight, "advantage": advantages.turn}
                 self.finish_step(metrics, everyone, signals)
             self.finish_run()
-        except (Interrupted, EnvironmentsLost) as stop:
-            if self.done == 0:  # a checkpoint of no step would not be the start: an optimiser has no state before it
-                raise
-            self.save()
-            what = "interrupted" if isinstance(stop, Interrupted) else "saved"
-            self.console.say(f"{what} after step {self.done}; go on with --run-dir {self.run_dir} --resume auto")
-            if isinstance(stop, EnvironmentsLost):
-                raise
-            return 130
-        return 0
+        except Exception as error:
+            stopped = ranks.understood(error)
+            if self.done:  # a checkpoint of no step would not be the start: an optimiser has no state before it
+                stopped.add_note(self.rescue(stopped))
+            raise stopped from None
+
+    def rescue(self, stopped: Exception) -> str:
+        """Save what was trained, where it can be, and draw the curves; a line that says what is saved and how to go on.
+
+        Saving takes all ranks, and weights that are those of a whole step: an update that was stopped between two
+        mini-batches leaves half a step, from which no run could go on as if it had not been stopped.
+        """
+        why = ""
+        if isinstance(stopped, RankLost):
+            why = "without the other ranks nothing can be saved"
+        elif not ranks.all_stop(whole := self.learner.updates == self.whole_at):
+            why = "not every rank stopped with whole weights" if whole else f"step {self.done + 1} in the midst of its update"
+        else:
+            try:
+                self.save()
+            except Exception as failure:
+                why = f"it could not be saved: {ranks.understood(failure)}"
+        self.interrupt.ending()
+        if ranks.rank() == 0:
+            self.draw()
+        line = f"{'interrupted' if isinstance(stopped, Interrupted) else 'stopped' if why else 'saved'} after step {self.done}"
+        if why:
+            line += f", {why}; " + (f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint")
+        if self.saved:
+            line += f"; go on with --run-dir {self.run_dir} --resume auto; for a model of it: python -m atod_fast.export {self.run_dir} --out DIR"
+        return line
 
     def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
         """`act` on every rank, all ranks' trajectories on every rank. An engine that broke down is made anew, once, and the
@@ -179,18 +229,18 @@ class Run:
         try:
             self.resync()
         except RuntimeError as failure:  # the device itself may be lost, on this rank alone
-            line = f"{label}: the rollout engine did not take its weights anew ({failure}); go on from the last checkpoint with --resume auto"
+            line = f"{label}: the rollout engine did not take its weights anew ({failure})"
             ranks.speak_alone(line)
             raise GuardError(line) from failure
         try:
             return self.play_once(label, act)
         except EngineFailure as failure:
-            raise GuardError(f"{label}: the rollout engine broke down twice ({failure}); go on from the last checkpoint with --resume auto") from failure
+            raise GuardError(f"{label}: the rollout engine broke down twice ({failure})") from failure
 
     def play_once(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
         """What ends `act` on one rank, an error or a request to stop, is raised on all."""
         mine: list[Trajectory] = []
-        failure: UserError | GuardError | None = None
+        failure: Exception | None = None
         with self.console.progress(label) as show:
 
             def progress(*counts: int) -> None:
@@ -202,13 +252,16 @@ class Run:
                 mine = act(progress=progress)
             except Interrupted:
                 pass
-            except (UserError, GuardError) as error:
-                if isinstance(error, EngineFailure) and self.config.rollout.tensor_parallel > 1:
+            except Exception as error:
+                failure = ranks.understood(error)
+                if isinstance(failure, EngineFailure) and self.config.rollout.tensor_parallel > 1:
                     # The engine's other ranks may still wait inside it for this one, and would never hear of it.
-                    line = f"{label}: the rollout engine broke down ({error}); go on from the last checkpoint with --resume auto"
+                    line = f"{label}: the rollout engine broke down ({error})"
                     ranks.speak_alone(line)
                     raise GuardError(line) from error
-                failure = error
+        if isinstance(failure, RankLost):
+            raise failure
+        ranks.wait()
         ranks.raise_together(failure)
         if ranks.any_rank(self.interrupt.requested):
             raise Interrupted
@@ -218,6 +271,7 @@ class Run:
 
     def evaluate(self, engine: Engine, label: str, teacher: bool = False) -> dict[str, float]:
         """What comes of the held-out tasks at `eval.temperature`, with the student (or the teacher) in `engine`."""
+        ranks.doing(label)
         everyone = self.play(label, partial(self.actor.evaluate, engine))
         self.record(f"eval_{self.done:06d}" + "_teacher" * teacher, everyone)
         prefix, found = "eval/" + "teacher_" * teacher, outcomes(everyone)
@@ -268,31 +322,46 @@ class Run:
             transcripts.write(self.run_dir / "trajectories" / f"{name}.jsonl", trajectories, self.tokenizer if observe.prompts else None, signals)
 
     def finish_step(self, metrics: dict, everyone: Sequence[Trajectory], signals: Mapping[str, Tensor]) -> None:
-        """Evaluate, write down and save, each when due. An evaluation that is interrupted, or loses its environments, loses itself only."""
+        """Evaluate, write down and save, each when due. An evaluation that is stopped loses itself only."""
         config, step, last = self.config, self.done, self.done == self.config.train.steps
-        stopped: Interrupted | EnvironmentsLost | None = None
+        stopped: Exception | None = None
+        better = False
         if last or (config.eval.every and step % config.eval.every == 0):
             try:
                 metrics |= self.evaluate(self.engine, "evaluating")
-                self.after = metrics["eval/success"] if last else None
+                success = metrics["eval/success"]
+                self.after = success if last else None
                 if self.adaptive:
-                    self.adaptive.observe(metrics["eval/success"])
-            except (Interrupted, EnvironmentsLost) as stop:
+                    self.adaptive.observe(success)
+                better = config.checkpoint.keep_best and (self.best is None or success > self.best.success)
+                self.best = checkpoint.Best(step, success) if better else self.best
+            except RankLost:
+                raise
+            except Exception as stop:
                 stopped = stop
-        self.write(metrics)
-        self.console.step(metrics)
-        for line in self.advice.after(metrics, everyone):
-            self.console.say(f"warning: {line}", style="yellow")
-        if config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
-            self.record(f"step_{step:06d}", everyone, signals)
+        ranks.doing(f"writing down step {step}")
+        with ranks.together():
+            self.write(metrics)
+            self.console.step(metrics)
+            for line in self.advice.after(metrics, everyone):
+                self.console.say(f"warning: {line}", style="yellow")
+            if config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
+                self.record(f"step_{step:06d}", everyone, signals)
         if stopped:
             raise stopped
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        if last or better or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
 
     def save(self) -> None:
-        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None, "date": self.config.rollout.date}
-        checkpoint.save(self.run_dir, self.done, self.learner.student, self.learner.optimizer, state, keep=self.config.checkpoint.keep)
+        """This step's checkpoint, unless it is there."""
+        if self.saved == self.done:
+            return
+        ranks.doing(f"saving step {self.done}")
+        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None, "best": self.best}
+        state |= {"stop_ids": sorted(self.actor.renderer.stop_ids), "date": self.config.rollout.date}
+        parts = self.run_dir, self.done, self.learner.student, self.learner.optimizer, state
+        checkpoint.save(*parts, keep=self.config.checkpoint.keep, best=self.best)
+        self.saved = self.done
 
     def write(self, metrics: dict) -> None:
         if ranks.rank() == 0:
@@ -302,29 +371,31 @@ class Run:
         """Export for transformers, draw the curves, say what was gained."""
         if self.after is None:  # resumed with every step done
             self.after = self.evaluate(self.engine, "evaluating")["eval/success"]
-        checkpoint.export(self.run_dir / "hf", self.learner.student, self.tokenizer, self.export_dtype)
+        ranks.doing("exporting the model")
+        for line in export(self.run_dir / "hf", self.learner.student, self.config.student.path, self.tokenizer, self.actor.renderer.stop_ids):
+            self.console.say(line)
         if ranks.rank() != 0:
             return
-        curves.draw(self.log.read(), self.run_dir / "curves.png")
         words = [f"student before {self.before['eval/success']:.1%}", f"student after {self.after:.1%}"]
         if "eval/teacher_success" in self.before:
             words.append(f"teacher {self.before['eval/teacher_success']:.1%}")
         self.console.say(f"held-out success at temperature {self.config.eval.temperature:g} on {self.config.eval.tasks} tasks: " + ", ".join(words))
-        self.console.say(f"model {self.run_dir / 'hf'}, curves {self.run_dir / 'curves.png'}")
+        if self.best:
+            kept = checkpoint.folder(self.run_dir, self.best.step)
+            self.console.say(f"best held-out success {self.best.success:.1%} after step {self.best.step}, kept in {kept}")
+        self.console.say(f"model {self.run_dir / 'hf'}" + (f", curves {self.run_dir / 'curves.png'}" if self.draw() else ""))
 
+    def draw(self) -> bool:
+        """Whether the curves could be drawn. What is missing there ends no run."""
+        path = self.run_dir / "curves.png"
+        try:
+            from atod_fast.observe import curves
 
-def planned_config(options: cli.Options) -> Config:
-    """The settings of the run that `options` would start or go on with. UserError where its folder refuses it."""
-    _, resume = rundir.choose(options.name, options.run_dir, options.resume)
-    return resumed_config(options, resume) if resume else options.config
-
-
-def resumed_config(options: cli.Options, resume: Path) -> Config:
-    """The settings of the run that is resumed, under those of the command line; with a preset or a file, just those."""
-    saved = resume.parent.parent / "config.toml"
-    if options.overrides is None or not saved.is_file():
-        return options.config
-    return load(None, saved, options.overrides)
+            curves.draw(self.log.read(), path)
+        except Exception as error:
+            self.console.say(f"{path} could not be drawn ({type(error).__name__}: {error})")
+            return False
+        return True
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -391,27 +462,39 @@ def peak_memory(device: torch.device) -> float:
 
 @record
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted (after saving, if a step was done)."""
+    """Exit code: 0 done, 1 an unexpected error, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted. What was trained is saved first."""
     speaks = ranks.rank() == 0
-    try:
-        with nullcontext() if speaks else redirect_stdout(io.StringIO()):  # --help is printed once
-            options = cli.parse(sys.argv[1:] if argv is None else argv)
-        if options.dry_run:
-            if speaks:
-                print(plan.describe(planned_config(options), ranks.world_size()))
+    with Interrupt() as interrupt:
+        try:
+            with nullcontext() if speaks else redirect_stdout(io.StringIO()):  # --help is printed once
+                options = cli.parse(sys.argv[1:] if argv is None else argv)
+            if options.dry_run:
+                if speaks:
+                    print(plan.describe(rundir.resumed_config(options, rundir.choose(options).resume), ranks.world_size()))
+                return 0
+            Run(options, interrupt).train()
             return 0
-        with Interrupt() as interrupt:
-            return Run(options, interrupt).train()
-    except (UserError, GuardError) as error:
+        except rundir.Finished as finished:
+            if speaks:
+                print(finished)
+            return 0
+        except KeyboardInterrupt:  # the second
+            if speaks:
+                print("atod_fast: stopped at once, without saving; the last checkpoint stands", file=sys.stderr)
+            return 130
+        except Exception as error:
+            stopped = ranks.understood(error)
+        finally:
+            ranks.stop()
+        notes = getattr(stopped, "__notes__", [])
         if speaks:
-            print(f"atod_fast: {error}", file=sys.stderr)
-        return error.exit_code
-    except Interrupted:
-        if speaks:
-            print("atod_fast: interrupted before a step was done; there is nothing to save", file=sys.stderr)
-        return 130
-    finally:
-        ranks.stop()
+            if not isinstance(stopped, Interrupted):
+                print(f"atod_fast: {stopped}", file=sys.stderr, flush=True)
+            elif not notes:
+                print("atod_fast: interrupted before a step was done; there is nothing to save", file=sys.stderr)
+            for line in notes:
+                last_word(line)
+        return stopped.exit_code
 
 
 if __name__ == "__main__":

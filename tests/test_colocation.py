@@ -257,8 +257,8 @@ def test_a_rollout_that_broke_down_is_repeated_with_the_same_seeds(tmp_path, mon
 def test_an_engine_that_breaks_down_twice_stops_the_run_and_leaves_its_checkpoint(tmp_path, monkeypatch, capfd):
     break_once(monkeypatch, 10**6)
     run(tmp_path / "run", "train.steps=50", "checkpoint.every=1", "eval.teacher=false", "eval.every=0", "eval.tasks=2", code=3)
-    error = capfd.readouterr().err
-    assert "broke down twice" in error and "--resume auto" in error
+    out, error = capfd.readouterr()
+    assert "broke down twice" in error and "saved after step 1; go on with" in out and "--resume auto" in out
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     done = int(saved[-1].name.removeprefix("step_"))
     assert done >= 1 and (saved[-1] / "state.json").is_file()

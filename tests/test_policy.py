@@ -13,6 +13,7 @@ from atod_fast.errors import UserError
 from atod_fast.models import compare_tokenizers, load_model, resolve
 from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy import checkpoint, learner, sharding
+from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.model import CausalPolicy, HeadJob
 from atod_fast.policy.packing import collate
@@ -305,7 +306,7 @@ def save_and_load(path, run):
     other, other_optimizer = make()
     state = checkpoint.load(saved, other, other_optimizer)
     step(other, other_optimizer)
-    checkpoint.export(run / "hf", policy, Nameless(), torch.float32)
+    assert export(run / "hf", policy, path, Nameless(), [1]) == []
     return {
         "left": left,
         "state": state,

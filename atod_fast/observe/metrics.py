@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`. A resumed run first drops the lines of steps that will be done again."""
+    """Appends to `metrics.jsonl`."""
 
-    def __init__(self, path: Path, first_step: int):
+    def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_lines(path) if line["step"] < first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, metrics: dict[str, float]) -> None:
         """Keys sorted after `step`; a value that is not finite is written as null, which JSON has."""
@@ -49,10 +46,11 @@ def _clean(value):
 
 
 class Clock:
-    """Seconds by phase of one step, as `time/<phase>`."""
+    """Seconds by phase of one step, as `time/<phase>`; `begin` is told each phase."""
 
-    def __init__(self):
+    def __init__(self, begin: Callable[[str], object] = lambda phase: None):
         self.seconds: dict[str, float] = {}
+        self.begin = begin
 
     @property
     def total(self) -> float:
@@ -60,6 +58,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.begin(phase)
         start = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Saving and resuming with torch.distributed.checkpoint, and the final Hugging Face export."""
+"""Saving and resuming with torch.distributed.checkpoint. `checkpoints/best.json` names the step of the best held-out success, where it is kept."""
 
 from __future__ import annotations
 
@@ -6,58 +6,106 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import save_torch_state_dict
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
 
 from atod_fast import ranks
-from atod_fast.errors import UserError
+from atod_fast.errors import GuardError, UserError
 from atod_fast.policy.model import CausalPolicy
+
+
+class Best(NamedTuple):
+    """The step of the best held-out success so far; of equal ones the first."""
+
+    step: int
+    success: float
 
 
 def folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:06d}"
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and (p / "state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+def is_complete(path: Path) -> bool:
+    return (path / "state.json").is_file()
 
 
-def set_aside_after(run_dir: Path, step: int) -> None:
-    """Rename the checkpoints of later steps to `*.abandoned`: the run goes on from `step`, and they are no longer its future."""
-    for path in (run_dir / "checkpoints").glob("step_*"):
-        if re.fullmatch(r"step_\d{6,}", path.name) and int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path.with_suffix(".abandoned"), ignore_errors=True)
-            path.rename(path.with_suffix(".abandoned"))
+def step_of(path: Path) -> int:
+    return json.loads((path / "state.json").read_text())["step"]
 
 
-def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, state: dict, *, keep: int) -> Path:
-    """Write step's checkpoint beside its final name and rename it when whole; then drop the oldest beyond `keep`.
+def _numbered(run_dir: Path) -> dict[int, Path]:
+    """Folders of checkpoints by step, in order."""
+    found = {int(match[1]): path for path in (run_dir / "checkpoints").glob("step_*") if (match := re.fullmatch(r"step_(\d{6,})", path.name))}
+    return dict(sorted(found.items()))
 
-    `state` is JSON-serialisable. Collective.
+
+def latest(run_dir: Path, most: float = float("inf")) -> Path | None:
+    """The newest complete checkpoint of a run, of step `most` at most."""
+    return next((path for step, path in reversed(_numbered(run_dir).items()) if step <= most and is_complete(path)), None)
+
+
+def best(run_dir: Path) -> Best | None:
+    """What best.json names, where its checkpoint is there."""
+    try:
+        facts = json.loads(_best_file(run_dir).read_text())
+    except FileNotFoundError:
+        return None
+    return Best(facts["step"], facts["eval/success"]) if is_complete(folder(run_dir, facts["step"])) else None
+
+
+def name_best(run_dir: Path, found: Best | None) -> None:
+    """Write best.json, or take it away where there is none."""
+    file = _best_file(run_dir)
+    if found is None:
+        file.unlink(missing_ok=True)
+        return
+    rest = file.with_suffix(".partial")
+    rest.write_text(json.dumps({"step": found.step, "eval/success": found.success}) + "\n")
+    rest.replace(file)
+
+
+def _best_file(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "best.json"
+
+
+def beyond(run_dir: Path, step: int) -> list[Path]:
+    """What of a run's checkpoints is no past of one that goes on from `step`: later ones, half written ones, a later best.json."""
+    named = _best_file(run_dir)
+    later = [named] if named.is_file() and json.loads(named.read_text())["step"] > step else []
+    return later + [path for number, path in _numbered(run_dir).items() if number > step] + list(named.parent.glob("*.partial"))
+
+
+def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, state: dict, *, keep: int, best: Best | None = None) -> Path:
+    """Write step's checkpoint beside its final name and rename it when whole; then drop the oldest beyond `keep`, but not the best.
+
+    `state` is JSON-serialisable. Collective; what fails on one rank is raised on all.
     """
     final = folder(run_dir, step)
     partial = final.with_name(final.name + ".partial")
-    if ranks.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
+    with ranks.together():
+        if ranks.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     model, optim = get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
-    if ranks.rank() == 0:
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        complete = [p for p in final.parent.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
-        for old in sorted(complete, key=lambda p: int(p.name.removeprefix("step_")))[:-keep]:
-            shutil.rmtree(old)
-    ranks.barrier()
+    try:
+        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
+    except dcp.api.CheckpointException as error:  # on every rank
+        number, (reason, _) = next(iter(error.failures.items()))
+        raise GuardError(f"{final} could not be written (rank {number}: {type(reason).__name__}: {reason})") from None
+    with ranks.together():
+        if ranks.rank() == 0:
+            (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            if best:
+                name_best(run_dir, best)
+            found = _numbered(run_dir)
+            for old in list(found)[:-keep]:
+                if best is None or old != best.step:
+                    shutil.rmtree(found[old])
     return final
 
 
@@ -82,19 +130,3 @@ def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
         raise UserError(f"--resume {path} does not fit student.path or is damaged ({reason}); resume with the run's own config.toml") from None
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
     return state
-
-
-def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-    """A folder that transformers loads: safetensors in `dtype`, config, tokenizer. Collective."""
-    whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if ranks.rank() == 0:
-        policy.config.dtype = dtype
-        # A gathered tensor may be a view of a padded buffer, which safetensors refuses.
-        weights = {name: tensor.to(dtype).clone() for name, tensor in whole.items() if not (policy.tied and name == "lm_head.weight")}
-        path.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(weights, str(path))
-        policy.config.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        if policy.generation_config is not None:
-            policy.generation_config.save_pretrained(path)
-    ranks.barrier()

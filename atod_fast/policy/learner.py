@@ -62,6 +62,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
         )
+        self.updates = 0  # of the weights, so far; one that has begun counts
         columns = self.student.lm_head.weight.shape[0]
         if valid_columns is None and self.teacher and columns != self.teacher.policy.lm_head.weight.shape[0]:
             valid_columns = torch.ones(columns, dtype=torch.bool)
@@ -187,6 +188,7 @@ class Learner:
                             f"gradient norm is {norms[-1]} in update {len(norms)} of the step: the loss is not finite. It was not applied; "
                             "resume from the last checkpoint with a lower train.learning_rate or a bound in objective.log_ratio_clip"
                         )
+                    self.updates += 1
                     self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         totals = ranks.total(torch.stack(list(sums.values())).double()).tolist()

@@ -1,0 +1,107 @@
+"""A model for transformers out of a checkpoint, on one CPU.
+
+python -m atod_fast.export runs/demo --out model                                the newest checkpoint of a run
+python -m atod_fast.export runs/demo --best --out model                         the best, where checkpoint.keep_best=true
+python -m atod_fast.export runs/demo/checkpoints/step_000050 --out model
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from pathlib import Path
+
+from atod_fast.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def _chosen(given: Path, best: bool) -> Path:
+    """The checkpoint that was asked for."""
+    from atod_fast.policy import checkpoint
+
+    if checkpoint.is_complete(given):
+        if best:
+            raise UserError(f"--best goes with a run, and {given} is a checkpoint; give {given.parent.parent}")
+        return given
+    newest = checkpoint.latest(given)
+    if newest is None:
+        raise UserError(f"{given} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN")
+    if not best:
+        return newest
+    found = checkpoint.best(given)
+    if found is None:
+        raise UserError(f"--best: {given} names no best checkpoint, which takes checkpoint.keep_best=true; leave --best out for the newest")
+    return checkpoint.folder(given, found.step)
+
+
+def _student(path: Path, given: str | None) -> str:
+    """student.path of the checkpoint's run, or what --student says."""
+    if given is not None:
+        return given
+    settings = path.parent.parent / "config.toml"
+    try:
+        return tomllib.loads(settings.read_text(encoding="utf-8"))["student"]["path"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{settings} does not say which model was trained; name it with --student") from None
+
+
+def export(path: Path, out: Path, student: str) -> list[str]:
+    """Write the model of the checkpoint at `path` to `out`; a line for each file that could not be."""
+    import json
+    import warnings
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from atod_fast.models import load_tokenizer
+    from atod_fast.policy.export import write
+
+    tokenizer = load_tokenizer(student)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no process group
+            facts = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            weights = {
+                name: torch.empty(fact.size, dtype=fact.properties.dtype) for name, fact in facts.items() if name.startswith("model.") and hasattr(fact, "size")
+            }
+            dcp.load(weights, checkpoint_id=path, no_dist=True)
+    except (dcp.api.CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); take another checkpoint") from None
+    stop_ids = json.loads((path / "state.json").read_text()).get("stop_ids")
+    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    try:
+        return write(out, weights, student, tokenizer, stop_ids)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error}); give another folder, with room for the model") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 bad usage or input."""
+    parser = _Parser(prog="python -m atod_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run for its newest")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the model; it must not hold anything yet")
+    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best held-out success")
+    parser.add_argument("--student", metavar="PATH", help="where the model that was trained is now (default: student.path of the run)")
+    try:
+        arguments = parser.parse_args(argv)
+        out = arguments.out
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} is there already and not empty; give a new folder")
+        path = _chosen(arguments.checkpoint, arguments.best)
+        student = _student(path, arguments.student)
+        for line in export(path, out, student):
+            print(f"atod_fast: {line}", file=sys.stderr)
+    except UserError as error:
+        print(f"atod_fast: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{out}: the model of {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

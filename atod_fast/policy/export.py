@@ -1,0 +1,83 @@
+"""A folder that transformers loads: weights, configuration, tokenizer, generation configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from atod_fast import ranks
+from atod_fast.errors import UserError
+from atod_fast.models import load_config, resolve, skeleton
+from atod_fast.policy.model import CausalPolicy
+
+
+def export(path: Path, policy: CausalPolicy, source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] | None) -> list[str]:
+    """`write` the policy's weights on rank 0; what it returns. Collective."""
+    whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    lines: list[str] = []
+    with ranks.together():
+        if ranks.rank() == 0:
+            lines = write(path, whole, source, tokenizer, stop_ids)
+    return lines
+
+
+def write(path: Path, weights: Mapping[str, Tensor], source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] | None) -> list[str]:
+    """Weights in the dtype of the model at `source`, that model's configuration, and `stop_ids` as its ends of text (None: its own).
+
+    Weights come first. Of what cannot be written after them a line each is returned.
+    Raises UserError where the weights are not those of such a model.
+    """
+    config = load_config(source)
+    dtype = config.dtype or torch.float32
+    model = skeleton(config)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        wanted.pop("lm_head.weight", None)
+    if odd := [name for name, shape in wanted.items() if name not in weights or weights[name].shape != shape]:
+        raise UserError(f"the weights are not those of student.path={source!r}: {odd[0]} is missing or of another shape; name the model that was trained")
+    path.mkdir(parents=True, exist_ok=True)
+    # A gathered tensor may be a view of a padded buffer, which safetensors refuses.
+    save_torch_state_dict({name: weights[name].to(dtype).clone() for name in wanted}, str(path))
+
+    def write_config() -> None:
+        model.config.dtype = dtype
+        model.config.save_pretrained(path)
+
+    def write_generation_config() -> None:
+        # As JSON: what transformers reads there it need not agree to write.
+        facts = _generation_config(source)
+        if facts is None:
+            facts = model.generation_config.to_diff_dict()
+        if stop_ids is not None:
+            facts["eos_token_id"] = sorted(stop_ids)
+        (path / "generation_config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    steps: dict[str, Callable[[], object]] = {
+        "config.json": write_config,
+        "the tokenizer": lambda: tokenizer.save_pretrained(path),
+        "generation_config.json": write_generation_config,
+    }
+    lines = []
+    for name, step in steps.items():
+        try:
+            step()
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+            lines.append(f"{name} of {path} could not be written ({type(error).__name__}: {reason}); the weights are there: copy it from {source}")
+    return lines
+
+
+def _generation_config(source: str) -> dict | None:
+    try:
+        file = cached_file(resolve(source), "generation_config.json")
+    except OSError:  # it has none
+        return None
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else None
