@@ -508,7 +508,7 @@ def test_an_interrupted_run_loses_nothing_that_lay_beyond_its_checkpoint(copy):
     assert [line["step"] for line in read(copy)] == [0, 1, 2, 3]
     assert (copy / "set-aside-1/metrics.jsonl").read_text() == tail
     assert (copy / "set-aside-1/checkpoints/step_000003.partial/state.json").is_file()
-    assert [p.name for p in (copy / "set-aside-1/trajectories").iterdir()] == ["step_000003.jsonl"]
+    assert sorted(p.name for p in (copy / "set-aside-1/trajectories").iterdir()) == ["eval_000003.jsonl", "step_000003.jsonl"]
 
 
 def test_nothing_is_set_aside_where_nothing_lies_beyond(three, tmp_path):
