@@ -81,7 +81,7 @@ def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase,
     if ranks.rank() == 0:
         policy.config.dtype = dtype
         # A gathered tensor may be a view of a padded buffer, which safetensors refuses.
-        weights = {name: tensor.to(dtype).clone() for name, tensor in whole.items() if not (policy.tied and name == "lm_head.weight")}
+        weights = {name: tensor.to(dtype).clone() for name, tensor in whole.items() if not (policy.tied and name == f"{policy.layout.head}.weight")}
         path.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, str(path))
         policy.config.save_pretrained(path)

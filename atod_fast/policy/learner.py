@@ -62,7 +62,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
         )
-        columns, theirs = (model.lm_head.weight.shape[0] for model in (self.student, self.teacher.policy))
+        columns, theirs = (model.head.weight.shape[0] for model in (self.student, self.teacher.policy))
         if valid_columns is None and columns != theirs:
             valid_columns = torch.ones(columns, dtype=torch.bool)
         self.valid_columns = None if valid_columns is None else valid_columns.to(device)
@@ -93,6 +93,7 @@ class Learner:
             teacher_weight=head.weight,
             teacher_bias=head.bias,
             teacher_softcap=head.softcap,
+            teacher_scale=head.scale,
         )
 
     def score_teacher(self, minibatches: MiniBatches) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from atod_fast.config import Student, Teacher
 from atod_fast.errors import UserError
 from atod_fast.models import attention_of, dtype_of, load_model
+from atod_fast.policy.layout import find_layout, logit_scale
 from atod_fast.trajectory import Batch
 
 
@@ -32,6 +34,7 @@ class HeadJob(NamedTuple):
     teacher_weight: Tensor | None = None  # [V_t, H_t]
     teacher_bias: Tensor | None = None  # [V_t]
     teacher_softcap: float | None = None
+    teacher_scale: float = 1.0
     loss: Callable[..., Tensor] | None = None  # loss(statistics, **inputs) -> [A], token by token; None: statistics alone
     inputs: Mapping[str, Tensor] = {}  # [A] each
     schedule: str = "auto"  # of atod_kernels.linear_token_loss, as `check`
@@ -44,27 +47,32 @@ HeadOutput = TokenDivergence | TokenLogprob | tuple[Tensor, TokenDivergence | To
 class Head(nn.Module):
     """The language-model head whose forward is the fused operator: no [tokens, vocabulary] matrix is made.
 
+    Logits are softcap * tanh(scale * (weight @ hidden + bias) / softcap), as the model's own. The operator knows no scale:
+    it gets the temperature and the softcap divided by it.
     As the module's own forward, FSDP2 unshards the weight before it and reduces its gradient after it. Activation
     checkpointing must stay outside: it would form the gradients of a loss twice.
     """
 
-    def __init__(self, linear: nn.Linear, softcap: float | None):
+    def __init__(self, linear: nn.Linear, softcap: float | None, scale: float = 1.0):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.softcap = softcap
+        self.scale = scale
+        self.softcap = None if softcap is None else softcap / scale
 
     def forward(self, hidden: Tensor, job: HeadJob) -> HeadOutput:
         """hidden [A, H] -> fp32 statistics [A] of the next-token distributions, at the job's temperature.
 
         With a loss: its sum over the tokens and the statistics. Its gradients are formed here, the statistics carry none.
         """
-        options = {"temperature": job.temperature, "softcap": self.softcap, "valid_columns": job.valid_columns}
+        options = {"temperature": job.temperature / self.scale, "softcap": self.softcap, "valid_columns": job.valid_columns}
         if job.loss is None and job.teacher_hidden is None:
             # The mask is the student's; a teacher padded to another width has no token in the columns it lacks.
             missing = self.weight.shape[0] - len(job.valid_columns) if job.valid_columns is not None else 0
             options["valid_columns"] = nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
             return linear_logprob(hidden, self.weight, job.target, bias=self.bias, **options)
         options |= {"student_bias": self.bias, "teacher_bias": job.teacher_bias, "teacher_softcap": job.teacher_softcap}
+        if job.teacher_hidden is not None:
+            options["teacher_scale"] = job.teacher_scale / self.scale
         options |= {"divergence": job.divergence, "alpha": job.alpha}
         operands = hidden, self.weight, job.teacher_hidden, job.teacher_weight, job.target
         if job.loss is None:
@@ -76,24 +84,40 @@ class CausalPolicy(nn.Module):
     """Backbone and head; parameter names are those of the Hugging Face checkpoint."""
 
     def __init__(self, source: PreTrainedModel):
+        """UserError for a model whose parts or whose logits are not as they must be."""
         super().__init__()
-        config = source.config
-        for key in ("logit_scale", "logits_scaling"):
-            if getattr(config, key, None) not in (None, 1, 1.0):
-                raise UserError(f"model type {config.model_type!r} scales its logits ({key}), which the head does not support; use another model")
-        if not (hasattr(source, "model") and isinstance(getattr(source, "lm_head", None), nn.Linear)):
-            raise UserError(f"model type {config.model_type!r} is not a backbone `model` with a linear `lm_head`; use a decoder-only causal language model")
-        self.config, self.generation_config = config, source.generation_config
-        self.model = source.model
-        self.lm_head = Head(source.lm_head, getattr(config, "final_logit_softcapping", None))
-        self.tied = source.lm_head.weight is source.get_input_embeddings().weight
+        self.config, self.generation_config = source.config, source.generation_config
+        self.layout = find_layout(source)
+        softcap = getattr(source.config, "final_logit_softcapping", None)
+        scale = logit_scale(source, self.layout, softcap)
+        for name, child in source.named_children():
+            self.add_module(name, Head(child, softcap, scale) if name == self.layout.head else child)
+        self.tied = self.head.weight is self.embedding.weight
+        # A recurrent model has no use for positions: it sees rows from their first token on, and nothing else.
+        self.takes_positions = "position_ids" in inspect.signature(type(self.backbone).forward).parameters
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.get_submodule(self.layout.backbone)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.get_submodule(self.layout.blocks)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.get_submodule(self.layout.embedding)
+
+    @property
+    def head(self) -> Head:
+        return self.get_submodule(self.layout.head)
 
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
         """What the head makes of the action tokens, or with no job their final hidden states [A, H]."""
-        hidden = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False).last_hidden_state
+        positions = {"position_ids": batch.position_ids} if self.takes_positions else {}
+        hidden = self.backbone(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.index)
-        return hidden if job is None else self.lm_head(hidden, job)
-
+        return hidden if job is None else self.head(hidden, job)
 
 def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None:
     """liger-kernel's RMSNorm, RoPE and SwiGLU in place of transformers' (its loss heads are not used)."""
