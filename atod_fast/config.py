@@ -238,7 +238,8 @@ class Config(Section):
     def _belongs_together(self) -> Config:
         if self.teacher_scores and not self.teacher.path:
             raise ValueError(
-                'teacher.path="" names no teacher, and schedule.kappa gives imitation weight; set teacher.path, or kappa to 0 throughout (objective.preset=grpo)'
+                'teacher.path="" names no teacher, and schedule.kappa gives imitation weight; '
+                "set teacher.path, or kappa to 0 throughout (objective.preset=grpo)"
             )
         if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
             raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")

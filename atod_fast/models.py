@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from atod_fast.errors import UserError
 
+logger = getLogger(__name__)
 logging.disable_progress_bar()  # the run has a progress bar of its own
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
@@ -25,6 +32,11 @@ def resolve(path: str) -> str:
             raise UserError(f"model path {path!r} names no shipped model; use demo:student, demo:teacher, or another world's, as demo:searchqa/student")
         return str(folder)
     local = Path(path).is_absolute() or path.startswith((".", "~")) or ("/" in path and Path(Path(path).parts[0]).is_dir())
+    if (Path(path).expanduser() / "adapter_config.json").is_file():
+        raise UserError(
+            f"model path {path!r} holds a PEFT adapter, which is no whole model; merge it into its base with peft's "
+            "merge_and_unload() and give the folder that save_pretrained() writes then"
+        )
     if local and not (Path(path).expanduser() / "config.json").is_file():
         raise UserError(f"model path {path!r} holds no config.json; give a Hugging Face model folder or a hub name")
     return str(Path(path).expanduser()) if path.startswith("~") else path
@@ -45,27 +57,97 @@ def attention_of(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def _from_hub(loader, path: str, **options):
-    """One clear line where a hub name cannot be had."""
+def _from_pretrained(loader, path: str, **options):
+    """`loader.from_pretrained` of a model path. Raises UserError, in one line, where it cannot be loaded."""
     try:
         return loader.from_pretrained(resolve(path), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model path {path!r} cannot be loaded ({reason}); give a Hugging Face model folder or a reachable hub name") from None
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    return _from_hub(AutoTokenizer, path)
+    return _from_pretrained(AutoTokenizer, path)
 
 
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """The checkpoint's CausalLM on the CPU, every weight in `dtype`."""
-    return _from_hub(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention)
+    """The checkpoint's CausalLM on the CPU, every weight in `dtype`, without dropout or other noise of training.
+
+    Raises:
+        UserError: the model cannot be loaded, is quantised, or its checkpoint lacks a weight.
+    """
+    config = load_config(path)
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise UserError(f"model path {path!r} holds quantised weights ({method}); give a folder of its weights in bf16, fp16 or fp32")
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in [name for name, value in vars(part).items() if _NOISE.search(name) and type(value) in (int, float)]:
+            setattr(part, name, 0.0)
+    with _transformers_errors_only():  # it prints its own report of what is told here
+        model, found = _from_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        holds = f", and holds {_some(unexpected)}, which the model has no place for" if unexpected else ""
+        raise UserError(f"model path {path!r} lacks {_some(missing)}{holds}; give a folder whose weights have the names of transformers' {config.model_type}")
+    if unexpected:
+        logger.warning("model path %r holds %s, which the model has no place for: left out", path, _some(unexpected))
+    return model
+
+
+# Settings of a configuration that make a forward pass in training mode random: probabilities of dropout, noise of a router.
+_NOISE = re.compile("drop|jitter_noise")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"the weight {shown}" if len(names) == 1 else f"{len(names)} weights ({shown}{', ...' if len(names) > 3 else ''})"
+
+
+@contextmanager
+def _transformers_errors_only() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_config(path: str):
     """The checkpoint's transformers configuration."""
-    return _from_hub(AutoConfig, path)
+    return _from_pretrained(AutoConfig, path)
+
+
+def generation_config(path: str) -> dict[str, Any]:
+    """What the checkpoint's generation_config.json holds, as it stands there; empty where there is none.
+
+    Raises:
+        UserError: the file is no JSON object.
+    """
+    folder = resolve(path)
+    name = "generation_config.json"
+    try:
+        file = Path(folder) / name if Path(folder).is_dir() else cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        file = None
+    if file is None or not Path(file).is_file():
+        return {}
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); mend or remove it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: not a JSON object; mend or remove it")
+    return found
+
+
+def stop_ids(path: str) -> list[int]:
+    """Tokens at which the checkpoint's generation_config.json ends a text. Raises UserError for what is no id."""
+    found = generation_config(path).get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise UserError(f"generation_config.json of model path {path!r}: eos_token_id = {found!r}: expected an id or a list of ids")
+    return ids
 
 
 def skeleton(config) -> PreTrainedModel:
@@ -97,9 +179,15 @@ def attention_shape(config) -> Attention:
 
 
 def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse models whose ids mean different tokens: every token of either, special ones included."""
+    """Raise UserError unless every token of the student, special ones included, has the same id in the teacher.
+
+    The teacher may know added tokens besides: it is shown the student's ids, which never name them.
+    """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)}
+    added = {token.content for token in teacher.added_tokens_decoder.values()}
+    taken = set(ours.values())
+    differing = {token for token in ours.keys() | (theirs.keys() - added) if ours.get(token) != theirs.get(token)}
+    differing |= {token for token in added - ours.keys() if theirs.get(token) in taken}
     if differing:
         first = min(differing, key=lambda token: ours.get(token, theirs.get(token, 0)))
         raise UserError(

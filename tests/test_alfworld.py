@@ -300,6 +300,14 @@ def write(root: Path, folder: str, content: str | bytes) -> Path:
     return file
 
 
+def test_games_are_judged_by_their_task_folder_not_by_where_they_lie(tmp_path):
+    text = json.dumps(generate(Spec(task_types=("pick_and_place_simple",)), 0)[1])
+    root = tmp_path / "media" / "removable" / "AppleSliced" / "json_2.1.1" / "train"
+    write(root, "pick_and_place_simple-X-None-Y-1", text)
+    write(root, "pick_and_place_with_movable_recep-X-Bowl-Y-1", text)
+    assert len(make("alfworld", split="train", data=str(root.parents[1]))) == 1
+
+
 def test_the_loader_takes_what_alfworld_would_play_and_names_what_is_damaged(tmp_path, caplog):
     text = {kind: json.dumps(generate(Spec(task_types=(kind,)), 0)[1]) for kind in TASK_TYPES}
     simple = text["pick_and_place_simple"]

@@ -513,3 +513,22 @@ def test_the_single_model_function_names_its_own_arguments():
         linear_logprob(torch.zeros(4, 2), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="^target is NoneType"):
         linear_logprob(torch.zeros(4, 2), torch.zeros(5, 2), None)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head", "target"])
+def test_tensors_made_under_inference_mode_are_taken_like_any_other(frozen):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 8), torch.randn(20, 8)
+    given = {"hidden": torch.randn(4, 8), "head": torch.randn(20, 8), "target": torch.tensor([1, 2, 3, 4])}
+
+    def gradients(teacher_hidden, teacher_weight, target):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = linear_divergence(*leaves, teacher_hidden, teacher_weight, target)
+        return torch.autograd.grad(out.divergence.sum() + out.logp.sum(), leaves)
+
+    expected = gradients(*given.values())
+    with torch.inference_mode():
+        given[frozen] = given[frozen].clone()
+    assert given[frozen].is_inference()
+    for found, right in zip(gradients(*given.values()), expected, strict=True):
+        assert torch.equal(found, right)

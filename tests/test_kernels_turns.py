@@ -238,3 +238,11 @@ bad = {
 def test_a_bad_argument_is_named(message):
     with pytest.raises(ValueError, match=message):
         bad[message]()
+
+
+def test_offsets_made_under_inference_mode_are_taken_like_any_other():
+    values = torch.arange(5.0, requires_grad=True)
+    with torch.inference_mode():
+        offsets = torch.tensor([0, 2, 5])
+    (gradient,) = torch.autograd.grad(turn_reduce(values, offsets, "mean").sum(), values)
+    assert torch.equal(gradient, torch.tensor([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3]))

@@ -226,8 +226,18 @@ def test_a_limit_is_spread_over_the_files(tmp_path):
 
 
 BAD = ["{", "[1]", '"text"', "{}", "[" * 100_000, '{"id": 1, "question": " ", "golden_answers": ["x"]}', '{"id": 1, "question": "x"}']
-BAD += ['{"id": 1, "question": "x", "golden_answers": ""}', '{"id": 1, "question": "x", "golden_answers": ["y", " "]}']
-BAD += ['{"id": 1, "question": "x", "golden_answers": [1]}', '{"id": null, "question": "x", "golden_answers": []}', "\udcff".encode("utf-8", "surrogateescape")]
+BAD += ['{"id": 1, "question": "x", "golden_answers": ""}', '{"id": 1, "question": "x", "golden_answers": [null, " "]}']
+BAD += ['{"id": 1, "question": "x", "golden_answers": [["y"]]}']
+BAD += ['{"id": null, "question": "x", "golden_answers": []}', "\udcff".encode("utf-8", "surrogateescape")]
+
+
+@pytest.mark.parametrize(
+    ("given", "answers"),
+    [(["", "Paris"], ("Paris",)), (["Paris", None, " "], ("Paris",)), ([1984, 2.5], ("1984", "2.5")), (42, ("42",)), ("Paris", ("Paris",))],
+)
+def test_an_empty_answer_is_left_out_and_a_number_counts_as_its_digits(tmp_path, given, answers):
+    file = write(tmp_path / "q.jsonl", [{"id": 1, "question": "?", "golden_answers": given}])
+    assert read_questions([file], bad_lines=0)[0].answers == answers
 
 
 def test_malformed_lines_are_named_counted_and_skipped_up_to_a_limit(tmp_path, caplog):

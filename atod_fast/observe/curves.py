@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first: there may be no display)
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    """`lines` are the objects of metrics.jsonl."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    """Draw the objects of metrics.jsonl, `lines`, into the PNG file `path`."""
+    # Matplotlib reads it when it is imported. A notebook hands its own to the commands it starts, where it may not exist.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure  # its canvas draws files and needs no display
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
 
     def series(axis, key: str, label: str, **style) -> None:
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
@@ -42,4 +47,3 @@ def draw(lines: list[dict], path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

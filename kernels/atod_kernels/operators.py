@@ -86,12 +86,15 @@ def _(student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | Non
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tensors = TENSORS.count(",") + 1
-    ctx.save_for_backward(*inputs[:tensors], output)
+    # Autograd refuses to save tensors made under torch.inference_mode. None of them is an output, so the context may hold them.
+    ctx.inference = [x if x is not None and x.is_inference() else None for x in inputs[:tensors]]
+    ctx.save_for_backward(*(None if kept is not None else x for x, kept in zip(inputs, ctx.inference, strict=False)), output)
     ctx.options = inputs[tensors:]
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, output = ctx.saved_tensors
+    tensors = [x if kept is None else kept for x, kept in zip(tensors, ctx.inference, strict=True)]
     wanted = ctx.needs_input_grad[:3]
     grads = head_backward(*tensors, *ctx.options, output, upstream, *wanted)
     return (*(g if wants else None for g, wants in zip(grads, wanted, strict=True)), *(None,) * (WIDTH - 3))

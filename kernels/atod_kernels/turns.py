@@ -85,11 +85,13 @@ def _(upstream: Tensor, values: Tensor, offsets: Tensor, out: Tensor, reduce: st
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
     values, offsets, ctx.reduce = inputs
-    ctx.save_for_backward(values, offsets, output)
+    ctx.offsets = offsets  # beside the saved tensors, which may not be made under torch.inference_mode
+    ctx.save_for_backward(values, output)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-    return _turn_reduce_backward(upstream, *ctx.saved_tensors, ctx.reduce), None, None
+    values, output = ctx.saved_tensors
+    return _turn_reduce_backward(upstream, values, ctx.offsets, output, ctx.reduce), None, None
 
 
 _turn_reduce.register_autograd(_backward, setup_context=_save)

@@ -56,7 +56,8 @@ def playable(files: list[Path], task_types: tuple[str, ...] = TASK_TYPES) -> lis
     games: list[Path] = []
     damaged: list[str] = []
     for file in files:
-        if "movable" in str(file) or "Sliced" in str(file):
+        task = file.absolute().parent.parent.name  # pick_and_place_with_movable_recep-Egg-Bowl-Fridge-7
+        if "with_movable_recep" in task or "Sliced" in task:
             continue
         try:
             data = read_file(file)

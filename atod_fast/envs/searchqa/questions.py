@@ -29,11 +29,14 @@ class Question:
 
 
 def parse_question(entry: dict[str, Any], path: Path, number: int) -> Question:
-    """`golden_answers` may be one text; `data_source` is the file's name where it is missing. ValueError if malformed."""
-    answers = entry.get("golden_answers")
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise ValueError("golden_answers must be a list of texts that are not empty" if "golden_answers" in entry else "no golden_answers")
+    """The question of one line. `golden_answers` may be one answer; a number counts as its digits, an empty answer is left
+    out. `data_source` is the file's name where it is missing. Raises ValueError where a part is missing or of another kind.
+    """
+    given = entry.get("golden_answers")
+    given = given if isinstance(given, list) else [given]
+    answers = [text_of({"an answer": answer}, "an answer") for answer in given if answer is not None and str(answer).strip()]
+    if not answers:
+        raise ValueError("golden_answers holds no answer" if "golden_answers" in entry else "no golden_answers")
     source = text_of(entry, "data_source") if entry.get("data_source") is not None else path.stem
     return Question(clean(text_of(entry, "id")), cut(clean(text_of(entry, "question")).strip(), CHARS), tuple(answers), clean(source))
 
