@@ -33,7 +33,7 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     check_engines(config, ranks.world_size())
     device, _ = ranks.start()
     actor = Actor(config, load_tokenizer(model), shape.get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
-    engine = make_engine(config, model, device)
+    engine = make_engine(config, model, device, say=console.say)
     mine: list[Trajectory] = []
     failure: UserError | GuardError | None = None
     with console.progress("evaluating") as progress:

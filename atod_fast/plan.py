@@ -19,6 +19,7 @@ from atod_fast.config import Config
 from atod_fast.errors import UserError
 from atod_fast.models import Attention, attention_shape, dtype_of, load_config, resolve, skeleton
 from atod_fast.objective import FULL_VOCABULARY
+from atod_fast.policy.layout import find_layout
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
 from atod_fast.rollout import vllm_limits
 from atod_fast.rollout.actor import engine_kind
@@ -116,23 +117,34 @@ def load_shape(config: Config, path: str) -> Shape | None:
 
 
 def shape_of(path: str, config) -> Shape:
+    """UserError for a model that the trainer cannot take apart."""
     try:
         model = skeleton(config)
-        blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
-    except (ValueError, AttributeError):
+    except ValueError:
         raise UserError(f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model") from None
+    layout = find_layout(model)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.get_submodule(layout.blocks)]
     text = config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())
-    experts = getattr(text, "num_experts_per_tok", None)
     return Shape(
         parameters=parameters,
         block=max(blocks),
         root=parameters - sum(blocks),
         hidden=text.hidden_size,
-        intermediate=experts * text.moe_intermediate_size if experts else text.intermediate_size,
+        intermediate=_intermediate(text),
         **attention_shape(config)._asdict(),
         vocabulary=text.vocab_size,
     )
+
+
+def _intermediate(text) -> int:
+    """Width of the feed-forward parts one token passes through: of the chosen experts, or of the only one; usually four times the hidden size."""
+    names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+    width = next((value for name in names if (value := getattr(text, name, None)) is not None), 4 * text.hidden_size)
+    experts = getattr(text, "num_experts_per_tok", None)
+    if experts:
+        return experts * (getattr(text, "moe_intermediate_size", None) or width)
+    return max(width) if isinstance(width, list | tuple) else width
 
 
 def step_bounds(config: Config) -> Step:

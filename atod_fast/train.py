@@ -71,7 +71,7 @@ class Run:
         if not len(self.actor.training):  # opened here: what is wrong with it is said before anything is played
             raise UserError("env.train holds no tasks; give it some")
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
-        self.engine = make_engine(config, config.student.path, self.device, filled=False)
+        self.engine = make_engine(config, config.student.path, self.device, filled=False, say=self.console.say)
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
 
         self.done = 0  # steps
@@ -222,7 +222,7 @@ class Run:
         if self.config.eval.teacher:
             # With transformers: a second vLLM in the process could not be taken down without the first one's process groups.
             self.engine.sleep()
-            teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers")
+            teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers", say=self.console.say)
             found |= self.evaluate(teacher, "evaluating the teacher", "eval/teacher_")
             del teacher
             self.resync()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atod_fast import ranks
 from atod_fast.errors import UserError
+from atod_fast.models import checkpoint_names
 from atod_fast.policy.model import CausalPolicy
 
 
@@ -80,8 +81,12 @@ def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase,
     whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if ranks.rank() == 0:
         policy.config.dtype = dtype
-        # A gathered tensor may be a view of a padded buffer, which safetensors refuses.
-        weights = {name: tensor.to(dtype).clone() for name, tensor in whole.items() if not (policy.tied and name == f"{policy.layout.head}.weight")}
+        weights = {name: tensor for name, tensor in whole.items() if not (policy.tied and name == f"{policy.layout.head}.weight")}
+        # A gathered tensor may be a view of a padded buffer, which safetensors refuses; a buffer may hold integers.
+        weights = {
+            name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+            for name, tensor in checkpoint_names(policy.config, weights).items()
+        }
         path.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, str(path))
         policy.config.save_pretrained(path)

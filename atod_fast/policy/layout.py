@@ -7,7 +7,7 @@ what transformers says of a model and not by the names one family gives them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from atod_fast.errors import UserError
 
 # Attributes of a configuration that scale logits; some families divide by theirs, some multiply.
 SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -46,18 +47,16 @@ def find_layout(model: PreTrainedModel) -> Layout:
     if config.get_text_config(decoder=True) is not config:
         refuse(config, "holds its text decoder inside a larger model (of images, sound or text)")
     names = {module: name for name, module in model.named_modules()}
-    backbone = names.get(model.base_model, "")
-    if not backbone:
-        refuse(config, "has no backbone apart from its head")
     try:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:
         embedding = head = None
-    if not isinstance(embedding, nn.Embedding) or not names[embedding].startswith(f"{backbone}."):
-        refuse(config, "has no token embedding in its backbone")
+    if not isinstance(embedding, nn.Embedding) or "." not in names[embedding]:
+        refuse(config, "has no backbone with a token embedding")
     if not isinstance(head, nn.Linear) or "." in names[head]:
         refuse(config, "has no linear head on its backbone")
-    stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    backbone = names[embedding].partition(".")[0]
+    stacks = [module for module in model.get_submodule(backbone).modules() if isinstance(module, nn.ModuleList)]
     stacks = [stack for stack in stacks if len(stack) == config.num_hidden_layers]
     if not stacks:
         refuse(config, "has no list of num_hidden_layers blocks")
@@ -81,15 +80,23 @@ class _Hidden:
         return (self.last_hidden_state,)[index]
 
 
+class Logits(NamedTuple):
+    """How a head's products become logits: softcap * tanh(scale * product / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
 @torch.no_grad()
-def logit_scale(model: PreTrainedModel, layout: Layout, softcap: float | None) -> float:
-    """The factor between the head's products and the logits before their softcap, found by what the model's own forward
-    makes of some hidden states: 1, or what one of `SCALES` says.
+def find_logits(model: PreTrainedModel, layout: Layout) -> Logits:
+    """The softcap and the scale, 1 or what one of `SCALES` says, with which the head gives what the model's own forward
+    makes of some hidden states.
 
     Raises:
-        UserError: no such factor gives the model's logits.
+        UserError: it makes something else of them.
     """
-    config, head, backbone = model.config, model.get_output_embeddings(), model.base_model
+    config, head, backbone = model.config, model.get_output_embeddings(), model.get_submodule(layout.backbone)
+    softcap = next((value for key in SOFTCAPS if (value := getattr(config, key, None)) is not None), None)
     told = [value for key in SCALES if isinstance(value := getattr(config, key, None), int | float) and value > 0]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 3, head.in_features, generator=generator) * torch.tensor([1.0, 10.0, 100.0])[:, None]
@@ -108,5 +115,5 @@ def logit_scale(model: PreTrainedModel, layout: Layout, softcap: float | None) -
             expected = softcap * torch.tanh(expected / softcap)
         near = TOLERANCE.get(head.weight.dtype, 1e-4) * expected.abs().amax(-1, keepdim=True)
         if logits.shape == raw.shape and bool(((logits - expected).abs() <= near).all()):
-            return float(scale)
+            return Logits(float(scale), softcap)
     refuse(config, "makes its logits by more than a linear head, a constant factor and a softcap")

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from atod_fast.config import Student, Teacher
 from atod_fast.errors import UserError
-from atod_fast.models import attention_of, dtype_of, load_model
-from atod_fast.policy.layout import find_layout, logit_scale
+from atod_fast.models import attention_of, dtype_of, load_config, load_model, reaches
+from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
 from atod_fast.trajectory import Batch
 
 
@@ -53,11 +53,11 @@ class Head(nn.Module):
     checkpointing must stay outside: it would form the gradients of a loss twice.
     """
 
-    def __init__(self, linear: nn.Linear, softcap: float | None, scale: float = 1.0):
+    def __init__(self, linear: nn.Linear, logits: Logits):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale = scale
-        self.softcap = None if softcap is None else softcap / scale
+        self.scale = logits.scale
+        self.softcap = None if logits.softcap is None else logits.softcap / logits.scale
 
     def forward(self, hidden: Tensor, job: HeadJob) -> HeadOutput:
         """hidden [A, H] -> fp32 statistics [A] of the next-token distributions, at the job's temperature.
@@ -80,6 +80,15 @@ class Head(nn.Module):
         return linear_token_loss(job.loss, *operands, inputs=job.inputs, schedule=job.schedule, check=job.check, **options)
 
 
+class Parts(NamedTuple):
+    """The modules of a `Layout`: a tuple, so that they are registered under the checkpoint's names alone."""
+
+    backbone: nn.Module
+    blocks: nn.ModuleList
+    embedding: nn.Embedding
+    head: Head
+
+
 class CausalPolicy(nn.Module):
     """Backbone and head; parameter names are those of the Hugging Face checkpoint."""
 
@@ -88,36 +97,28 @@ class CausalPolicy(nn.Module):
         super().__init__()
         self.config, self.generation_config = source.config, source.generation_config
         self.layout = find_layout(source)
-        softcap = getattr(source.config, "final_logit_softcapping", None)
-        scale = logit_scale(source, self.layout, softcap)
+        logits = find_logits(source, self.layout)
         for name, child in source.named_children():
-            self.add_module(name, Head(child, softcap, scale) if name == self.layout.head else child)
-        self.tied = self.head.weight is self.embedding.weight
-        # A recurrent model has no use for positions: it sees rows from their first token on, and nothing else.
-        self.takes_positions = "position_ids" in inspect.signature(type(self.backbone).forward).parameters
+            self.add_module(name, Head(child, logits) if name == self.layout.head else child)
+        names = self.layout
+        self.parts = Parts(*map(self.get_submodule, (names.backbone, names.blocks, names.embedding, names.head)))
+        self.tied = self.parts.head.weight is self.parts.embedding.weight
+        self.stateful = source._is_stateful
+        # Models without an argument for positions count them, or need none.
+        self.takes_positions = "position_ids" in inspect.signature(type(self.parts.backbone).forward).parameters
 
     @property
-    def backbone(self) -> nn.Module:
-        return self.get_submodule(self.layout.backbone)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.get_submodule(self.layout.blocks)
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return self.get_submodule(self.layout.embedding)
-
-    @property
-    def head(self) -> Head:
-        return self.get_submodule(self.layout.head)
+    def packs(self) -> bool:
+        """Rows may lie end to end: every layer is an attention that skips, at no cost, what is not of the same row."""
+        attends = {reach.kind for reach in reaches(self.config)} <= {"full_attention", "sliding_attention"}
+        return attends and not self.stateful and self.takes_positions and self.config._attn_implementation == "flash_attention_2"
 
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
         """What the head makes of the action tokens, or with no job their final hidden states [A, H]."""
         positions = {"position_ids": batch.position_ids} if self.takes_positions else {}
-        hidden = self.backbone(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
+        hidden = self.parts.backbone(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.index)
-        return hidden if job is None else self.head(hidden, job)
+        return hidden if job is None else self.parts.head(hidden, job)
 
 def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None:
     """liger-kernel's RMSNorm, RoPE and SwiGLU in place of transformers' (its loss heads are not used)."""
@@ -133,9 +134,12 @@ def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None
 
 def build_student(config: Student, device: torch.device) -> CausalPolicy:
     """fp32 masters whatever the checkpoint holds: AdamW at 1e-6 leaves bf16 weights unchanged."""
-    model = load_model(config.path, torch.float32, attention_of(config.attention, device, dtype_of(config.compute_dtype, device)))
+    attention = attention_of(config.attention, device, dtype_of(config.compute_dtype, device), load_config(config.path))
+    model = load_model(config.path, torch.float32, attention)
     apply_liger(model, config.liger, device)
     if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            refuse(model.config, "has no gradient checkpointing (set student.gradient_checkpointing=false)")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return CausalPolicy(model)
@@ -144,5 +148,5 @@ def build_student(config: Student, device: torch.device) -> CausalPolicy:
 def build_teacher(config: Teacher, attention: str, device: torch.device) -> CausalPolicy:
     """Frozen, in its compute precision."""
     dtype = dtype_of(config.compute_dtype, device)
-    model = load_model(config.path, dtype, attention_of(attention, device, dtype))
+    model = load_model(config.path, dtype, attention_of(attention, device, dtype, load_config(config.path)))
     return CausalPolicy(model.eval().requires_grad_(False))

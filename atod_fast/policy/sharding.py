@@ -26,18 +26,18 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
         "offload_policy": CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy(),
     }
     reshard = parameters > RESHARD_PARAMETERS
-    for block in policy.blocks:
+    for block in policy.parts.blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     if not policy.tied:
-        fully_shard(policy.embedding, reshard_after_forward=reshard, **options)
-        fully_shard(policy.head, reshard_after_forward=False, **options)
+        fully_shard(policy.parts.embedding, reshard_after_forward=reshard, **options)
+        fully_shard(policy.parts.head, reshard_after_forward=False, **options)
     return fully_shard(policy, reshard_after_forward=False, **options)
 
 
 def units(policy: CausalPolicy) -> list[nn.Module]:
     """The modules that are gathered each by itself, in order of use, the root last."""
-    ends = [[], []] if policy.tied else [[policy.embedding], [policy.head]]
-    return [*ends[0], *policy.blocks, *ends[1], policy]
+    ends = [[], []] if policy.tied else [[policy.parts.embedding], [policy.parts.head]]
+    return [*ends[0], *policy.parts.blocks, *ends[1], policy]
 
 
 def reshard(policy: CausalPolicy) -> None:

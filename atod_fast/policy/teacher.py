@@ -46,7 +46,7 @@ class Teacher:
     @contextmanager
     def head(self) -> Iterator[TeacherHead]:
         """The whole head for as long as the context lasts. Collective."""
-        head = self.policy.head
+        head = self.policy.parts.head
         (self.policy if self.policy.tied else head).unshard()
         try:
             yield TeacherHead(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.softcap, head.scale)
