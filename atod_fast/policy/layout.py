@@ -47,20 +47,22 @@ def find_layout(model: PreTrainedModel) -> Layout:
     if config.get_text_config(decoder=True) is not config:
         refuse(config, "holds its text decoder inside a larger model (of images, sound or text)")
     names = {module: name for name, module in model.named_modules()}
-    try:
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    except NotImplementedError:
-        embedding = head = None
-    if not isinstance(embedding, nn.Embedding) or "." not in names[embedding]:
-        refuse(config, "has no backbone with a token embedding")
-    if not isinstance(head, nn.Linear) or "." in names[head]:
-        refuse(config, "has no linear head on its backbone")
-    backbone = names[embedding].partition(".")[0]
-    stacks = [module for module in model.get_submodule(backbone).modules() if isinstance(module, nn.ModuleList)]
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     stacks = [stack for stack in stacks if len(stack) == config.num_hidden_layers]
     if not stacks:
         refuse(config, "has no list of num_hidden_layers blocks")
     blocks = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    backbone = names[blocks].rpartition(".")[0]
+    if not backbone:
+        refuse(config, "has no backbone apart from its head")
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        embedding = head = None
+    if not isinstance(embedding, nn.Embedding) or not names[embedding].startswith(f"{backbone}."):
+        refuse(config, "has no token embedding in its backbone")
+    if not isinstance(head, nn.Linear) or "." in names[head]:
+        refuse(config, "has no linear head on its backbone")
     apart = sum(len(list(block.parameters())) for block in blocks)
     if apart != len(list(blocks.parameters())) or any(p is embedding.weight for p in blocks.parameters()):
         refuse(config, "shares parameters between its blocks")

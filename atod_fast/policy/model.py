@@ -120,6 +120,7 @@ class CausalPolicy(nn.Module):
         hidden = hidden.flatten(0, 1).index_select(0, batch.index)
         return hidden if job is None else self.parts.head(hidden, job)
 
+
 def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None:
     """liger-kernel's RMSNorm, RoPE and SwiGLU in place of transformers' (its loss heads are not used)."""
     present = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None

@@ -142,7 +142,8 @@ def make_engine(
 ) -> Engine:
     """The engine of `rollout.engine` (or of `kind`), holding the checkpoint at `model_path`.
 
-    With `filled` off it awaits a trainer's weights. `say` gets a line where a model takes a slow way. vLLM is built before the trainer's models, by every rank together.
+    With `filled` off it awaits a trainer's weights. `say` gets a line where a model takes a slow way. vLLM is built before the
+    trainer's models, by every rank together.
     """
     how, dtype = config.rollout, dtype_of(config.student.compute_dtype, device)
     if (kind or engine_kind(config, device)) == "transformers":

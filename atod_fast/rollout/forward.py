@@ -62,7 +62,13 @@ class SlotForward:
         positions = self._slots.place(slots, starts, counts)
         last = (counts.cumsum() - 1)[drawing]
         tokens, positions, last = (torch.from_numpy(array).to(self._model.device) for array in (ids, positions, last))
-        out = self._model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=last, slots=self._slots)
+        out = self._model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=last,
+            slots=self._slots,
+        )
         return out.logits[0]
 
     def free(self) -> None:
@@ -82,6 +88,7 @@ class CacheForward:
         takes = inspect.signature(type(model).forward).parameters
         self._name = next(name for name in ("past_key_values", "cache_params", "state") if name in takes)
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._takes_positions = "position_ids" in takes
         self._model = model
         self._caches: dict[int, Any] = {}
 
@@ -98,9 +105,13 @@ class CacheForward:
         logits, end = [], 0
         for slot, start, count, draws in zip(slots.tolist(), starts.tolist(), counts.tolist(), drawing.tolist(), strict=True):
             tokens, end = torch.from_numpy(ids[end : end + count]).to(self._model.device), end + count
-            held = {self._name: self._caches[slot]} if start else {}
-            out = self._model(input_ids=tokens[None], use_cache=True, **held, **self._options)
-            self._caches[slot] = out[self._name]
+            given = {self._name: self._caches[slot]} if start else {}
+            if self._takes_positions:  # some count them by their first layer's cache, which may be none of tokens
+                given["position_ids"] = torch.arange(start, start + count, device=tokens.device)[None]
+            out = self._model(input_ids=tokens[None], use_cache=True, **given, **self._options)
+            self._caches[slot] = out.get(self._name)
+            if self._caches[slot] is None:
+                raise ValueError("it hands out no cache")
             if draws:
                 logits.append(out.logits[0, -1])
         return torch.stack(logits) if logits else torch.empty(0)

@@ -92,9 +92,7 @@ class Slots:
         last = self._tensor(np.where(real, starts[:, None] + steps, 0))
         return _Group(place, self._tensor(source), self._tensor(target), last, int((starts + counts).max()), self._dtype)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
         """Store key, value [1, kv_heads, N, dim] of the pass, attend query [1, heads, N, dim]; returns [1, N, heads, dim].
 
         softcap: of the scores, before the mask; sinks [heads]: a score beside the tokens', without a value.

@@ -38,7 +38,7 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
         UserError: none is right.
     """
     attention, length = model.config._attn_implementation, min(max_model_len, TOKENS)
-    why = "its log-probs differ from those of a plain forward pass"
+    why = ""
     if not _finite(model):
         return FORWARDS[0]  # nothing can be told of it; the first answer will say why
     with _narrowed(model, max_model_len):
@@ -48,13 +48,12 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
                 model.set_attn_implementation(attention)
                 if _agree(model, told):
                     return forward
+                why = "its log-probs differ from those of a plain forward pass"
             except Exception as error:  # of the model's code, which may be anything
                 why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(error).strip() else type(error).__name__
             finally:
                 model.set_attn_implementation(attention)
-    raise UserError(
-        f"rollout.engine=transformers cannot run a {model.config.model_type} model ({why}); use another model, or rollout.engine=vllm"
-    )
+    raise UserError(f"rollout.engine=transformers cannot run a {model.config.model_type} model ({why}); use another model, or rollout.engine=vllm")
 
 
 def _play(engine: Engine, length: int, vocabulary: int) -> Told:

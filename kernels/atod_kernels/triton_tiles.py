@@ -47,7 +47,9 @@ def scaled(z, bias, valid, inverse, columns, inside, CAP: tl.constexpr, SCALE: t
 
 
 @triton.jit
-def tile_logits(zs, zt, bias_s, bias_t, valid, inverse, columns, w, stride, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr):
+def tile_logits(
+    zs, zt, bias_s, bias_t, valid, inverse, columns, w, stride, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
     """Scaled logits [1, N] of both models from one row in memory; the student's twice where there is no teacher."""
     inside = columns < w
     held = (columns < stride)[None, :]
