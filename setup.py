@@ -35,7 +35,7 @@ setup(
         "search": SEARCH,
         "gym": GYM,
         "openenv": OPENENV,
-        "vllm": ["vllm==0.32.*"],
+        "vllm": ["vllm==0.32.*", "accelerate>=1.1"],
         "cuda": ["flash-attn>=2.8", "liger-kernel>=0.8"],
         "alfworld": ["alfworld==0.4.2"],
         "peers": ["trl>=1.16,<2", "liger-kernel>=0.8.5,<0.9"],

@@ -5,6 +5,7 @@ Defaults are the embedded demo's. `settings.py` makes a Config of presets, files
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -68,6 +69,9 @@ class Rollout(Section):
     response_tokens: int = Field(9, ge=1, description="longest response of one turn in tokens")
     history: int = Field(2, ge=0, description="turns of history shown with rollout.context=window")
     thinking: bool = Field(False, description="let a model that can think do so, and require <think>...</think>")
+    date: str = Field(
+        "", description="YYYY-MM-DD, the day that chat templates which write a date show; empty = the day the run starts, kept when it is resumed"
+    )
     concurrency: int = Field(64, ge=1, description="trajectories in flight in one engine; each holds a slot of the transformers engine's key/value cache")
 
     @property
@@ -79,6 +83,11 @@ class Rollout(Section):
     def _can_be_played(self) -> Rollout:
         if self.tensor_parallel > 1 and self.engine != "vllm":
             raise ValueError(f"rollout.tensor_parallel={self.tensor_parallel} is for vLLM; set rollout.engine=vllm, or rollout.tensor_parallel=1")
+        if self.date:
+            try:
+                date.fromisoformat(self.date)
+            except ValueError:
+                raise ValueError(f"rollout.date={self.date!r} is no date; write YYYY-MM-DD, or leave it empty for today") from None
         if self.longest <= self.response_tokens:
             raise ValueError(
                 f"rollout.response_tokens={self.response_tokens} leaves no room in rollout.prompt_tokens={self.prompt_tokens}, "
@@ -202,7 +211,8 @@ class Checkpoint(Section):
 
 
 class Observe(Section):
-    trajectories_every: int = Field(10, ge=0, description="steps between trajectory files; 0 = none")
+    trajectories_every: int = Field(10, ge=0, description="steps between files of training trajectories, which each evaluation has too; 0 = no such files")
+    prompts: bool = Field(True, description="write each turn's rendered prompt into them (about 4 bytes a token), special tokens included")
 
 
 class Guard(Section):
@@ -243,8 +253,9 @@ class Config(Section):
             )
         if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
             raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
-        if self.schedule.kappa.kind == "adaptive" and not self.eval.teacher:
-            raise ValueError("schedule.kappa.kind=adaptive measures the student against the teacher, which eval.teacher=false leaves out; set it to true")
+        if self.schedule.kappa.kind == "adaptive" and not self.teacher_plays:
+            without = 'teacher.path="" does not name; name one' if self.eval.teacher else "eval.teacher=false leaves out; set it to true"
+            raise ValueError(f"schedule.kappa.kind=adaptive measures the student against the teacher, which {without}")
         if self.train.group_size == 1 and not self.schedule.rho.always_zero:
             raise ValueError("train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd")
         return self

@@ -1,6 +1,6 @@
 """Success of a checkpoint on held-out tasks.
 
-    python -m atod_fast.evaluate runs/demo/hf eval.tasks=2000 eval.temperature=0.5 --out evaluation.json
+    python -m atod_fast.evaluate runs/demo/hf eval.tasks=2000 eval.temperature=0.5 --out evaluation.json --transcripts episodes.jsonl
     torchrun --nproc_per_node 2 -m atod_fast.evaluate demo:teacher
 
 Episodes have the same seeds for every model, so that two models can be compared game by game.
@@ -19,11 +19,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.errors import GuardError, UserError
-from atod_fast.models import load_config, load_tokenizer
+from atod_fast.models import load_config, load_tokenizer, stop_ids
+from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
-from atod_fast.rollout.actor import Actor, check_failures, make_engine
+from atod_fast.rollout.actor import Actor, check_failures, dated, make_engine
 from atod_fast.settings import check_engines, check_model, load
 from atod_fast.trajectory import Trajectory, outcomes
+
+EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
 
 
 def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
@@ -32,7 +35,8 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     check_model(config, model, shape.to_dict())
     check_engines(config, ranks.world_size())
     device, _ = ranks.start()
-    actor = Actor(config, load_tokenizer(model), shape.get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
+    config, columns = dated(config), shape.get_text_config().vocab_size
+    actor = Actor(config, load_tokenizer(model), columns, stop_ids(model), rank=ranks.rank(), ranks=ranks.world_size())
     engine = make_engine(config, model, device, say=console.say)
     mine: list[Trajectory] = []
     failure: UserError | GuardError | None = None
@@ -48,7 +52,9 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
 
 
 def summary(trajectories: list[Trajectory]) -> dict:
-    """Success overall and by task type, the world's mean score where it has one, mean turns, share of invalid actions; each outcome in task order."""
+    """Success overall and by task type, the world's mean score where it has one, mean turns, share of invalid actions; each
+    episode in task order, and the outcomes as one text of 0 and 1.
+    """
     kinds: dict[str, list[bool]] = defaultdict(list)
     for trajectory in trajectories:
         kinds[trajectory.task_type].append(trajectory.success)
@@ -60,11 +66,22 @@ def summary(trajectories: list[Trajectory]) -> dict:
         "turns": len(turns) / len(trajectories),
         "invalid_actions": _mean([not turn.valid for turn in turns]),
         "outcomes": "".join("1" if t.success else "0" for t in trajectories),
+        "episodes": [{key: getattr(t, key) for key in EPISODE} | {"turns": len(t.turns)} for t in trajectories],
     }
 
 
 def _mean(values: list[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def make_place(option: str, path: Path) -> None:
+    """Make the folder of the file `path`. UserError where it cannot be, or `path` is one: said before the episodes are played, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}; give a file that can be written") from None
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,12 +97,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings file, such as a run's config.toml")
     parser.add_argument("--preset", metavar="NAME", help="named settings")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and every outcome here")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and what came of every task here")
+    parser.add_argument("--transcripts", type=Path, metavar="JSONL", help="write every episode here, with what the model was shown and said")
     speaks = ranks.rank() == 0
     try:
         arguments = parser.parse_intermixed_args(argv)
         config = load(arguments.preset, arguments.config, arguments.settings)
-        found = summary(evaluate(arguments.model, config, Console(speaks)))
+        for option, path in (("--out", arguments.out), ("--transcripts", arguments.transcripts)):
+            if path is not None:
+                make_place(option, path)
+        trajectories = evaluate(arguments.model, config, Console(speaks))
+        found = summary(trajectories)
     except (UserError, GuardError) as error:
         if speaks:
             print(f"atod_fast: {error}", file=sys.stderr)
@@ -98,8 +120,9 @@ def main(argv: list[str] | None = None) -> int:
         for kind, success in found["success_by_type"].items():
             print(f"  {kind or 'task'}: {success:.1%}")
         print(f"  {found['turns']:.1f} turns an episode, {found['invalid_actions']:.1%} of actions invalid, {found['failed_environments']} environments failed")
+        if arguments.transcripts:
+            transcripts.write(arguments.transcripts, trajectories, load_tokenizer(arguments.model))
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
             facts = {"model": arguments.model, "temperature": config.eval.temperature, "env": config.env.model_dump(mode="json")}
             arguments.out.write_text(json.dumps(facts | found, indent=1) + "\n")
     return 0

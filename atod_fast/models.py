@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file, logging
 
@@ -112,8 +120,19 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTra
     for part in (config, config.get_text_config(decoder=True)):
         for name in [name for name, value in vars(part).items() if _NOISE.search(name) and type(value) in (int, float)]:
             setattr(part, name, 0.0)
+    return _load_whole(path, config=config, dtype=dtype, attn_implementation=attention)
+
+
+def check_weights(path: str) -> None:
+    """Raise UserError where the checkpoint lacks a weight, for an engine that loads it by itself and might not say so."""
+    by_name = importlib.util.find_spec("accelerate") is not None  # with it names and shapes are read alone
+    _load_whole(path, config=load_config(path), device_map="meta" if by_name else None)
+
+
+def _load_whole(path: str, config: PretrainedConfig, **options) -> PreTrainedModel:
+    """The checkpoint's CausalLM. Raises UserError where a weight is missing; logs the names of weights that have no place."""
     with _transformers_errors_only():  # it prints its own report of what is told here
-        model, found = _from_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+        model, found = _from_pretrained(AutoModelForCausalLM, path, config=config, output_loading_info=True, **options)
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
         holds = f", and holds {_some(unexpected)}, which the model has no place for" if unexpected else ""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -30,14 +30,15 @@ from atod_fast import cli, objective, plan, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
-from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer
+from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer, stop_ids
 from atod_fast.observe import curves, transcripts
+from atod_fast.observe.advice import Advice
 from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import Clock, MetricsLog
 from atod_fast.policy import checkpoint
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
-from atod_fast.rollout.actor import Actor, check_failures, engine_kind, make_engine
+from atod_fast.rollout.actor import Actor, check_failures, dated, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
 from atod_fast.settings import check_env, check_model, check_world, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
@@ -54,20 +55,23 @@ class Run:
         self.device, mesh = ranks.start()
         self.console = Console(speaks=ranks.rank() == 0)
         self.run_dir, resume = rundir.agree(options)
-        self.config = config = resumed_config(options, resume) if resume else options.config
+        config = resumed_config(options, resume) if resume else options.config
+        self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
+        self.advice = Advice(config)
         check_world(config, ranks.world_size())
         torch.manual_seed(config.train.seed)
 
         check_env(config)  # before a model is fetched for a world that is not there
         if config.env.train == config.env.eval:
             self.console.say("env.train and env.eval are the same: held-out success will be that of training tasks")
-        shapes, tokenizers = zip(*((load_config(path), load_tokenizer(path)) for path in (config.student.path, config.teacher.path)), strict=True)
-        for path, shape in zip((config.student.path, config.teacher.path), shapes, strict=True):
-            check_model(config, path, shape.to_dict())
-        compare_tokenizers(*tokenizers)
-        self.tokenizer = tokenizers[0]
-        self.export_dtype = shapes[0].dtype or torch.float32
-        self.actor = Actor(config, self.tokenizer, shapes[0].get_text_config().vocab_size, rank=ranks.rank(), ranks=ranks.world_size())
+        shape, self.tokenizer = load_config(config.student.path), load_tokenizer(config.student.path)
+        check_model(config, config.student.path, shape.to_dict())
+        if config.teacher_scores or config.teacher_plays:
+            check_model(config, config.teacher.path, load_config(config.teacher.path).to_dict())
+            compare_tokenizers(self.tokenizer, load_tokenizer(config.teacher.path))
+        self.export_dtype = shape.dtype or torch.float32
+        columns, stops = shape.get_text_config().vocab_size, stop_ids(config.student.path)
+        self.actor = Actor(config, self.tokenizer, columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
         if not len(self.actor.training):  # opened here: what is wrong with it is said before anything is played
             raise UserError("env.train holds no tasks; give it some")
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
@@ -147,8 +151,8 @@ class Run:
                 metrics |= rollout_metrics(everyone, table) | turn_metrics(table, weights, advantages, imitate) | clock.seconds
                 metrics |= {"time/step": clock.total, "perf/tokens_per_second": float(table.length.sum()) / clock.total}
                 metrics |= {"memory/peak_gib": peak_memory(self.device)}
-                record_turns = partial(transcripts.write, trajectories=everyone, table=table, weight=weights.weight, advantage=advantages.turn)
-                self.finish_step(metrics, record_turns)
+                signals = {"disagreement": table.disagreement, "uncertainty": table.uncertainty, "weight": weights.weight, "advantage": advantages.turn}
+                self.finish_step(metrics, everyone, signals)
             self.finish_run()
         except (Interrupted, EnvironmentsLost) as stop:
             if self.done == 0:  # a checkpoint of no step would not be the start: an optimiser has no state before it
@@ -209,21 +213,23 @@ class Run:
         check_failures(everyone, self.config.guard.failed_environments, label)
         return everyone
 
-    def evaluate(self, engine: Engine, label: str, prefix: str = "eval/") -> dict[str, float]:
-        """What comes of the held-out tasks at `eval.temperature`."""
-        found = outcomes(self.play(label, partial(self.actor.evaluate, engine)))
+    def evaluate(self, engine: Engine, label: str, teacher: bool = False) -> dict[str, float]:
+        """What comes of the held-out tasks at `eval.temperature`, with the student (or the teacher) in `engine`."""
+        everyone = self.play(label, partial(self.actor.evaluate, engine))
+        self.record(f"eval_{self.done:06d}" + "_teacher" * teacher, everyone)
+        prefix, found = "eval/" + "teacher_" * teacher, outcomes(everyone)
         if lost := found["failed_environments"]:
             self.console.say(f"{label}: {lost} of {self.config.eval.tasks} environments failed, and count as not solved")
         return {prefix + key: value for key, value in found.items()}
 
     def evaluate_before(self) -> dict[str, float]:
-        """The student's and, with eval.teacher, the teacher's outcomes on the held-out tasks before any training."""
+        """The student's and, with eval.teacher and a teacher, the teacher's outcomes on the held-out tasks before any training."""
         found = self.evaluate(self.engine, "evaluating the student")
-        if self.config.eval.teacher:
+        if self.config.teacher_plays:
             # With transformers: a second vLLM in the process could not be taken down without the first one's process groups.
             self.engine.sleep()
             teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers", say=self.console.say)
-            found |= self.evaluate(teacher, "evaluating the teacher", "eval/teacher_")
+            found |= self.evaluate(teacher, "evaluating the teacher", teacher=True)
             del teacher
             self.resync()
         self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in found.items() if key.endswith("success")))
@@ -252,7 +258,13 @@ class Run:
             )
         return {"sync/logprob_gap": gap[0], "sync/logprob_gap_max": gap[1]}
 
-    def finish_step(self, metrics: dict, record_turns: Callable[..., None]) -> None:
+    def record(self, name: str, trajectories: Sequence[Trajectory], signals: Mapping[str, Tensor] = transcripts.NONE) -> None:
+        """`trajectories` to a file of the run, with their turns' `signals` by name."""
+        observe = self.config.observe
+        if ranks.rank() == 0 and observe.trajectories_every:
+            transcripts.write(self.run_dir / "trajectories" / f"{name}.jsonl", trajectories, self.tokenizer if observe.prompts else None, signals)
+
+    def finish_step(self, metrics: dict, everyone: Sequence[Trajectory], signals: Mapping[str, Tensor]) -> None:
         """Evaluate, write down and save, each when due. An evaluation that is interrupted, or loses its environments, loses itself only."""
         config, step, last = self.config, self.done, self.done == self.config.train.steps
         stopped: Interrupted | EnvironmentsLost | None = None
@@ -266,15 +278,17 @@ class Run:
                 stopped = stop
         self.write(metrics)
         self.console.step(metrics)
-        if ranks.rank() == 0 and config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
-            record_turns(self.run_dir / "trajectories" / f"step_{step:06d}.jsonl")
+        for line in self.advice.after(metrics, everyone):
+            self.console.say(f"warning: {line}", style="yellow")
+        if config.observe.trajectories_every and step % config.observe.trajectories_every == 0:
+            self.record(f"step_{step:06d}", everyone, signals)
         if stopped:
             raise stopped
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
 
     def save(self) -> None:
-        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None}
+        state = {"before": self.before, "adaptive": self.adaptive.state_dict() if self.adaptive else None, "date": self.config.rollout.date}
         checkpoint.save(self.run_dir, self.done, self.learner.student, self.learner.optimizer, state, keep=self.config.checkpoint.keep)
 
     def write(self, metrics: dict) -> None:
@@ -314,6 +328,7 @@ def learning_rate(config: Config, step: int) -> float:
 def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[str, float]:
     sizes = table.offsets.diff()
     found = outcomes(everyone)
+    turns = [turn for trajectory in everyone if trajectory.failure is None for turn in trajectory.turns]
     scores = {"train/score": found["score"]} if "score" in found else {}
     return scores | {
         "train/success": found["success"],
@@ -323,6 +338,7 @@ def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[st
         "rollout/turns": float(sizes.double().mean()),
         "rollout/response_tokens": float(table.length.double().mean()),
         "rollout/invalid_actions": float((~table.valid).double().mean()),
+        "rollout/cut_off": 1 - sum(turn.stopped for turn in turns) / len(turns) if turns else float("nan"),
     }
 
 

@@ -25,6 +25,7 @@ class Turn:
     command: str  # what was sent to the environment
     valid: bool  # the response had the required form and the environment accepted it
     reward: float = 0.0
+    stopped: bool = True  # by a stop token; False: cut off at rollout.response_tokens
 
 
 @dataclass(slots=True)

@@ -182,6 +182,7 @@ def test_presets_hold_the_papers_settings(task, size):
 
 # What depends on the machine, on taste, or is not in use with preset `paper`.
 FREE = {
+    "rollout.date",
     "rollout.engine",
     "rollout.tensor_parallel",
     "rollout.kv_cache_gib",

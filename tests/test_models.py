@@ -43,15 +43,17 @@ def prefixed(weights):
 def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(tmp_path, tied, change, complaint):
     path = save_model(tmp_path / "model", tied=tied)
     rewrite(path, change)
-    with pytest.raises(UserError, match=complaint) as error:
-        models.load_model(path, torch.float32)
-    assert "\n" not in str(error.value)
+    for load in (lambda path: models.load_model(path, torch.float32), models.check_weights):
+        with pytest.raises(UserError, match=complaint) as error:
+            load(path)
+        assert "\n" not in str(error.value)
 
 
 def test_a_tied_head_need_not_be_in_the_checkpoint(tmp_path):
     path = save_model(tmp_path / "model", tied=True)
     assert "lm_head.weight" not in load_file(Path(path) / "model.safetensors")
     models.load_model(path, torch.float32)
+    models.check_weights(path)
 
 
 def test_weights_without_a_place_are_named(tmp_path, caplog):

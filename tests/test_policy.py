@@ -325,6 +325,8 @@ def test_a_saved_run_goes_on_bit_for_bit_and_its_export_loads_with_transformers(
 
 def test_a_tokenizer_of_another_family_is_refused_by_its_first_differing_token():
     class Tokenizer:
+        added_tokens_decoder = {}
+
         def __init__(self, words):
             self.words = words
 

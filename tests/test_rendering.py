@@ -188,15 +188,13 @@ def test_columns_without_a_token_are_never_sampled():
 )
 def test_a_tokenizer_that_cannot_chat_is_refused(template, complaint):
     with pytest.raises(UserError, match=f"student.path.*{complaint}"):
-        make_renderer(tokenizer=make_tokenizer(template))
+        make_renderer("full", tokenizer=make_tokenizer(template))
 
 
-def test_a_tokenizer_that_finds_special_tokens_in_plain_text_is_refused():
-    class Leaky(PreTrainedTokenizerFast):
-        def __call__(self, text, split_special_tokens=False, **options):
-            return super().__call__(text, split_special_tokens=False, **options)
-
-    whole = make_tokenizer()
-    leaky = Leaky(tokenizer_object=whole.backend_tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
-    with pytest.raises(UserError, match="student.path.*special tokens in plain text"):
+def test_a_tokenizer_that_finds_control_tokens_in_plain_text_is_refused():
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *SPECIALS, "user", "assistant"])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
+    leaky = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", unk_token="<unk>", chat_template=CHATML)
+    with pytest.raises(UserError, match="student.path.*control tokens in plain text"):
         make_renderer(tokenizer=leaky)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -41,11 +42,11 @@ def episodes(tasks) -> list[Episode]:
     return [Episode(task, group=number, member=number % 2, seed=1000 + number, env_seed=task) for number, task in enumerate(tasks)]
 
 
-def play(env, tasks=range(10), config: Config | None = None, slots: int = 4, **options) -> list[Trajectory]:
+def play(env, tasks=range(10), config: Config | None = None, slots: int = 4, renderer: Letters | None = None, **options) -> list[Trajectory]:
     config = config or make_config()
     tasks = episodes(tasks) if isinstance(tasks[0], int) else tasks
     engine = TransformersEngine(make_model(), slots=slots, max_model_len=config.rollout.longest, device="cpu")
-    return rollout(engine, env, Letters(config.rollout.context), tasks, config, **options)
+    return rollout(engine, env, renderer or Letters(config.rollout.context), tasks, config, **options)
 
 
 @pytest.mark.parametrize("context", ["full", "window"])
@@ -276,9 +277,76 @@ def test_turn_limit_token_limit_and_the_world_s_own_limit_truncate():
     assert by_world.truncated and len(by_world.turns) == 1
 
 
+class Odd(Letters):
+    """Shows the `trouble` of one task: a prompt too long, none at all, or one that cannot be made or read."""
+
+    def __init__(self, context: str, trouble: str):
+        super().__init__(context)
+        self.trouble = trouble
+
+    def prompt(self, turns, observation, info):
+        ids = super().prompt(turns, observation, info)
+        if not observation.startswith("task 4 "):
+            return ids
+        if self.trouble == "raises":
+            raise KeyError("no such word")
+        return {"long": ids * 100, "empty": []}.get(self.trouble, ids)
+
+    def parse(self, ids, stopped):
+        text, command, valid = super().parse(ids, stopped)
+        if self.trouble == "unread" and text == self.unread:
+            raise ValueError("unreadable")
+        return text, None if self.trouble == "no text" and text == self.unread else command, valid
+
+
+@pytest.mark.parametrize("context", ["window", "full"])
+@pytest.mark.parametrize(
+    ("trouble", "why"),
+    [
+        ("long", "its first prompt has .* tokens, room is for 1 to .*: rollout.prompt_tokens=400 may be raised"),
+        ("empty", "its first prompt has 0 tokens"),
+        ("raises", "its observation could not be made a prompt: KeyError: 'no such word'"),
+        ("unread", "its answer could not be read: ValueError: unreadable"),
+        ("no text", "its answer could not be read: TypeError: the command is NoneType"),
+    ],
+)
+def test_what_fails_between_environment_and_engine_ends_its_trajectory_alone(trouble, why, context):
+    healthy = play(Corridor(), config=make_config(context))
+    renderer = Odd(context, trouble)
+    renderer.unread = healthy[4].turns[0].text
+    played = play(Corridor(), config=make_config(context), renderer=renderer)
+    assert [t.task for t in played if t.failure] == [4]
+    assert re.match(why, played[4].failure) and played[4].turns == []
+    for found, right in zip(played, healthy, strict=True):
+        if found.failure is None:
+            assert [turn.action for turn in found.turns] == [turn.action for turn in right.turns]
+
+
+class Cut(Corridor):
+    """Says text that was cut in UTF-16, wherever an environment says text."""
+
+    def step(self, action):
+        observation, *outcome, info = super().step(action)
+        return observation + " \ud83d\ude00 and \ud83d", *outcome, info
+
+    def _info(self, valid):
+        return super()._info(valid) | {"task_id": "\ude00", "task_type": "a\ud83d", "admissible_actions": ["go \ud83d"]}
+
+    def clone(self):
+        return Cut(self.tasks)
+
+
+def test_halves_of_surrogate_pairs_are_joined_or_replaced():
+    pool = Pool(Cut(), workers=1, timeout=1)
+    pool.reset(0, 0, 0)
+    (answer,) = pool.ready(wait=True)
+    assert (answer.info["task_id"], answer.info["task_type"], answer.info["admissible_actions"]) == ("\ufffd", "a\ufffd", ["go \ufffd"])
+    pool.step(0, "x")
+    (answer,) = pool.ready(wait=True)
+    assert answer.observation.endswith(" \U0001f600 and \ufffd")
+
+
 def test_a_configuration_without_room_is_refused():
-    with pytest.raises(UserError, match="rollout.prompt_tokens=20: task 0 begins with 23 tokens, room is for 14"):
-        play(Corridor(), config=make_config(rollout={"prompt_tokens": 20}))
     engine = TransformersEngine(make_model(), slots=1, max_model_len=100, device="cpu")
     with pytest.raises(UserError, match="rollout.prompt_tokens=400.* 406 .* 100"):
         rollout(engine, Corridor(), Letters("window"), episodes([0]), make_config("window"))

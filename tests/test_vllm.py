@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
+from safetensors.torch import load_file, save_file
 from test_rendering import make_tokenizer
 from tiny import VOCABULARY, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -289,6 +290,34 @@ def test_a_model_that_vllm_cannot_run_is_refused_in_one_line(tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("atod_fast:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(lines) == 1 and "rollout.engine=vllm cannot serve" in lines[0] and "head_dim=24" in lines[0] and "rollout.engine=transformers" in lines[0]
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(tmp_path, missing):
+    """vLLM reads the checkpoint itself for an evaluation."""
+    folder = demo_model(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: weight for name, weight in load_file(file).items() if name != missing}, file, metadata={"format": "pt"})
+    command = [sys.executable, "-m", "atod_fast.evaluate", folder, "rollout.engine=vllm", "eval.tasks=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("atod_fast:")]
+    assert done.returncode == 2 and f"lacks the weight {missing}" in line, done.stderr
+
+
+def test_a_response_ends_at_each_token_that_the_generation_config_names(tmp_path):
+    from chat_models import SHORT, save_chat_model
+    from chat_tokenizers import tokenizer
+    from test_own_models import always_says
+
+    text = tokenizer("qwen").convert_tokens_to_ids("<|endoftext|>")
+    sizes = {"hidden_size": 64, "num_key_value_heads": 2, "head_dim": 32}
+    student = save_chat_model(tmp_path / "model", tie_word_embeddings=False, **sizes)
+    always_says(student, text)
+    (Path(student) / "generation_config.json").write_text(json.dumps({"eos_token_id": [text]}))
+    settings = [*SHORT, f"student.path={student}", f"teacher.path={student}", "rollout.engine=vllm"]
+    assert run_ranks(1, main, [*settings, "--run-dir", str(tmp_path / "run")]) == [0]
+    records = [json.loads(line) for line in (tmp_path / "run" / "trajectories" / "step_000001.jsonl").read_text().splitlines()]
+    assert {tuple(turn["action"]) for record in records for turn in record["turns"]} == {(text,)}
 
 
 @pytest.mark.parametrize(

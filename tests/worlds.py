@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from atod_fast.envs.protocol import Info
+from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.trajectory import Turn
 
 VOCABULARY, STOP, CLOSE = 53, 1, 2
@@ -84,3 +85,21 @@ class Letters:
     def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
         text = "".join(chr(ord("a") + i % 26) for i in ids[: len(ids) - stopped])
         return text, text.upper(), stopped
+
+
+class Rooms(Corridor):
+    """`Corridor` as an environment of one's own, with a prompt. Task `long` begins with more text than fits."""
+
+    def __init__(self, *, tasks: int = 20, long: int = -1) -> None:
+        super().__init__(tasks)
+        self.long = long
+
+    def reset(self, seed: int, task: int) -> tuple[str, Info]:
+        observation, info = super().reset(seed, task)
+        return observation + " word" * (3000 if task == self.long else 0), info
+
+    def clone(self) -> Rooms:
+        return Rooms(tasks=self.tasks, long=self.long)
+
+    def prompt(self, thinking: bool, history: int) -> PlainPrompt:
+        return PlainPrompt(thinking, history, "Say something.")

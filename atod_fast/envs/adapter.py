@@ -24,12 +24,22 @@ INVISIBLE = re.compile(
     "\x1b\\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\U000e0000-\U000e007f]"
 )
 
+
+def encodable(text: str) -> str:
+    """`text` as UTF-8 can hold it: the halves of a surrogate pair joined, U+FFFD for a half without its other one."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 _KINDS: dict[str, Callable[[Any], Any]] = {
     "won": bool,
-    "admissible_actions": lambda actions: [str(action) for action in actions],
+    "admissible_actions": lambda actions: [encodable(str(action)) for action in actions],
     "is_action_valid": bool,
-    "task_type": str,
-    "task_id": str,
+    "task_type": lambda name: encodable(str(name)),
+    "task_id": lambda name: encodable(str(name)),
     "score": float,
 }
 

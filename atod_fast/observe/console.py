@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ COLUMNS = (  # heading, metric, format
     ("step", "step", "{:>5d}"),
     ("success", "train/success", "{:>7.1%}"),
     ("held-out", "eval/success", "{:>8.1%}"),
+    ("invalid", "rollout/invalid_actions", "{:>7.0%}"),
+    ("flat", "turns/flat_groups", "{:>4.0%}"),
     ("kappa", "schedule/kappa", "{:>6.3f}"),
     ("rho", "schedule/rho", "{:>5.2f}"),
     ("d", "turns/disagreement", "{:>6.3f}"),
@@ -39,7 +42,8 @@ class Console:
         if self.lines % 20 == 0:
             self.say(" ".join(heading.rjust(_width(form)) for heading, _, form in COLUMNS), style="dim")
         self.lines += 1
-        self.say(" ".join(form.format(metrics[key]) if key in metrics else "-".rjust(_width(form)) for _, key, form in COLUMNS))
+        # What was not measured is missing (held-out success) or not a number (d where no teacher looks on).
+        self.say(" ".join(_cell(metrics.get(key, math.nan), form) for _, key, form in COLUMNS))
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[int, int, int, int], None]]:
@@ -55,6 +59,10 @@ class Console:
                 bar.update(task, completed=finished, total=total, detail=f"{turns} turns, {tokens} tokens")
 
             yield update
+
+
+def _cell(value: float, form: str) -> str:
+    return "-".rjust(_width(form)) if math.isnan(value) else form.format(value)
 
 
 def _width(form: str) -> int:

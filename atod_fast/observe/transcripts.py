@@ -1,39 +1,45 @@
-"""Trajectories as JSONL, one object each: what was seen and said, turn by turn, with the turn's signals and weights."""
+"""Trajectories as JSONL, one object each: what was seen and said, turn by turn."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from atod_fast.trajectory import Trajectory, TurnTable
+from atod_fast.trajectory import Trajectory
 
 FACTS = ("task", "group", "member", "task_id", "task_type", "reward", "success", "score", "truncated", "failure")
+TURN = ("observation", "text", "command", "valid", "stopped", "reward", "action")
+NONE: Mapping[str, Tensor] = {}
 
 
-def write(path: Path, trajectories: Sequence[Trajectory], table: TurnTable, weight: Tensor, advantage: Tensor) -> None:
-    """`weight` and `advantage` [K] are the turns' T-DUR weights and reinforcement-learning advantages.
+def write(path: Path, trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase | None = None, signals: Mapping[str, Tensor] = NONE) -> None:
+    """Write `path`, which appears when it is whole.
 
-    A trajectory whose environment failed is not in the table; its turns stand without signals.
+    With a `tokenizer`, each turn holds its `prompt` as the model saw it, special tokens included: in context `window` all
+    of it, in context `full` what was added since the previous action. `signals` are numbers of the turns, [K] by name. A
+    trajectory whose environment failed has no part in them; its turns stand without.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    signals = {
-        "disagreement": table.disagreement.tolist(),
-        "uncertainty": table.uncertainty.tolist(),
-        "weight": weight.tolist(),
-        "advantage": advantage.tolist(),
-    }
+    values = {name: signal.tolist() for name, signal in signals.items()}
     number = 0
-    with path.open("w", encoding="utf-8") as file:
+    unfinished = path.with_suffix(".unfinished")
+    # Half a surrogate pair, which UTF-8 does not have, becomes JSON's own escape.
+    with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for trajectory in trajectories:
             turns = []
             for turn in trajectory.turns:
-                facts = {key: getattr(turn, key) for key in ("observation", "text", "command", "valid", "reward", "action")}
+                facts = {key: getattr(turn, key) for key in TURN}
+                if tokenizer is not None:
+                    prompt = tokenizer.decode(turn.prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                    facts = {"prompt": prompt} | facts
                 if trajectory.failure is None:
-                    facts |= {key: round(values[number], 6) for key, values in signals.items()}
+                    facts |= {name: round(signal[number], 6) for name, signal in values.items()}
                     number += 1
                 turns.append(facts)
             facts = {key: getattr(trajectory, key) for key in FACTS}
             file.write(json.dumps(facts | {"turns": turns}, ensure_ascii=False) + "\n")
+    unfinished.replace(path)

@@ -55,17 +55,26 @@ def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, s
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        complete = sorted(p for p in final.parent.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
-        for old in complete[:-keep]:
+        complete = [p for p in final.parent.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
+        for old in sorted(complete, key=lambda p: int(p.name.removeprefix("step_")))[:-keep]:
             shutil.rmtree(old)
     ranks.barrier()
     return final
 
 
+def read_state(path: Path) -> dict:
+    """What `save` was given as `state`, and the step. Raises UserError where the checkpoint is not whole."""
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"--resume {path} holds no complete checkpoint (state.json is missing or damaged); give a folder checkpoints/step_NNNNNN of a run"
+        ) from None
+
+
 def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
     """Fill policy and optimiser in place; returns the saved `state`. Collective."""
-    if not (path / "state.json").is_file():
-        raise UserError(f"--resume {path} holds no complete checkpoint (state.json is missing); give a folder checkpoints/step_NNNNNN of a run")
+    state = read_state(path)
     model, optim = get_state_dict(policy, optimizer)
     try:
         dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
@@ -73,7 +82,7 @@ def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"--resume {path} does not fit student.path or is damaged ({reason}); resume with the run's own config.toml") from None
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
-    return json.loads((path / "state.json").read_text())
+    return state
 
 
 def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:

@@ -50,24 +50,24 @@ MiniBatches = list[list[Scored]]  # [mini-batch][micro-batch] of this rank
 
 
 class Learner:
-    """The student, its frozen teacher and the optimiser over the mesh."""
+    """The student, its frozen teacher (None where no step of the schedule looks at one) and the optimiser over the mesh."""
 
     def __init__(self, config: Config, mesh: DeviceMesh, device: torch.device, valid_columns: Tensor | None):
         self.config, self.device = config, device
         dtype = dtype_of(config.student.compute_dtype, device)
         self.student = shard(build_student(config.student, device).to(device), mesh, dtype)
         assert all(p.dtype == torch.float32 for p in self.student.parameters()), "AdamW needs fp32 masters"
-        self.teacher = Teacher(config, mesh, device)
+        self.teacher = Teacher(config, mesh, device) if config.teacher_scores else None
         # Fused: torch's default steps DTensors one by one, five times as long for a small model.
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
         )
-        columns, theirs = (model.parts.head.weight.shape[0] for model in (self.student, self.teacher.policy))
-        if valid_columns is None and columns != theirs:
+        columns = self.student.parts.head.weight.shape[0]
+        if valid_columns is None and self.teacher and columns != self.teacher.policy.parts.head.weight.shape[0]:
             valid_columns = torch.ones(columns, dtype=torch.bool)
         self.valid_columns = None if valid_columns is None else valid_columns.to(device)
         # sdpa would compute the attention of all rows to all others; a recurrent layer's state would leak from row to row.
-        self.packed = self.student.packs and self.teacher.policy.packs
+        self.packed = self.student.packs and (self.teacher is None or self.teacher.policy.packs)
         # The loss, or only the turn signal, may need the teacher's whole distribution; the signal is the reverse KL then.
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
@@ -136,7 +136,8 @@ class Learner:
     def make_room(self) -> None:
         """Free what the device holds between updates beyond shards and optimiser, for a rollout engine to wake up in."""
         reshard(self.student)
-        reshard(self.teacher.policy)
+        if self.teacher:
+            reshard(self.teacher.policy)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,7 @@ from atod_fast.config import Config
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import EnvironmentsLost, UserError
-from atod_fast.models import attention_of, attention_shape, dtype_of, load_config, load_model
+from atod_fast.models import attention_of, attention_shape, check_weights, dtype_of, load_config, load_model
 from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engine import Engine
@@ -35,12 +36,12 @@ class Actor:
     Ranks that are one engine together count as one, and their first plays.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, *, rank: int, ranks: int):
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, stop_ids: Sequence[int] = (), *, rank: int, ranks: int):
         self.config, self.rank, self.ranks = config, rank, ranks
         self.heldout = make(config.env.name, **(config.env.options | config.env.eval))
         if len(self.heldout) < config.eval.tasks:
             raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {len(self.heldout)} held-out tasks of env.eval; lower it or give more")
-        self.renderer = make_renderer(config, tokenizer, columns, self.heldout)
+        self.renderer = make_renderer(config, tokenizer, columns, self.heldout, stop_ids)
 
     @cached_property
     def training(self) -> Environment:
@@ -86,10 +87,10 @@ def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
-def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, env: Environment) -> Renderer:
+def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, env: Environment, stop_ids: Sequence[int] = ()) -> Renderer:
     """Chat messages for a model with a chat template; few words for the demo's word-level tokenizers.
 
-    `columns` is the width of the model's head: those without a token are never sampled.
+    `columns` is the width of the model's head: those without a token are never sampled. `stop_ids`: see `ChatRenderer`.
     """
     if "<act>" in tokenizer.get_vocab() and tokenizer.chat_template is None:
         return _compact_renderer(config, tokenizer, env)
@@ -101,7 +102,15 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: i
         thinking=config.rollout.thinking,
         prompt_tokens=config.rollout.prompt_tokens,
         columns=columns,
+        stop_ids=stop_ids,
+        day=date.fromisoformat(config.rollout.date) if config.rollout.date else None,
     )
+
+
+def dated(config: Config, day: str = "") -> Config:
+    """`config` with a `rollout.date`: its own, else `day`, else rank 0's today, so that all prompts of a run show one. Collective."""
+    shown = config.rollout.date or day or ranks.from_first(date.today().isoformat())
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"date": shown})})
 
 
 def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: Environment) -> Renderer:
@@ -158,6 +167,8 @@ def make_engine(
     shape = attention_shape(load_config(model_path))
     vllm_limits.check_installed()
     vllm_limits.check(config, shape, dtype)
+    if filled:
+        check_weights(model_path)
     engine = vllm_engine.build(
         model_path,
         dtype,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atod_fast.config import Config
+from atod_fast.envs.adapter import one_line
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
 from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
@@ -52,9 +53,10 @@ def rollout(
 
     config.rollout and config.env say how, `temperature` replaces rollout.temperature. A trajectory ends when the world
     says so, `truncated` after env.max_turns turns or where the next turn might not fit rollout.prompt_tokens, and with
-    its `failure` set where its world raised or hung, which ends no other.
+    its `failure` set, which ends no other, where its world raised or hung, its first prompt does not fit, or what the
+    world said or the model answered could not be rendered or read.
     `progress` is told (episodes finished, episodes, turns taken, tokens sampled).
-    Raises UserError where a first prompt does not fit, or the engine is too short for the configuration.
+    Raises UserError where the engine is too short for the configuration.
     """
     how = config.rollout
     if engine.max_model_len < how.longest:
@@ -72,25 +74,32 @@ def rollout(
                 play = waiting.popleft()
                 pool.reset(play.key, play.episode.env_seed, play.episode.task)
                 live += 1
+            over = []
             for answer in pool.ready(wait=not asked):
-                if answer.failure is not None and answer.failure not in failures:  # others of a kind are counted by who reads the trajectories
-                    failures.add(answer.failure)
-                    trajectory = plays[answer.key].trajectory
-                    logger.warning("task %d, turn %d: the environment failed: %s", trajectory.task, len(trajectory.turns), answer.failure)
                 request = plays[answer.key].next(answer)
                 if request is not None:
                     engine.add(request)
                     asked += 1
                 else:
-                    engine.release(answer.key)
-                    pool.release(answer.key)
-                    live -= 1
-                    finished += 1
+                    over.append(plays[answer.key])
             completions = engine.step() if asked else []
             for completion in completions:
-                pool.step(completion.key, plays[completion.key].act(completion))
+                command = plays[completion.key].act(completion)
                 asked -= 1
                 tokens += len(completion.ids)
+                if command is not None:
+                    pool.step(completion.key, command)
+                else:
+                    over.append(plays[completion.key])
+            for play in over:
+                trajectory = play.trajectory
+                if trajectory.failure is not None and trajectory.failure not in failures:  # others of a kind are counted by who reads them
+                    failures.add(trajectory.failure)
+                    logger.warning("task %d, turn %d: the environment failed: %s", trajectory.task, len(trajectory.turns), trajectory.failure)
+                engine.release(play.key)
+                pool.release(play.key)
+                live -= 1
+                finished += 1
             if progress is not None:
                 progress(finished, len(plays), sum(len(play.trajectory.turns) for play in plays), tokens)
     return [play.trajectory for play in plays]
@@ -113,7 +122,7 @@ class _Play:
         self.trajectory = Trajectory(self.episode.task, self.episode.group, self.episode.member, self.config.rollout.context)
 
     def next(self, answer: Answer) -> Request | None:
-        """Take in what the world answered; the request for the next action, None where the trajectory is over."""
+        """Take in what the world answered. Returns the request for the next action; None where the trajectory is over, or has failed."""
         trajectory, how = self.trajectory, self.config.rollout
         turns = trajectory.turns
         if answer.failure is not None:
@@ -131,21 +140,33 @@ class _Play:
             trajectory.truncated = True
             return None
         self.observation = answer.observation
-        self.prompt = self.renderer.prompt(turns, answer.observation, answer.info)
+        try:
+            self.prompt = self.renderer.prompt(turns, answer.observation, answer.info)
+        except Exception as error:  # of a prompt of the user's own, maybe, about something that this world alone says
+            trajectory.failure = f"its observation could not be made a prompt: {one_line(error)}"
+            return None
         ids = self.sequence + self.prompt
         room = how.longest - how.response_tokens
-        if len(ids) <= room:
+        if 0 < len(ids) <= room:
             seed = np.random.SeedSequence((self.episode.seed, len(turns))).generate_state(1, np.uint64)[0] >> 1
             return Request(self.key, ids, int(seed))
-        if not turns:
-            raise UserError(f"rollout.prompt_tokens={how.prompt_tokens}: task {trajectory.task} begins with {len(ids)} tokens, room is for {room}; raise it")
-        trajectory.truncated = True
+        if turns:
+            trajectory.truncated = True
+        else:
+            trajectory.failure = f"its first prompt has {len(ids)} tokens, room is for 1 to {room}: rollout.prompt_tokens={how.prompt_tokens} may be raised"
         return None
 
-    def act(self, completion: Completion) -> str:
-        """Take in what the model said; the command for the world."""
-        text, command, well_formed = self.renderer.parse(completion.ids, completion.stopped)
-        self.trajectory.turns.append(Turn(self.prompt, completion.ids, completion.logprobs, self.observation, text, command, well_formed))
+    def act(self, completion: Completion) -> str | None:
+        """Take in what the model said. Returns the command for the world; None where the trajectory has failed."""
+        try:
+            text, command, well_formed = self.renderer.parse(completion.ids, completion.stopped)
+            if not isinstance(command, str):
+                raise TypeError(f"the command is {type(command).__name__}; text is due")
+        except Exception as error:
+            self.trajectory.failure = f"its answer could not be read: {one_line(error)}"
+            return None
+        turn = Turn(self.prompt, completion.ids, completion.logprobs, self.observation, text, command, bool(well_formed), stopped=completion.stopped)
+        self.trajectory.turns.append(turn)
         if self.trajectory.context == "full":
             self.sequence = self.sequence + self.prompt + completion.ids
         return command

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
+from atod_fast.rollout.template import ChatTemplate
 from atod_fast.trajectory import Turn
 
 if TYPE_CHECKING:
@@ -46,61 +48,78 @@ class Renderer(Protocol):
 
 
 class ChatRenderer:
-    """A `Renderer` for any tokenizer with a chat template.
+    """A `Renderer` for any fast tokenizer with a chat template.
 
-    The template's own text is encoded with special tokens; what comes from the world is not: `<|im_end|>` in an
-    observation becomes ordinary characters' tokens. `prompt` words the messages. In context `window` a prompt longer than
-    `prompt_tokens` loses observations of its history, oldest first, then the middle of the current one; `CUT` marks each.
-    `columns` is the width of the model's head where it exceeds the tokenizer: ids without a token are never sampled.
-    Raises UserError where the tokenizer has no usable chat template or cannot keep special tokens out of a text.
+    Prompts are token for token those of `tokenizer.apply_chat_template` (see `ChatTemplate` for the one exception).
+    `prompt` words the messages. In context `window` a prompt longer than `prompt_tokens` loses observations of its
+    history, oldest first, then the middle of the current one; `CUT` marks each. In context `full` the answers stay as
+    they were sampled and only the tokens of what follows them are appended, also where the template would render past
+    answers in another way (without their reasoning, say).
+
+    Args:
+        columns: width of the model's head. Ids without a token are never sampled, nor tokens beyond the head.
+        stop_ids: tokens that end a response, besides the one that ends an answer in the template and the tokenizer's eos.
+        day: the date that templates which write one show; today's where it is None.
+
+    Raises:
+        UserError: the tokenizer has no usable chat template, or cannot keep control tokens out of a text.
     """
 
     stop_ids: tuple[int, ...]
     valid_columns: Tensor | None
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, context: str, thinking: bool, prompt_tokens: int, columns: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        *,
+        context: str,
+        thinking: bool,
+        prompt_tokens: int,
+        columns: int | None = None,
+        stop_ids: Sequence[int] = (),
+        day: date | None = None,
     ) -> None:
         self._tokenizer, self._words, self._context, self._limit = tokenizer, prompt, context, prompt_tokens
-        head, opening, between = _template_pieces(tokenizer, thinking)
-        specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-        self._head, self._opening, self._between = (self._encode(text, special=True) for text in (head, opening, between))
-        closing = next((place for place, i in enumerate(self._between) if i in specials), None)
-        if closing is None:
-            raise UserError(f"student.path: the chat template of {tokenizer.name_or_path!r} ends a message without a special token; use a chat model")
-        self._between = self._between[closing:]
-        end, eos = self._between[0], tokenizer.eos_token_id
-        self.stop_ids = (end,) if eos in (None, end) else (end, eos)
-        self._opened = "<think>" if opening.rstrip().endswith("<think>") else ""
-        leaked = specials.intersection(self._encode("".join(tokenizer.convert_ids_to_tokens(sorted(specials))))) - {tokenizer.unk_token_id}
-        if leaked:
-            raise UserError(f"student.path: tokenizer {tokenizer.name_or_path!r} finds special tokens in plain text; use a fast tokenizer (tokenizer.json)")
+        self._template = ChatTemplate(tokenizer, thinking=thinking, day=day or date.today(), continues=context == "full")
+        self._opened = "<think>" if self._template.opening.rstrip().endswith("<think>") else ""
+        ends = dict.fromkeys(i for i in (self._template.end, tokenizer.eos_token_id, *stop_ids) if i is not None)
+        self.stop_ids = tuple(i for i in ends if columns is None or i < columns)
+        if not self.stop_ids:
+            raise UserError(
+                f"student.path: nothing ends a response of {tokenizer.name_or_path!r}: its chat template, tokenizer and "
+                "generation_config.json name no token that does; use a chat model"
+            )
         self.valid_columns = None
         if columns is not None:
             known = torch.zeros(columns, dtype=torch.bool)
-            known[list(tokenizer.get_vocab().values())] = True
+            known[[i for i in tokenizer.get_vocab().values() if i < columns]] = True
             self.valid_columns = None if known.all() else known
 
     def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
-        admissible = info.get("admissible_actions", [])
+        admissible = [self._template.quoted(action) for action in info.get("admissible_actions", [])]
         if self._context == "window":
             return self._window(turns, observation, admissible)
+        observation = self._template.quoted(observation)
         if not turns:
-            return [*self._head, *self._encode(self._words.first(observation, admissible)), *self._opening]
-        closed = turns[-1].action[-1:] == self._between[:1]
-        return [*self._between[closed:], *self._encode(self._words.following(observation, admissible)), *self._opening]
+            return self._template.first(self._words.first(observation, admissible))
+        following = self._template.following(len(turns), self._words.following(observation, admissible))
+        closed = turns[-1].action[-1:] == following[:1]
+        return following[closed:]
 
     def _window(self, turns: Sequence[Turn], observation: str, admissible: list[str]) -> list[int]:
         """The whole prompt, with as little left out as makes it fit; longer than the limit where nothing helps."""
-        task = turns[0].observation if turns else observation
+        quoted = self._template.quoted
+        task = quoted(turns[0].observation if turns else observation)
+        history = [replace(turn, observation=quoted(turn.observation), text=quoted(turn.text), command=quoted(turn.command)) for turn in turns]
 
         def prompt(cuts: int) -> list[int]:
             """With the observations of the `cuts` oldest turns left out; cuts beyond are characters of the current one."""
-            past = [replace(turn, observation=CUT) for turn in turns[:cuts]] + list(turns[cuts:])
+            past = [replace(turn, observation=CUT) for turn in history[:cuts]] + history[cuts:]
             kept = len(observation) - max(cuts - len(turns), 0)
             # Out of the middle: worlds tell the task at the beginning or at the end.
             shown = observation if kept == len(observation) else observation[: kept - kept // 2] + CUT + observation[len(observation) - kept // 2 :]
-            return [*self._head, *self._encode(self._words.message(task, past, shown, admissible)), *self._opening]
+            return self._template.first(self._words.message(task, past, quoted(shown), admissible))
 
         ids = prompt(0)
         if len(ids) > self._limit:
@@ -112,25 +131,3 @@ class ChatRenderer:
         text = self._tokenizer.decode(list(ids[: len(ids) - stopped]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         command, valid = self._words.project(self._opened + text)
         return text, command, valid
-
-    def _encode(self, text: str, special: bool = False) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)["input_ids"]
-
-
-def _template_pieces(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> tuple[str, str, str]:
-    """What the chat template writes before the first user message, between that and the answer, and between the answer
-    and the next user message, found by rendering a conversation of placeholders.
-    """
-    if tokenizer.chat_template is None:
-        raise UserError(f"student.path: tokenizer {tokenizer.name_or_path!r} has no chat template; use a chat or instruct model")
-    first, answer, second = "FIRST-USER-MESSAGE", "ASSISTANT-MESSAGE", "SECOND-USER-MESSAGE"
-    talk = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}, {"role": "user", "content": second}]
-
-    def render(messages: list[dict[str, str]]) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
-
-    one, three = render(talk[:1]), render(talk)
-    if not (one.count(first) == three.count(answer) == three.count(second) == 1 and three.index(answer) < three.index(second)):
-        raise UserError(f"student.path: the chat template of {tokenizer.name_or_path!r} does not show a conversation as it is; use another chat model")
-    head, opening = one.split(first)
-    return head, opening, three.split(answer)[1].split(second)[0]

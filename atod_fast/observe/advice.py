@@ -1,0 +1,80 @@
+"""What ends most attempts, said while it happens: three steps in a row that cannot teach, each with cause and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from atod_fast.config import Config
+from atod_fast.trajectory import Trajectory
+
+STEPS = 3  # in a row; one step may be chance
+INVALID = 0.9  # share of actions: what is left cannot carry a group's comparison, and a warm start brings the share far below
+CUT_OFF = 0.5  # share of responses: the usual one never says what it does
+
+Metrics = Mapping[str, Any]
+
+
+class Advice:
+    """Asked after each step; says each thing once."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.recent: list[Metrics] = []
+        self.said: set[str] = set()
+
+    def after(self, metrics: Metrics, trajectories: Sequence[Trajectory]) -> list[str]:
+        """The lines that this step's metrics are the first to deserve; an example comes from its trajectories."""
+        self.recent = [*self.recent, metrics][-STEPS:]
+        found = {}
+        if len(self.recent) == STEPS:
+            found = {cause: line for cause, line in advise(self.recent, self.config, invalid_response(trajectories)) if cause not in self.said}
+        self.said |= found.keys()
+        return list(found.values())
+
+
+def advise(steps: Sequence[Metrics], config: Config, example: str = "") -> Iterator[tuple[str, str]]:
+    """(cause, line) of what is true of each of `steps`; `example` is a response whose action is invalid.
+
+    Responses that are cut off have no valid form either: then only their own line comes.
+    """
+
+    def lowest(key: str) -> float:
+        return min(step[key] for step in steps)
+
+    last = steps[-1]
+    if lowest("rollout/cut_off") > CUT_OFF:
+        share, limit = last["rollout/cut_off"], config.rollout.response_tokens
+        thinking = ", or set rollout.thinking=false" if config.rollout.thinking else ""
+        yield "cut off", f"{share:.0%} of responses are cut off at rollout.response_tokens={limit} before their end; raise it{thinking}"
+    elif lowest("rollout/invalid_actions") > INVALID:
+        shown = f" (it said {example!r})" if example else ""
+        where = "; trajectories/ holds prompts and responses" if config.observe.trajectories_every else ""
+        yield (
+            "invalid",
+            f"{last['rollout/invalid_actions']:.0%} of actions are invalid: the model does not keep the response's form, or the environment "
+            f"knows no such action{shown}; take a model that was trained to answer so, or say in the prompt how to{where}",
+        )
+    if lowest("turns/flat_groups") == 1 and lowest("schedule/rho") > 0:
+        success = last["train/success"]
+        teaches = "imitation alone teaches" if last["schedule/kappa"] > 0 else "nothing is learnt"
+        remedy = {0: "take easier tasks or a warm start", 1: "take harder tasks"}.get(success, "give rewards that tell episodes apart")
+        yield (
+            "flat",
+            f"no group of trajectories differed in reward in {len(steps)} steps (success {success:.0%}): reward gives no signal, {teaches}; "
+            f"{remedy}, or raise train.group_size={config.train.group_size}",
+        )
+    longest, least = max(len(step["profile/weight"]) for step in steps), config.turns.min_turns
+    if longest < least and lowest("schedule/kappa") > 0 and config.turns.fuse != "uniform":
+        remedy = f"turns.min_turns={longest}" if longest > 1 else "turns.min_turns=1 and turns.scope=batch to compare turns of different episodes"
+        yield (
+            "unweighted",
+            f"turns.min_turns={least} leaves every trajectory unweighted, as episodes have {last['rollout/turns']:.1f} turns: T-DUR does nothing; "
+            f"set {remedy}, or turns.fuse=uniform to say so",
+        )
+
+
+def invalid_response(trajectories: Sequence[Trajectory], longest: int = 120) -> str:
+    """The beginning of the first response whose action is invalid; "" without one."""
+    text = next((turn.text for t in trajectories for turn in t.turns if not turn.valid), "")
+    return text if len(text) <= longest else text[:longest] + "..."

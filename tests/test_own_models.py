@@ -1,0 +1,92 @@
+"""Runs with chat models that are not the demo's, in an environment that is not built in."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from datetime import date
+from pathlib import Path
+
+import pytest
+import torch
+from chat_models import SHORT, save_chat_model
+from chat_tokenizers import tokenizer
+from safetensors.torch import load_file, save_file
+
+from atod_fast import evaluate, train
+from atod_fast.rollout import actor
+
+
+def run(folder: Path, student: str, teacher: str, *settings: str) -> int:
+    return train.main([*SHORT, f"student.path={student}", f"teacher.path={teacher}", *settings, "--run-dir", str(folder)])
+
+
+def turns(file: Path) -> list[dict]:
+    return [turn for line in file.read_text().splitlines() for turn in json.loads(line)["turns"]]
+
+
+@pytest.fixture
+def models(tmp_path):
+    return save_chat_model(tmp_path / "student"), save_chat_model(tmp_path / "teacher", seed=1)
+
+
+def always_says(folder: str, token: int) -> None:
+    """Change an untied model so that it answers nothing but `token`."""
+    file = Path(folder) / "model.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        if any(part in name for part in ("o_proj", "down_proj", "lm_head")):
+            weights[name] = torch.zeros_like(weights[name])
+        elif "embed" in name:
+            weights[name] = torch.ones_like(weights[name])
+    weights["lm_head.weight"][token] = 1.0
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_the_tokens_that_the_generation_config_names_end_a_response(tmp_path, models):
+    words = tokenizer("qwen")
+    student = save_chat_model(tmp_path / "own", tie_word_embeddings=False)
+    end, text = words.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    always_says(student, text)
+    for stops, length in (([end], 6), ([end, text], 1), (text, 1)):
+        (Path(student) / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        folder = tmp_path / f"run{length}{stops}"
+        assert run(folder, student, models[1]) == 0
+        assert {len(turn["action"]) for turn in turns(folder / "trajectories" / "step_000001.jsonl")} == {length}
+
+
+def test_a_task_that_begins_with_too_many_tokens_costs_itself_alone(tmp_path, models):
+    folder = tmp_path / "run"
+    settings = ["env.train={tasks=4, long=2}", "train.steps=2", "rollout.context=full", "rollout.prompt_tokens=600"]
+    assert run(folder, *models, *settings) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["rollout/failed_environments"] for line in lines[1:]) == [0, 2]
+
+
+def test_a_run_keeps_its_date(tmp_path, models, monkeypatch):
+    class Tomorrow(date):
+        @classmethod
+        def today(cls):
+            return date(2031, 1, 2)
+
+    file = tmp_path / "my.toml"
+    file.write_text("")
+    folder = tmp_path / "run"
+    arguments = [str(file), *SHORT, f"student.path={models[0]}", f"teacher.path={models[1]}", "--run-dir", str(folder)]
+    assert train.main(arguments) == 0
+    today = tomllib.loads((folder / "config.toml").read_text())["rollout"]["date"]
+    assert date.fromisoformat(today).year < 2031
+    monkeypatch.setattr(actor, "date", Tomorrow)
+    assert train.main([*arguments, "train.steps=2", "--resume", "auto"]) == 0
+    assert tomllib.loads((folder / "config.toml").read_text())["rollout"]["date"] == today
+    assert run(tmp_path / "other", *models) == 0
+    assert tomllib.loads((tmp_path / "other" / "config.toml").read_text())["rollout"]["date"] == "2031-01-02"
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_head_columns(tmp_path, capsys):
+    columns = len(tokenizer("qwen")) - 1
+    student = save_chat_model(tmp_path / "student", columns=columns)
+    teacher = save_chat_model(tmp_path / "teacher", columns=columns, seed=1)
+    assert run(tmp_path / "run", student, teacher) == 0
+    assert evaluate.main([student, *SHORT]) == 0
+    assert all(i < columns for turn in turns(tmp_path / "run" / "trajectories" / "step_000001.jsonl") for i in turn["action"])
