@@ -209,9 +209,10 @@ def weight_shapes(config) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in skeleton(config).named_parameters(remove_duplicate=False)}
 
 
-def checkpoint_names(config, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of a model in memory as its checkpoint holds them: transformers renames some, and keeps a layer's experts in one tensor."""
-    return revert_weight_conversion(skeleton(config), weights)
+def as_saved(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of `model`, which may be a skeleton, as its checkpoint holds them: transformers renames some, and keeps a layer's
+    experts in one tensor. One weight may become several, and needs no other for it."""
+    return revert_weight_conversion(model, weights)
 
 
 class Attention(NamedTuple):

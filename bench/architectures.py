@@ -41,7 +41,7 @@ from atod_fast.trajectory import Row
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 VOCABULARY, LONGEST = 67, 48
-REMEDY = re.compile("; use another model.*|^rollout.engine=transformers |^a model of type '[^']*' ")
+REASON = re.compile(r".* cannot run a \S+ model \((.*)\); use.*|a model of type '\S+' (.*); use.*")
 WAYS = {SlotForward: "slot attention", CacheForward: "own cache", AnewForward: "own cache, turns anew"}
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -428,7 +428,8 @@ def verdict(check: Callable[..., str | None], *arguments: Any) -> str:
     try:
         return check(*arguments) or "verified"
     except UserError as error:
-        return f"refused: {REMEDY.sub('', str(error))}"
+        match = REASON.fullmatch(str(error))
+        return f"refused: {next(filter(None, match.groups())) if match else error}"
     except Exception as error:  # a fault: it has no place in the table
         return f"FAILS: {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atod_fast import ranks
 from atod_fast.errors import UserError
-from atod_fast.models import checkpoint_names
+from atod_fast.models import as_saved, skeleton
 from atod_fast.policy.model import CausalPolicy
 
 
@@ -94,7 +94,7 @@ def export(path: Path, policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase,
         # A gathered tensor may be a view of a padded buffer, which safetensors refuses; a buffer may hold integers.
         weights = {
             name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-            for name, tensor in checkpoint_names(policy.config, weights).items()
+            for name, tensor in as_saved(skeleton(policy.config), weights).items()
         }
         path.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, str(path))

@@ -169,6 +169,8 @@ def make_engine(
     vllm_limits.check(config, shape, dtype)
     if filled:
         check_weights(model_path)
+    else:
+        vllm_limits.check_experts(load_config(model_path), device)
     engine = vllm_engine.build(
         model_path,
         dtype,
