@@ -47,10 +47,13 @@ class SlotForward:
     slower = None
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
-        """ValueError for a model with a layer that is no attention: it might hide in a try-out, its weights being small."""
+        """ValueError for a model that keeps a state of another kind: with small weights it could hide in a try-out."""
         found = reaches(model.config)
         if other := {reach.kind for reach in found} - {"full_attention", "sliding_attention", "chunked_attention"}:
             raise ValueError(f"layers of {', '.join(sorted(other))}")
+        if model._is_stateful:
+            raise ValueError("a recurrent state")
+        self._layers = len(found)
         self._model = model
         model.set_attn_implementation("atod_slots")
         self._slots = Slots(slots, length, found, model.dtype, model.device)
@@ -69,6 +72,8 @@ class SlotForward:
             logits_to_keep=last,
             slots=self._slots,
         )
+        if self._slots.layers != self._layers:
+            raise ValueError(f"{self._slots.layers} of {self._layers} layers attend through transformers' AttentionInterface")
         return out.logits[0]
 
     def free(self) -> None:

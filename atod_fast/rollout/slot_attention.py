@@ -123,6 +123,11 @@ class Slots:
             out.index_copy_(0, group.target, attended.permute(0, 3, 1, 2, 4).reshape(rows * width, heads, -1))
         return out[None, :total]
 
+    @property
+    def layers(self) -> int:
+        """How many have stored keys and values."""
+        return len(self._layers)
+
     def free(self) -> None:
         """Give the memory back: every slot is empty then."""
         self._layers = {}
