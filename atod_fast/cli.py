@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import os
 import re
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from atod_fast import __version__
 from atod_fast.config import Config
 from atod_fast.errors import UserError
 from atod_fast.settings import FIELDS, PRESETS, defaults, expected, is_section, load, nearest, preset_summary, show
@@ -23,7 +28,10 @@ overrides; a later one wins. objective.preset sets objective.*, schedule.* and t
 own level: it replaces what an earlier level said about them, and a key given beside it or later
 wins. An override's value is TOML, or else plain text. A table of options in a file replaces the
 earlier one; section.table.option=value sets a single option. Another env.name drops the options of
-the environment before."""
+the environment before.
+
+For your own model in your own environment start from --preset own: the defaults are tuned to the
+demo's tiny models (train.learning_rate above all) and make a real one forget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
 
     Raises:
         UserError: bad usage or configuration, in one line.
-        SystemExit: with code 0, after printing what `--help` or `--list-presets` asked for.
+        SystemExit: with code 0, after printing what `--help`, `--version` or `--list-presets` asked for.
     """
     parser = _parser(program)
     arguments, unknown = parser.parse_known_intermixed_args(argv)
@@ -70,6 +78,29 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
     )
 
 
+def parse_evaluation(argv: Sequence[str], description: str | None) -> tuple[argparse.Namespace, Config]:
+    """The arguments of an evaluation (model, out, transcripts), and its settings. Raises as `parse`."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("atod_fast.evaluate", description=description, formatter_class=form)
+    parser.add_argument("model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="settings file, such as a run's config.toml")
+    parser.add_argument("--preset", metavar="NAME", help="named settings; own: for your own model in your own environment")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and what came of every task here")
+    parser.add_argument("--transcripts", type=Path, metavar="JSONL", help="write every episode here, with what the model was shown and said")
+    arguments = parser.parse_intermixed_args(argv)
+    # This model is all there is: a preset that leaves student and teacher to its user needs no others.
+    own = [f"{role}.path={arguments.model}" for role in ("student", "teacher")]
+    return arguments, load(arguments.preset, arguments.config, [*own, *arguments.settings])
+
+
+def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
+    """Answer `--help`, `--version` and the like (SystemExit) before torch is imported; whatever is wrong, `main` will say."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    with suppress(UserError), nullcontext() if speaks else redirect_stdout(io.StringIO()):
+        parse(sys.argv[1:])
+
+
 def key_help() -> str:
     """Every key by section: its default, what it takes and what it means."""
     lines: list[str] = []
@@ -83,19 +114,24 @@ def key_help() -> str:
     return "\n".join(lines[1:])
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """With `--version`; what it cannot read is a UserError."""
+
+    def __init__(self, program: str, **options) -> None:
+        super().__init__(prog=f"python -m {program}", allow_abbrev=False, **options)
+        self.add_argument("--version", action="version", version=f"atod_fast {__version__}", help="print the version and stop")
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def _parser(program: str) -> _Parser:
-    parser = _Parser(
-        prog=f"python -m {program}",
+def _parser(program: str) -> Parser:
+    parser = Parser(
+        program,
         usage="%(prog)s [CONFIG.toml] [--preset NAME] [section.key=value ...] [options]",
         description=_NOTES,
         epilog=f"keys, with their defaults:\n\n{key_help()}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
-        allow_abbrev=False,
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG.toml | key=value", help="a file of settings; single settings")
     parser.add_argument("--preset", metavar="NAME", help=f"named settings: {', '.join(PRESETS)}")
@@ -111,7 +147,7 @@ def _parser(program: str) -> _Parser:
     return parser
 
 
-def _unknown_option(option: str, parser: _Parser) -> str:
+def _unknown_option(option: str, parser: Parser) -> str:
     name = option.partition("=")[0].lstrip("-")
     flags = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
     if near := difflib.get_close_matches(name, flags, 1):

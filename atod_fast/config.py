@@ -5,10 +5,13 @@ Defaults are the embedded demo's. `settings.py` makes a Config of presets, files
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from atod_fast.methods import OBJECTIVES, nest
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -220,7 +223,28 @@ class Guard(Section):
     failed_environments: float = Field(0.5, ge=0, le=1, description="largest share of a rollout's or an evaluation's environments that may fail")
 
 
+def _over(below: Mapping[str, Any], given: Any) -> Any:
+    """`given`, a section or a table, and from `below` what it leaves out."""
+    if isinstance(given, Section):
+        given = {name: getattr(given, name) for name in given.model_fields_set}
+    if not isinstance(given, Mapping):
+        return given
+    inner = {name: _over(below[name], value) for name, value in given.items() if isinstance(below.get(name), dict)}
+    return {**below, **given, **inner}
+
+
+def _method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections that an `objective.preset` in `given` stands for; without one, those of `given` as they are by default."""
+    objective = _over({}, given.get("objective"))
+    preset = objective.get("preset") if isinstance(objective, dict) else None
+    if preset is None:
+        return {name: table for name, table in nest(OBJECTIVES[Objective().preset]).items() if name in given}
+    return nest(OBJECTIVES.get(preset, {})) if isinstance(preset, str) else {}
+
+
 class Config(Section):
+    """All settings. However it is made, `objective.preset` stands for the keys it owns, and keys given beside it win."""
+
     student: Student = Field(Student(), description="the model that acts and learns")
     teacher: Teacher = Field(Teacher(), description="the frozen model that scores")
     env: Env = Field(Env(), description="the world")
@@ -234,6 +258,17 @@ class Config(Section):
     observe: Observe = Field(Observe(), description="what is written down")
     guard: Guard = Field(Guard(), description="when to stop a run that has gone wrong")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, given: Any) -> Any:
+        return _over(_method(given), given) if isinstance(given, Mapping) else given
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Config:
+        """A Config with the sections of `update`. It is checked, and a preset in `update` expands, as in any Config."""
+        method = _method(update or {})
+        kept = self.model_dump()
+        return Config.model_validate({**kept, **_over({name: kept[name] for name in method}, method), **(update or {})})
+
     @property
     def teacher_scores(self) -> bool:
         """Whether any step of the schedule looks at the teacher; where none does, its weights are not loaded for training."""
@@ -246,11 +281,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Config:
-        if self.teacher_scores and not self.teacher.path:
+        taught = self.teacher.path or not self.teacher_scores
+        named = {"student.path": self.student.path, "teacher.path": taught, "env.name": self.env.name}
+        empty = [key for key, name in named.items() if not name]
+        if empty == ["teacher.path"]:
             raise ValueError(
                 'teacher.path="" names no teacher, and schedule.kappa gives imitation weight; '
                 "set teacher.path, or kappa to 0 throughout (objective.preset=grpo)"
             )
+        if empty:
+            raise ValueError(f"{', '.join(empty)}: empty; name your own: {' '.join(f'{key}=...' for key in empty)} (docs/environments.md)")
         if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
             raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
         if self.schedule.kappa.kind == "adaptive" and not self.teacher_plays:

@@ -7,6 +7,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class NotHere(UserError):
+    """What the settings point to cannot be reached: a file, a folder, a server. A dry run goes on without it."""
+
+
 class GuardError(Exception):
     """A run-time guard stopped the run: a non-finite loss, rollout and trainer log-probs that disagree, one of those below."""
 

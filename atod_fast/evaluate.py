@@ -1,6 +1,7 @@
 """Success of a checkpoint on held-out tasks.
 
     python -m atod_fast.evaluate runs/demo/hf eval.tasks=2000 eval.temperature=0.5 --out evaluation.json --transcripts episodes.jsonl
+    python -m atod_fast.evaluate Qwen/Qwen3-0.6B --preset own env.name=guess:Guess env.eval='{tasks=400, seed=1}'
     torchrun --nproc_per_node 2 -m atod_fast.evaluate demo:teacher
 
 Episodes have the same seeds for every model, so that two models can be compared game by game.
@@ -8,9 +9,14 @@ Episodes have the same seeds for every model, so that two models can be compared
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
+
+from atod_fast import cli
+
+if __name__ == "__main__":
+    cli.answer_early(lambda argv: cli.parse_evaluation(argv, __doc__))
+
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,7 +29,7 @@ from atod_fast.models import load_config, load_tokenizer, stop_ids
 from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
 from atod_fast.rollout.actor import Actor, check_failures, dated, make_engine
-from atod_fast.settings import check_engines, check_model, load
+from atod_fast.settings import check_engines, check_env, check_model
 from atod_fast.trajectory import Trajectory, outcomes
 
 EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
@@ -31,6 +37,7 @@ EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
 
 def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     """Trajectories of `model` on the first `eval.tasks` held-out tasks at `eval.temperature`, on every rank. Collective."""
+    check_env(config)
     shape = load_config(model)
     check_model(config, model, shape.to_dict())
     check_engines(config, ranks.world_size())
@@ -84,25 +91,12 @@ def make_place(option: str, path: Path) -> None:
         raise UserError(f"{option} {path} is a folder; give a file")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 @record
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input, 3 the model's log-probs are not finite, the engine broke down, or too many environments failed."""
-    parser = _Parser(prog="python -m atod_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")
-    parser.add_argument("--config", type=Path, metavar="TOML", help="settings file, such as a run's config.toml")
-    parser.add_argument("--preset", metavar="NAME", help="named settings")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and what came of every task here")
-    parser.add_argument("--transcripts", type=Path, metavar="JSONL", help="write every episode here, with what the model was shown and said")
     speaks = ranks.rank() == 0
     try:
-        arguments = parser.parse_intermixed_args(argv)
-        config = load(arguments.preset, arguments.config, arguments.settings)
+        arguments, config = cli.parse_evaluation(sys.argv[1:] if argv is None else argv, __doc__)
         for option, path in (("--out", arguments.out), ("--transcripts", arguments.transcripts)):
             if path is not None:
                 make_place(option, path)

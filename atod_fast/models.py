@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,6 +31,7 @@ from atod_fast.errors import UserError
 logger = getLogger(__name__)
 logging.disable_progress_bar()  # the run has a progress bar of its own
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DEMO_WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
 
 
@@ -48,7 +50,18 @@ def resolve(path: str) -> str:
         )
     if local and not (Path(path).expanduser() / "config.json").is_file():
         raise UserError(f"model path {path!r} holds no config.json; give a Hugging Face model folder or a hub name")
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    folder = str(Path(path).expanduser()) if path.startswith("~") else path
+    if not Path(folder).is_dir() and not _HUB_NAME.fullmatch(folder):
+        raise UserError(f"model path {path!r} is neither a folder with a config.json nor a hub name")
+    return folder
+
+
+def is_here(path: str, *names: str) -> bool:
+    """Whether one of these files of a model is on this machine, in its folder or in the Hugging Face cache."""
+    folder = resolve(path)
+    if Path(folder).is_dir():
+        return any((Path(folder) / name).is_file() for name in names)
+    return any(isinstance(try_to_load_from_cache(folder, name), str) for name in names)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -103,8 +116,8 @@ def _from_pretrained(loader, path: str, **options):
         raise UserError(f"model path {path!r} cannot be loaded ({reason}); give a Hugging Face model folder or a reachable hub name") from None
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    return _from_pretrained(AutoTokenizer, path)
+def load_tokenizer(path: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
+    return _from_pretrained(AutoTokenizer, path, local_files_only=offline)
 
 
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
@@ -114,9 +127,7 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTra
         UserError: the model cannot be loaded, is quantised, or its checkpoint lacks a weight.
     """
     config = load_config(path)
-    if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise UserError(f"model path {path!r} holds quantised weights ({method}); give a folder of its weights in bf16, fp16 or fp32")
+    check_quantised(path, config)
     for part in (config, config.get_text_config(decoder=True)):
         for name in [name for name, value in vars(part).items() if _NOISE.search(name) and type(value) in (int, float)]:
             setattr(part, name, 0.0)
@@ -142,6 +153,13 @@ def _load_whole(path: str, config: PretrainedConfig, **options) -> PreTrainedMod
     return model
 
 
+def check_quantised(path: str, config) -> None:
+    """UserError where a transformers configuration says that the weights are quantised."""
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise UserError(f"model path {path!r} holds quantised weights ({method}); give a folder of its weights in bf16, fp16 or fp32")
+
+
 # Settings of a configuration that make a forward pass in training mode random: probabilities of dropout, noise of a router.
 _NOISE = re.compile("drop|jitter_noise")
 
@@ -161,12 +179,12 @@ def _transformers_errors_only() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_config(path: str):
+def load_config(path: str, *, offline: bool = False):
     """The checkpoint's transformers configuration."""
-    return _from_pretrained(AutoConfig, path)
+    return _from_pretrained(AutoConfig, path, local_files_only=offline)
 
 
-def generation_config(path: str) -> dict[str, Any]:
+def generation_config(path: str, *, offline: bool = False) -> dict[str, Any]:
     """What the checkpoint's generation_config.json holds, as it stands there; empty where there is none.
 
     Raises:
@@ -175,7 +193,8 @@ def generation_config(path: str) -> dict[str, Any]:
     folder = resolve(path)
     name = "generation_config.json"
     try:
-        file = Path(folder) / name if Path(folder).is_dir() else cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+        options = {"local_files_only": offline, "_raise_exceptions_for_missing_entries": False}
+        file = Path(folder) / name if Path(folder).is_dir() else cached_file(folder, name, **options)
     except OSError:
         file = None
     if file is None or not Path(file).is_file():
@@ -189,19 +208,29 @@ def generation_config(path: str) -> dict[str, Any]:
     return found
 
 
-def stop_ids(path: str) -> list[int]:
+def stop_ids(path: str, *, offline: bool = False) -> list[int]:
     """Tokens at which the checkpoint's generation_config.json ends a text. Raises UserError for what is no id."""
-    found = generation_config(path).get("eos_token_id")
+    found = generation_config(path, offline=offline).get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise UserError(f"generation_config.json of model path {path!r}: eos_token_id = {found!r}: expected an id or a list of ids")
     return ids
 
 
-def skeleton(config) -> PreTrainedModel:
-    """The CausalLM of a transformers configuration, on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def skeleton(config, path: str = "", attention: str = "eager") -> PreTrainedModel:
+    """The CausalLM of a transformers configuration, on the meta device: names and shapes, no memory.
+
+    Raises:
+        UserError: it is none, or has no such attention on this machine. `path` is named then.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"student.attention: {attention} is not to be had for model path {path!r} ({reason}); set student.attention=auto") from None
 
 
 def weight_shapes(config) -> dict[str, torch.Size]:

@@ -1,4 +1,4 @@
-"""`--dry-run`: the resolved settings, and what a step takes in tokens and in memory, from config.json files alone.
+"""`--dry-run`: whether the run would start, the resolved settings, and what a step takes in tokens and in memory.
 
 The output is TOML, the plan its comments: `--dry-run > my.toml` is a start for a file of one's own. Memory is an upper
 bound by formula (each stated where it is computed), without allocator slack, CUDA context and kernels' workspaces.
@@ -6,24 +6,22 @@ bound by formula (each stated where it is computed), without allocator slack, CU
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from atod_kernels.problem import TILE
-from transformers import AutoConfig
+from transformers import PreTrainedModel
 
+from atod_fast import preflight
 from atod_fast.config import Config
 from atod_fast.errors import UserError
-from atod_fast.models import Attention, attention_shape, dtype_of, load_config, resolve, skeleton
+from atod_fast.models import attention_shape, dtype_of
 from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy.layout import find_layout
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
-from atod_fast.rollout import vllm_limits
 from atod_fast.rollout.actor import engine_kind
-from atod_fast.settings import check_env, check_model, check_world, to_toml
+from atod_fast.settings import demo_values_warning, to_toml
 
 PHASES = ("teacher's eval", "rollout", "score", "update")
 
@@ -69,59 +67,35 @@ def describe(config: Config, ranks: int) -> str:
     """The text of `--dry-run` for a run of `ranks` processes on this machine's kind of device.
 
     Raises:
-        UserError: settings that cannot run with so many ranks or with these models, a model folder that is not there.
+        UserError: what would refuse the run at its start.
     """
-    check_world(config, ranks)
-    check_env(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = preflight.look(config, ranks, device, offline=True)
+    preflight.look_at_tasks(config, found)
+    shapes = {role: shape_of(model.body) for role, model in found.models.items()}
     lines = [f"plan for {ranks} {'rank' if ranks == 1 else 'ranks'} on {device.type}, at most:"]
-    shapes = {}
-    for role, path in (("student", config.student.path), ("teacher", config.teacher.path)):
-        shapes[role] = load_shape(config, path)
-        if shapes[role] is None:
-            lines.append(f"{role} {path}: no folder here and not in the Hugging Face cache; its config.json is needed: hf download {path} config.json")
-        else:
-            lines.append(f"{role} {path}: {shapes[role].parameters:,} parameters")
-    student = shapes["student"]
-    if student and engine_kind(config, device) == "vllm":
-        heads = Attention(student.layers, student.heads, student.kv_heads, student.head_dim)
-        vllm_limits.check(config, heads, dtype_of(config.student.compute_dtype, device))
-        if not vllm_limits.supported():
-            lines.append(f"rollouts by vLLM {vllm_limits.SUPPORTED}, which is not installed here")
+    lines += [f"{role} {found.models[role].path}: {shape.parameters:,} parameters" for role, shape in shapes.items()]
+    if not config.teacher_scores:
+        played = ", which is evaluated before training alone" if config.teacher_plays else ""
+        lines.append(f"schedule.kappa is 0 throughout: no teacher scores{played}")
     step = step_bounds(config)
     lines += [
         f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = {step.trajectories:,} trajectories of {step.turns:,} turns",
         f"        {step.rows:,} rows of {step.tokens:,} tokens, {step.action_tokens:,} of them actions, in {step.updates:,} updates",
     ]
-    if all(shapes.values()):
-        lines += ["", *_table(list(memory(config, shapes["student"], shapes["teacher"], ranks, device)))]
+    if all(role in shapes for role, _ in preflight.used_models(config)):
+        lines += ["", *_table(list(memory(config, shapes["student"], shapes.get("teacher"), ranks, device)))]
     else:
-        lines.append("memory: known once both config.json files are here")
+        lines.append("memory: known once the models' config.json files are here")
+    lines += ["", "not checked:", *(f"  {line}" for line in found.unchecked), "  the weights themselves: a dry run reads none"]
+    if "student" in shapes and (warning := demo_values_warning(config, shapes["student"].parameters)):
+        lines = [warning, *lines]
     return to_toml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 
-def load_shape(config: Config, path: str) -> Shape | None:
-    """Shape of the model at `path`, built on the meta device; None for a hub name whose config.json is not on this machine."""
-    folder = resolve(path)
-    if Path(folder).is_dir():
-        model_config = load_config(path)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", folder):
-        try:
-            model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except OSError:
-            return None
-    else:
-        raise UserError(f"model path {path!r} is neither a folder with a config.json nor a hub name")
-    check_model(config, path, model_config.to_dict())
-    return shape_of(path, model_config)
-
-
-def shape_of(path: str, config) -> Shape:
-    """UserError for a model that the trainer cannot take apart."""
-    try:
-        model = skeleton(config)
-    except ValueError:
-        raise UserError(f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model") from None
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Sizes of a model, which may be on the meta device. UserError where the trainer cannot take it apart."""
+    config = model.config
     layout = find_layout(model)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.get_submodule(layout.blocks)]
     text = config.get_text_config(decoder=True)
@@ -196,8 +170,10 @@ def head_tiles(shape: Shape, kept: int, device: torch.device) -> int:
     return 4 * rows * (4 * columns + kept * max(columns, shape.vocabulary))
 
 
-def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: torch.device) -> Iterator[Item]:
+def memory(config: Config, student: Shape, teacher: Shape | None, ranks: int, device: torch.device) -> Iterator[Item]:
     """What a rank holds and when. P parameters and c bytes an element of student or teacher, W ranks.
+
+    `teacher` is None where it neither scores nor plays.
 
     Masters 4P/W, gradients 4P/W, AdamW 8P/W; the frozen teacher cP/W. The head's op adds the fp32 gradients of the
     hidden states [A, H] and of its weight [V, H] to its tiles, A being the action tokens of a micro-batch; lean, it
@@ -206,35 +182,38 @@ def memory(config: Config, student: Shape, teacher: Shape, ranks: int, device: t
     """
     c, ct = (dtype_of(part.compute_dtype, device).itemsize for part in (config.student, config.teacher))
     step, rollout, objective = step_bounds(config), config.rollout, config.objective
-    exact_loss = objective.divergence in FULL_VOCABULARY
-    exact = exact_loss or config.turns.disagreement == "exact"
-    mixture = objective.divergence in ("jsd", "skew_reverse_kl", "skew_forward_kl")
+    scores, plays = config.teacher_scores, config.teacher_plays
+    exact_loss = scores and objective.divergence in FULL_VOCABULARY
+    exact = exact_loss or (scores and config.turns.disagreement == "exact")
+    mixture = scores and objective.divergence in ("jsd", "skew_reverse_kl", "skew_forward_kl")
     share = -(-step.action_tokens // ranks)
     micro = min(max(config.train.microbatch_tokens, rollout.longest), -(-step.tokens // ranks))
-    phases = PHASES if config.eval.teacher else PHASES[1:]
+    phases = PHASES if plays else PHASES[1:]
 
     yield Item("student, fp32 masters", 4 * student.parameters / ranks, phases)
     yield Item("student, AdamW moments", 8 * student.parameters / ranks, PHASES[1:])
     yield Item("student, gradients", 4 * student.parameters / ranks, ("update",))
     yield Item("student, gathered", gathered(student, c), ("score", "update"))
     yield Item("student, gradients to reduce", min(student.parameters, student.root + student.block) * c, ("update",))
-    if not config.teacher.offload:
+    if scores and not config.teacher.offload:
         yield Item("teacher, shard", ct * teacher.parameters / ranks, phases)
-    yield Item("teacher, gathered", gathered(teacher, ct), ("score",))
+    if scores:
+        yield Item("teacher, gathered", gathered(teacher, ct), ("score",))
     if exact_loss:
         yield Item("teacher, head", teacher.root * ct, ("update",))
     if exact:
         yield Item("teacher, final hidden states", share * teacher.hidden * ct, ("score", "update") if exact_loss else ("score",))
 
-    cache, teacher_cache = (rollout.concurrency * rollout.longest * cache_line(shape, c) for shape in (student, teacher))
+    tokens = rollout.concurrency * rollout.longest
+    cache = tokens * cache_line(student, c)
     vllm, together = engine_kind(config, device) == "vllm", rollout.tensor_parallel
     if vllm:
         cache = rollout.kv_cache_gib * 2**30 or cache / together
     awake = ("rollout",) if device.type == "cuda" else phases
     yield Item("rollout engine, weights", student.parameters * c / together, awake if vllm else phases)
     yield Item("rollout engine, KV cache", cache, awake)
-    if config.eval.teacher:
-        yield Item("teacher's engine", teacher.parameters * c + teacher_cache, PHASES[:1])
+    if plays:
+        yield Item("teacher's engine", teacher.parameters * c + tokens * cache_line(teacher, c), PHASES[:1])
 
     yield Item("activations", micro * block_activations(student, c), ("score",))
     yield Item("activations", micro * activations(student, c, config.student.gradient_checkpointing), ("update",))

@@ -1,14 +1,15 @@
 """Settings to one Config: defaults < preset < TOML file < overrides `section.key=value`.
 
 Each level is a flat `{dotted key: value}` dict, so that laying one over another is a loop and every error can name its
-key. `objective.preset` expands first at its own level: it replaces what lower levels said about the keys it owns, and an
-explicit key of the same or a later level wins over it.
+key. `objective.preset` expands first at its own level (methods.py): it replaces what lower levels said about the keys it
+owns, and an explicit key of the same or a later level wins over it.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -22,47 +23,16 @@ from pydantic.fields import FieldInfo
 from atod_fast.config import Config, Section
 from atod_fast.envs import check
 from atod_fast.errors import UserError
+from atod_fast.methods import OBJECTIVES, Level, nest
 
-Level = dict[str, Any]  # {dotted key: value}
+LARGEST_TINY = 10_000_000  # parameters of a model that the demo's values may fit
 FOLDER = Path(__file__).with_name("presets")
 
 # A preset is one or more files laid over each other: the paper's common settings, its task, its models.
-PRESETS: dict[str, tuple[str, ...]] = {name: (name,) for name in ("demo", "demo-searchqa", "demo-webshop")} | {
-    f"{task}-{size}": ("paper", task, size) for task in ("alfworld", "webshop", "searchqa") for size in ("0.6b", "1.7b", "4b")
-}
-
-
-def _schedule(kind: str, kappa: tuple[float, float], rho: tuple[float, float]) -> Level:
-    slides = {"kappa": kappa, "rho": rho}
-    return {f"schedule.{name}.{key}": value for name, ends in slides.items() for key, value in zip(("kind", "start", "end"), (kind, *ends), strict=True)}
-
-
-# An objective preset owns the keys that say *which* method runs, the same keys in each. What is tuned to a task or a model
-# (horizon and hold, clip ranges, entropy bonus, penalty, min_turns, min_disagreement) it leaves alone.
-_PAPER: Level = {
-    "objective.divergence": "k1",
-    "objective.advantage": "grpo",
-    "objective.normalise_std": True,
-    "objective.baseline": "rows",  # verl-agent's default; the paper does not settle it
-    "objective.aggregation": "token",
-    "objective.tis_cap": 2.0,
-    **_schedule("linear", kappa=(1.0, 0.1), rho=(1.0, 2.0)),
-    "turns.disagreement": "sampled",
-    "turns.uncertainty": "sampled",
-    "turns.normalise": "minmax",
-    "turns.fuse": "softor",
-    "turns.scope": "trajectory",
-    "turns.budget": "raw",
-}
-_EXACT = {"objective.divergence": "reverse_kl", "turns.disagreement": "exact", "turns.uncertainty": "exact", "turns.budget": "mean1"}
-_UNIFORM = {"turns.fuse": "uniform"}
-OBJECTIVES: dict[str, Level] = {
-    "paper": _PAPER,
-    "exact": _PAPER | _EXACT,
-    "opd": _PAPER | _UNIFORM | _schedule("constant", kappa=(1.0, 1.0), rho=(0.0, 0.0)),
-    "grpo": _PAPER | _UNIFORM | _schedule("constant", kappa=(0.0, 0.0), rho=(1.0, 1.0)),
-    "fixed": _PAPER | _schedule("constant", kappa=(1.0, 1.0), rho=(1.0, 1.0)),
-    "sequential": _PAPER | _UNIFORM | _schedule("step", kappa=(1.0, 0.0), rho=(0.0, 1.0)),
+PRESETS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("demo", "demo-searchqa", "demo-webshop")},
+    "own": ("paper", "own"),
+    **{f"{task}-{size}": ("paper", task, size) for task in ("alfworld", "webshop", "searchqa") for size in ("0.6b", "1.7b", "4b")},
 }
 
 
@@ -97,7 +67,7 @@ def load(preset: str | None = None, file: Path | None = None, overrides: Sequenc
         _lay_over(merged, level)
         origin |= dict.fromkeys(level, source)
     try:
-        return Config.model_validate(_nest(merged))
+        return Config.model_validate(nest(merged))
     except ValidationError as error:
         raise UserError(_explain(error, merged, origin)) from None
 
@@ -142,6 +112,24 @@ def check_model(config: Config, path: str, model: Mapping[str, Any]) -> None:
     if positions is not None and rollout.longest > positions:
         size = "rollout.prompt_tokens" if rollout.context == "full" else "rollout.prompt_tokens + rollout.response_tokens"
         raise UserError(f"{size} = {rollout.longest} exceeds the {positions} positions of model {path!r}; lower rollout.prompt_tokens or take another model")
+
+
+def demo_values_warning(config: Config, parameters: int) -> str | None:
+    """One line where a student of so many parameters would be trained with values tuned to the demo's tiny one, else None."""
+    default = defaults()
+    tuned = {
+        "train.learning_rate": config.train.learning_rate,
+        "rollout.prompt_tokens": config.rollout.prompt_tokens,
+        "rollout.response_tokens": config.rollout.response_tokens,
+    }
+    left = [f"{key}={value:g}" for key, value in tuned.items() if value == default[key]]
+    if not left or parameters <= LARGEST_TINY or config.student.path.startswith("demo:"):
+        return None
+    return (
+        f"WARNING: {', '.join(left)}: the embedded demo's, for 0.2 million parameters; student.path={config.student.path!r} has "
+        f"{parameters / 1e6:,.0f} million and is likely to lose what it knows. Start from --preset own, "
+        "with train.learning_rate=1e-6 for 0.5 billion parameters and more, 1e-5 for about 135 million"
+    )
 
 
 def defaults() -> Level:
@@ -234,17 +222,6 @@ def _flatten(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterato
             raise UserError(f"{source}{key} = {show(value)}: expected a section of keys such as {next(k for k in FIELDS if k.startswith(f'{key}.'))}")
 
 
-def _nest(level: Level) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in level.items():
-        *sections, name = key.split(".")
-        table = out
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[name] = value
-    return out
-
-
 def _lay_over(merged: Level, level: Level) -> None:
     objective = level.get("objective.preset")
     if isinstance(objective, str):
@@ -277,16 +254,51 @@ def _explain(error: ValidationError, merged: Level, origin: Mapping[str, str]) -
     return f"{origin.get(key, '')}{key} = {show(value)}: expected {expected(field)}{near}"
 
 
+ELSEWHERE = {  # what other trainers call a key
+    "batch_size": "train.tasks_per_step",
+    "train_batch_size": "train.tasks_per_step",
+    "num_generations": "train.group_size",
+    "rollout_n": "train.group_size",
+    "mini_batch_size": "train.minibatch_rows",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "max_grad_norm": "train.grad_clip",
+    "model": "student.path",
+    "model_path": "student.path",
+    "model_name_or_path": "student.path",
+    "max_new_tokens": "rollout.response_tokens",
+    "max_completion_length": "rollout.response_tokens",
+    "max_response_length": "rollout.response_tokens",
+    "max_prompt_length": "rollout.prompt_tokens",
+    "max_model_len": "rollout.prompt_tokens",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `name` was most likely meant to be. A key's last part may be right and its section not."""
+    """The one of `known` that `name` was most likely meant to be.
+
+    Its last part may be right and its section not, shortened (`lr`, `temp`), what other trainers say, or misspelt.
+    """
     known = list(known)
     leaf = name.rpartition(".")[2]
-    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(name, same_leaf, 1, 0.0) or difflib.get_close_matches(name, known, 1)
-    if not near:
-        leaves = {other.rpartition(".")[2]: other for other in known}
-        near = [leaves[found] for found in difflib.get_close_matches(leaf, leaves, 1)]
+    leaves = {other: other.rpartition(".")[2] for other in known}
+    exact = [other for other in known if leaves[other] == leaf]
+    short = [other for other in known if len(leaf) > 1 and _shortens(leaf.replace("_", ""), leaves[other].split("_"))]
+    foreign = [other for other in known if other == ELSEWHERE.get(leaf)]
+    if found := exact or foreign or short:
+        sections = {other.rpartition(".")[0]: other for other in reversed(found)}
+        return next((sections[near] for near in difflib.get_close_matches(name.rpartition(".")[0], sections, 1)), found[0])
+    by_leaf = {leaf: other for other, leaf in leaves.items()}
+    near = difflib.get_close_matches(name, known, 1) or [by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, 1)]
     return near[0] if near else None
+
+
+def _shortens(short: str, words: Sequence[str]) -> bool:
+    """Whether `short` is made of beginnings of the `words`, one of each."""
+    if not words:
+        return not short
+    shared = len(os.path.commonprefix([short, words[0]]))
+    return any(_shortens(short[letters:], words[1:]) for letters in range(1, shared + 1))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

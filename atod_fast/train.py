@@ -14,9 +14,15 @@ torchrun --nproc_per_node 8 -m atod_fast.train --preset alfworld-1.7b  eight GPU
 
 from __future__ import annotations
 
+import sys
+
+from atod_fast import cli
+
+if __name__ == "__main__":
+    cli.answer_early(cli.parse)
+
 import io
 import resource
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
@@ -26,11 +32,11 @@ import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from atod_fast import cli, objective, plan, ranks, rundir
+from atod_fast import objective, plan, preflight, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, EnvironmentsLost, GuardError, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
-from atod_fast.models import compare_tokenizers, dtype_of, load_config, load_tokenizer, stop_ids
+from atod_fast.models import dtype_of, stop_ids
 from atod_fast.observe import curves, transcripts
 from atod_fast.observe.advice import Advice
 from atod_fast.observe.console import Console
@@ -40,7 +46,7 @@ from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
 from atod_fast.rollout.actor import Actor, check_failures, dated, engine_kind, make_engine
 from atod_fast.rollout.engine import Engine
-from atod_fast.settings import check_env, check_model, check_world, load, to_toml
+from atod_fast.settings import demo_values_warning, load, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
@@ -58,22 +64,19 @@ class Run:
         config = resumed_config(options, resume) if resume else options.config
         self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
         self.advice = Advice(config)
-        check_world(config, ranks.world_size())
+        models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened
         torch.manual_seed(config.train.seed)
 
-        check_env(config)  # before a model is fetched for a world that is not there
         if config.env.train == config.env.eval:
             self.console.say("env.train and env.eval are the same: held-out success will be that of training tasks")
-        shape, self.tokenizer = load_config(config.student.path), load_tokenizer(config.student.path)
-        check_model(config, config.student.path, shape.to_dict())
-        if config.teacher_scores or config.teacher_plays:
-            check_model(config, config.teacher.path, load_config(config.teacher.path).to_dict())
-            compare_tokenizers(self.tokenizer, load_tokenizer(config.teacher.path))
-        self.export_dtype = shape.dtype or torch.float32
-        columns, stops = shape.get_text_config().vocab_size, stop_ids(config.student.path)
-        self.actor = Actor(config, self.tokenizer, columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
-        if not len(self.actor.training):  # opened here: what is wrong with it is said before anything is played
-            raise UserError("env.train holds no tasks; give it some")
+        student = models["student"]
+        if warning := demo_values_warning(config, student.parameters):
+            self.console.say(warning, style="bold yellow")
+        self.tokenizer = student.tokenizer
+        self.export_dtype = student.config.dtype or torch.float32
+        stops = stop_ids(config.student.path)
+        self.actor = Actor(config, self.tokenizer, student.columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
+        _ = self.actor.training  # opened here: what is wrong with it is said before anything is played
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
         self.engine = make_engine(config, config.student.path, self.device, filled=False, say=self.console.say)
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
@@ -310,6 +313,12 @@ class Run:
         self.console.say(f"model {self.run_dir / 'hf'}, curves {self.run_dir / 'curves.png'}")
 
 
+def planned_config(options: cli.Options) -> Config:
+    """The settings of the run that `options` would start or go on with. UserError where its folder refuses it."""
+    _, resume = rundir.choose(options.name, options.run_dir, options.resume)
+    return resumed_config(options, resume) if resume else options.config
+
+
 def resumed_config(options: cli.Options, resume: Path) -> Config:
     """The settings of the run that is resumed, under those of the command line; with a preset or a file, just those."""
     saved = resume.parent.parent / "config.toml"
@@ -389,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
             options = cli.parse(sys.argv[1:] if argv is None else argv)
         if options.dry_run:
             if speaks:
-                print(plan.describe(options.config, ranks.world_size()))
+                print(plan.describe(planned_config(options), ranks.world_size()))
             return 0
         with Interrupt() as interrupt:
             return Run(options, interrupt).train()

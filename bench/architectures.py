@@ -26,7 +26,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 
 from atod_fast import ranks
 from atod_fast.errors import UserError
-from atod_fast.models import attention_of, load_model
+from atod_fast.models import attention_of, load_model, skeleton
 from atod_fast.plan import shape_of
 from atod_fast.policy import checkpoint
 from atod_fast.policy.layout import Logits
@@ -449,7 +449,7 @@ def row(family: Family) -> str:
                 return load_model(path, torch.float32, attention).eval()
 
             cells = [verdict(check, path, load) for check in (roll_out, teach, learn)]
-            planned = verdict(lambda: shape_of(path, AutoConfig.from_pretrained(path)) and None)  # noqa: B023
+            planned = verdict(lambda: shape_of(skeleton(config)) and None)  # noqa: B023
             if planned.split(":")[0] != cells[2].split(":")[0]:  # a dry run says what a run says
                 cells[2] += f"; its plan: {planned}"
             results.append(cells)

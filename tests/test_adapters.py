@@ -15,7 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_rendering import make_tokenizer
 from tiny import save_model
@@ -33,6 +33,7 @@ from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.prompts import prompt_for
 from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.rollout.rendering import ChatRenderer
+from atod_fast.settings import demo_values_warning
 from atod_fast.trajectory import Turn
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "environments.md").read_text(encoding="utf-8")
@@ -115,7 +116,7 @@ def test_the_page_s_commands_train_and_evaluate(page, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer()
     for seed, name in enumerate(("student", "teacher")):
-        save_model(tmp_path / name, seed=seed, vocabulary=len(tokenizer) + 3, positions=1024)
+        save_model(tmp_path / name, seed=seed, vocabulary=len(tokenizer) + 3, positions=4096)
         tokenizer.save_pretrained(tmp_path / name)
     (_, _, program, *settings), (_, _, other, *arguments) = COMMANDS[:2]
     assert (program, other) == ("atod_fast.train", "atod_fast.evaluate")
@@ -130,7 +131,10 @@ def test_the_page_s_commands_train_and_evaluate(page, tmp_path, monkeypatch, cap
 def test_every_command_of_the_page_says_what_the_program_understands():
     for _, _, program, *arguments in COMMANDS:
         if program == "atod_fast.train":
-            env = cli.parse(arguments).config.env
+            config = cli.parse(arguments).config
+            assert config.train.learning_rate == 1e-6 and config.rollout.context == "window" and "--preset own" in " ".join(arguments)
+            assert demo_values_warning(config, 596_049_920) is None
+            env = config.env
             options = env.options | env.train
             if env.name == "gymnasium":
                 pytest.importorskip("gymnasium")
@@ -390,6 +394,7 @@ def test_without_gymnasium_or_websockets_the_extra_is_named(monkeypatch):
 
 @given(st.text(max_size=200), st.integers(16, 120))
 def test_what_is_shown_is_bounded_and_free_of_control_characters(text, chars):
+    assume(adapter.CUT not in text)
     env = adapter.Adapter(tasks=1, seed=0, won=1, instructions="", chars=chars)
     shown = env._fit(text + "\x1b[2J\x1b]0;title\x07\u202e\ud800")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", shown) and "[2J" not in shown

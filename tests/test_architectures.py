@@ -23,7 +23,7 @@ from transformers import (
 
 from atod_fast import train
 from atod_fast.errors import UserError
-from atod_fast.models import DEMO_WEIGHTS, Reach, attention_of
+from atod_fast.models import DEMO_WEIGHTS, Reach, attention_of, skeleton
 from atod_fast.plan import shape_of
 from atod_fast.policy.layout import Logits
 from atod_fast.policy.model import CausalPolicy, Head, HeadJob
@@ -185,7 +185,7 @@ def test_what_the_trainer_cannot_take_apart_is_refused_with_its_type_and_what_is
         with pytest.raises(UserError, match=f"{reason}.*; use another model$"):
             CausalPolicy(model)
     with pytest.raises(UserError, match="'gemma3' holds its text decoder inside"):  # a dry run, without weights
-        shape_of("model", gemma.config)
+        shape_of(skeleton(gemma.config))
     granite = make(NAMES["Granite"])
     granite.config.logits_scaling, forward_as = 1.0, granite.forward
     granite.forward = lambda **inputs: forward_as(**inputs).__class__(logits=forward_as(**inputs).logits * 3)

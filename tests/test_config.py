@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any, Literal, get_args, get_origin
@@ -11,11 +12,27 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from atod_fast.cli import WIDTH, parse
-from atod_fast.config import Config
+from atod_fast import __version__
+from atod_fast.cli import WIDTH, parse, parse_evaluation
+from atod_fast.config import Config, Env, Objective, Schedule, Slide, Student, Teacher, Train, Turns
 from atod_fast.errors import UserError
-from atod_fast.settings import FIELDS, OBJECTIVES, PRESETS, TABLES, check_model, check_world, defaults, is_section, load, override_level, preset_level, to_toml
+from atod_fast.settings import (
+    FIELDS,
+    OBJECTIVES,
+    PRESETS,
+    TABLES,
+    check_model,
+    check_world,
+    defaults,
+    demo_values_warning,
+    is_section,
+    load,
+    override_level,
+    preset_level,
+    to_toml,
+)
 
+OWN = ["student.path=/models/mine", "teacher.path=/models/larger", "env.name=guess:Guess"]  # what preset `own` asks for
 KEYS = [key for key, field in FIELDS.items() if not is_section(field)]
 
 
@@ -133,6 +150,59 @@ def test_the_family_of_objectives():
     assert (exact.objective.divergence, exact.turns.disagreement, exact.turns.uncertainty, exact.turns.budget) == ("reverse_kl", "exact", "exact", "mean1")
 
 
+# --- the same from Python
+
+
+def same(*configs: Config) -> bool:
+    return all(values(config) == values(configs[0]) for config in configs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_preset_expands_however_a_config_is_made(name):
+    chosen = {"preset": name}
+    start = load(overrides=["objective.preset=fixed", "objective.divergence=k2", "turns.fuse=max", "schedule.rho.end=7"])
+    assert same(
+        load(overrides=[f"objective.preset={name}"]),
+        Config(objective=chosen),
+        Config(objective=Objective(preset=name)),
+        Config(objective=Objective(preset=name), schedule={}, turns=Turns()),
+        Config.model_validate({"objective": chosen}),
+        Config.model_validate_json(f'{{"objective": {{"preset": "{name}"}}}}'),
+        Config().model_copy(update={"objective": chosen}),
+        start.model_copy(update={"objective": Objective(preset=name)}),
+    )
+
+
+def test_keys_given_beside_the_preset_win_and_the_rest_is_the_presets():
+    tables = {"objective": {"preset": "grpo", "clip": 0.3}, "schedule": {"kappa": {"horizon": 10}}, "turns": {"fuse": "max"}}
+    models = {
+        "objective": Objective(preset="grpo", clip=0.3),
+        "schedule": Schedule(kappa=Slide(horizon=10)),
+        "turns": Turns(fuse="max"),
+    }
+    wanted = load(overrides=["objective.preset=grpo", "objective.clip=0.3", "schedule.kappa.horizon=10", "turns.fuse=max"])
+    assert same(wanted, Config(**tables), Config(**models), Config(**models | {"schedule": {"kappa": Slide(horizon=10)}}))
+    assert (wanted.schedule.kappa.start, wanted.schedule.kappa.horizon, wanted.turns.fuse) == (0.0, 10, "max")
+    assert Config(schedule={"rho": {"horizon": 10}}) == load(overrides=["schedule.rho.horizon=10"]), "a slide is filled up with its own ends"
+
+
+def test_a_copy_is_a_checked_config_that_differs_in_what_was_asked_for():
+    start = load(overrides=["objective.preset=opd", "train.seed=3", "schedule.kappa.horizon=9"])
+    copy = start.model_copy(update={"train": Train(steps=7)})
+    assert values(copy) == values(start) | {"train.steps": 7, "train.seed": 0}, "a section is replaced, others are left as they are"
+    assert start.model_copy() == start
+    moved = start.model_copy(update={"objective": {"preset": "sequential"}})
+    assert moved.schedule.kappa == Slide(kind="step", start=1.0, end=0.0, horizon=9)
+    with pytest.raises(ValidationError, match="train.steps"):
+        start.model_copy(update={"train": {"steps": 0}})
+
+
+@pytest.mark.parametrize("objective", ["grpo", {"preset": "grop"}, {"preset": 3}, 3])
+def test_what_is_no_objective_is_refused(objective):
+    with pytest.raises(ValidationError, match="objective"):
+        Config(objective=objective)
+
+
 # --- presets of the paper's runs
 
 SETTINGS = (
@@ -211,6 +281,46 @@ def test_the_demo_of_another_world_differs_in_the_world_its_models_and_the_size_
     assert found["env.name"] == world and found["env.train"]["seed"] != found["env.eval"]["seed"]
 
 
+# --- one's own model and environment
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_preset_of_ones_own_names_what_is_left_to_be_given(count):
+    line = message("--preset", "own", *OWN[count:])
+    for number, setting in enumerate(OWN):
+        assert (setting.partition("=")[0] in line) == (number < count)
+    assert "empty" in line
+
+
+def test_the_preset_of_ones_own_needs_no_teacher_where_none_scores():
+    config = parse(["--preset", "own", OWN[0], OWN[2], "objective.preset=grpo"]).config
+    assert not config.teacher_scores and not config.teacher_plays
+
+
+def test_the_preset_of_ones_own_holds_nothing_of_the_demo():
+    found, demo = values(load("own", None, OWN)), values(Config())
+    assert (found["env.options"], found["env.train"], found["env.eval"]) == ({}, {}, {})
+    assert {key: found[key] for key in COMMON if key not in ("rollout.response_tokens", "eval.temperature")} == {
+        key: COMMON[key] for key in COMMON if key not in ("rollout.response_tokens", "eval.temperature")
+    }
+    tuned = ("train.learning_rate", "train.betas", "train.weight_decay", "rollout.context", "rollout.prompt_tokens", "rollout.response_tokens")
+    assert all(found[key] != demo[key] for key in tuned)
+    assert found["student.compute_dtype"] == found["teacher.compute_dtype"] == "auto"
+
+
+def test_the_demo_s_values_are_warned_of_where_a_real_model_meets_them():
+    real = {"student": Student(path="/models/mine"), "teacher": Teacher(path="/models/larger"), "env": Env(name="guess:Guess")}
+    line = demo_values_warning(Config(**real), 135_000_000)
+    assert "\n" not in line
+    for part in ("train.learning_rate=0.0007", "rollout.response_tokens=9", "/models/mine", "135 million", "--preset own", "1e-6", "1e-5"):
+        assert part in line
+    half = demo_values_warning(load("own", None, [*OWN, "train.learning_rate=7e-4"]), 596_000_000)
+    assert "train.learning_rate=0.0007" in half and "rollout.response_tokens" not in half
+    assert demo_values_warning(Config(**real), 9_000_000) is None, "tiny models of one's own"
+    assert demo_values_warning(Config(), 135_000_000) is None, "the demo itself"
+    assert all(demo_values_warning(load(name, None, OWN), 4_000_000_000) is None for name in PRESETS if not name.startswith("demo"))
+
+
 # --- free tables
 
 
@@ -275,6 +385,20 @@ def test_the_last_of_equal_overrides_wins():
         (["trian.steps=3"], ["train.steps?"]),
         (["learning_rate=3"], ["train.learning_rate?"]),
         (["turns.normalize=rank"], ["turns.normalise?"]),
+        (["train.lr=1e-6"], ["train.lr is not a key", "train.learning_rate?"]),
+        (["lr=1e-6"], ["train.learning_rate?"]),
+        (["train.wd=0"], ["train.weight_decay?"]),
+        (["temperature=1"], ["rollout.temperature?"]),
+        (["eval.temp=1"], ["eval.temperature?"]),
+        (["train.batch_size=8"], ["train.tasks_per_step?"]),
+        (["model=x"], ["student.path?"]),
+        (["epochs=2"], ["train.epochs?"]),
+        (["train.seeds=2"], ["train.seed?"]),
+        (["rollout.tp=2"], ["rollout.tensor_parallel?"]),
+        (["rollout.max_new_tokens=2"], ["rollout.response_tokens?"]),
+        (["--lr", "3"], ["train.learning_rate=VALUE"]),
+        (["student.path="], ["student.path: empty"]),
+        (["teacher.path="], ["teacher.path", "objective.preset=grpo"]),
         (["train.steps=0"], ["train.steps = 0", "int >= 1"]),
         (["train.steps=ten"], ['train.steps = "ten"', "int >= 1"]),
         (["train.steps=2.0"], ["train.steps = 2.0", "int >= 1"]),
@@ -430,7 +554,7 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path, data):
 def test_every_preset_reads_back_equal(tmp_path):
     for name in PRESETS:
         for objective in OBJECTIVES:
-            config = load(name, None, [f"objective.preset={objective}"])
+            config = load(name, None, [f"objective.preset={objective}", *OWN])
             (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
             assert load(file=tmp_path / "config.toml") == config
 
@@ -466,14 +590,29 @@ def test_list_presets_names_each(capsys):
     assert all(len(line.split()) > 3 for line in lines)
 
 
-def test_help_needs_neither_torch_nor_transformers():
-    code = """
-import sys
-from atod_fast.cli import parse
+@pytest.mark.parametrize("call", ["train --help", "train --list-presets", "train --version", "evaluate --help", "evaluate --version"])
+def test_what_only_prints_imports_neither_torch_nor_transformers(call):
+    program, flag = call.split()
+    code = f"""
+import runpy, sys
+sys.argv = [{program!r}, {flag!r}]
 try:
-    parse(["--help"])
+    runpy.run_module("atod_fast.{program}", run_name="__main__", alter_sys=True)
 finally:
-    print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)), file=sys.stderr)
+    print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert {"--help": "usage: ", "--list-presets": "own ", "--version": f"atod_fast {__version__}\n"}[flag] in done.stdout
+
+
+def test_a_rank_other_than_the_first_prints_no_help():
+    found = [
+        subprocess.run([sys.executable, "-m", "atod_fast.train", "--version"], capture_output=True, text=True, env=os.environ | {"RANK": rank}) for rank in "01"
+    ]
+    assert [(done.returncode, bool(done.stdout)) for done in found] == [(0, True), (0, False)]
+
+
+def test_an_evaluation_of_ones_own_needs_no_other_model_than_its_own():
+    arguments, config = parse_evaluation(["Qwen/Qwen3-0.6B", "--preset", "own", OWN[2], "eval.tasks=5"], None)
+    assert (arguments.model, config.student.path, config.env.name, config.eval.tasks) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "guess:Guess", 5)

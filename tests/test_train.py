@@ -19,6 +19,7 @@ from atod_fast import evaluate, ranks, train
 from atod_fast.errors import UserError
 from atod_fast.models import resolve
 from atod_fast.policy.learner import Learner
+from atod_fast.rollout import vllm_limits
 
 CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty turns/weight_mean loss/total policy/kl
 policy/entropy policy/clip_fraction sync/logprob_gap time/rollout time/teacher time/train time/resync perf/tokens_per_second memory/peak_gib""".split()
@@ -282,6 +283,7 @@ def test_a_chat_model_learns_in_windows_of_the_last_turns(tmp_path):
 )
 def test_bad_input_is_one_clear_line(tmp_path, capfd, monkeypatch, settings, words):
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.setattr(vllm_limits, "installed", lambda: None)
     run(tmp_path / "run", *settings, code=2)
     (line,) = [text for text in capfd.readouterr().err.splitlines() if text.startswith("atod_fast:")]
     assert all(word in line for word in words), line
@@ -296,11 +298,12 @@ def test_a_run_folder_is_never_overwritten(three_steps, capfd):
 
 def test_a_teacher_with_other_tokens_is_refused(tmp_path, capfd):
     save_model(tmp_path / "teacher")
-    tokenizer = AutoTokenizer.from_pretrained(resolve("demo:student"))
-    tokenizer.add_tokens(["unheard"])
-    tokenizer.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(resolve("demo:student")).save_pretrained(tmp_path / "teacher")
     run(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", code=2)
-    assert "'unheard'" in capfd.readouterr().err
+    assert "has 61 columns, too few for token 1" in capfd.readouterr().err
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    run(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", code=2)
+    assert "have different tokenizers" in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capfd, monkeypatch):

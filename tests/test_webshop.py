@@ -720,7 +720,7 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, option, conte
         ({"generate": 5, "nouns": "spicy"}, "did you mean spacy?"),
         ({"generate": 5, "splits": "test"}, "did you mean split?"),
         ({"generate": 5, "reward": 4}, "has no option 'reward'"),
-        ({"generate": 5, "split": ["test"]}, "split=['test'] is not one of"),
+        ({"generate": 5, "split": ["test"]}, "split=['test'] must be text"),
         ({"products": 5, "attributes": ATTRIBUTES}, "products=5 is no file's path"),
         ({"products": ITEMS, "attributes": ["x"]}, "attributes=['x'] is no file's path"),
         ({"products": ITEMS, "attributes": ATTRIBUTES, "human_goals": 3}, "human_goals=3 is no file's path"),

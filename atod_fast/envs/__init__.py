@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
+import traceback
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from atod_fast.envs.protocol import Environment
-from atod_fast.errors import UserError
+from atod_fast.errors import NotHere, UserError
 
 GROUP = "atod_fast.envs"  # entry points by which other packages offer their worlds
 MEMBERS = ("instant", "__len__", "reset", "step", "clone", "close")  # of the protocol
@@ -26,17 +30,37 @@ BUILT_IN = {
 def make(name: str, **options: Any) -> Environment:
     """The environment `name` with its options.
 
-    `name`: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`. UserError as `check`, and for what makes no
-    `Environment`.
+    `name`: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`.
+
+    Raises:
+        UserError: as `check`; whatever its constructor raises, in one line; it makes no `Environment`.
+        NotHere: the constructor did not find a file or a server.
     """
-    made = check(name, options)(**options)
+    factory = check(name, options)
+    try:
+        made = factory(**options)
+    except UserError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        kind = NotHere if isinstance(error, OSError) else UserError
+        raise kind(
+            f"env.name={name!r} cannot be made with {given or 'no options'}: {reason} ({os.path.basename(at.filename)}:{at.lineno}); "
+            "correct env.options, env.train or env.eval"
+        ) from error
     if missing := [member for member in MEMBERS if not hasattr(made, member)]:
         raise UserError(f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; docs/environments.md says what they owe")
     return made
 
 
 def check(name: str, options: Mapping[str, Any]) -> Any:
-    """What makes the environment `name`, which is not made yet; UserError for an unknown name or option, and for an option that is missing."""
+    """What makes the environment `name`, which is not made yet.
+
+    Raises:
+        UserError: an unknown name or option, an option that is missing, a value that is not what the option is annotated as.
+    """
     factory = find(name)
     try:
         parameters = inspect.signature(factory).parameters
@@ -48,10 +72,16 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
                 near = get_close_matches(option, parameters, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(parameters) or 'none'}"
                 raise UserError(f"env.name={name!r} has no option {option!r}; {hint}")
+    hints = _hints(factory)
     for option, parameter in parameters.items():
-        required = parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if required and option not in options:
-            raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in env.train and env.eval")
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if option not in options:
+            if parameter.default is parameter.empty:
+                raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in env.train and env.eval")
+        elif options[option] is not parameter.default and not _fits(options[option], hints.get(option)):
+            where = "correct env.options, env.train or env.eval"
+            raise UserError(f"env.name={name!r}: {option}={options[option]!r} must be {_named(hints[option])}; {where}")
     return factory
 
 
@@ -76,6 +106,41 @@ def _load(target: str, name: str) -> Any:
         found = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"env.name={name!r} cannot be loaded: {error}") from error
+    except Exception as error:
+        raise UserError(f"env.name={name!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
     return found
+
+
+def _hints(factory: Any) -> dict[str, Any]:
+    """Annotations of the arguments of `factory`; none where they cannot be resolved."""
+    try:
+        return get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except Exception:
+        return {}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type, as far as that is a plain one, a container or a choice of these; else True.
+
+    Contents of containers are not looked at. A whole number is a float, a path is a str, true and false are no numbers.
+    """
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin in (int, float):
+        return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
+    plain = {bool: bool, str: (str, os.PathLike), list: (list, tuple), tuple: (list, tuple), dict: Mapping, NoneType: NoneType}
+    return isinstance(value, plain.get(origin, object)) if isinstance(origin, type) else True
+
+
+def _named(kind: Any) -> str:
+    """A type in the words of a configuration."""
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return " or ".join(_named(part) for part in get_args(kind) if part is not NoneType)  # TOML has no word for None
+    if origin is Literal:
+        return " | ".join(map(repr, get_args(kind)))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", tuple: "a list", dict: "a table"}
+    return words.get(origin, inspect.formatannotation(kind)) if isinstance(origin, type) else str(kind)

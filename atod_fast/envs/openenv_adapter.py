@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from atod_fast.envs.adapter import Adapter, one_line
 from atod_fast.envs.options import require
 from atod_fast.envs.protocol import Info
-from atod_fast.errors import UserError
+from atod_fast.errors import NotHere, UserError
 
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
@@ -101,7 +101,8 @@ class OpenEnv(Adapter):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"url={url!r}: {one_line(error)}; see that the server runs, and correct env.options") from error
+            kind = NotHere if isinstance(error, OSError) else UserError
+            raise kind(f"url={url!r}: {one_line(error)}; see that the server runs, and correct env.options") from error
         finally:
             self.close()
 

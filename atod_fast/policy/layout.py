@@ -92,7 +92,7 @@ class Logits(NamedTuple):
 @torch.no_grad()
 def find_logits(model: PreTrainedModel, layout: Layout) -> Logits:
     """The softcap and the scale, 1 or what one of `SCALES` says, with which the head gives what the model's own forward
-    makes of some hidden states.
+    makes of some hidden states; 1 and none on the meta device, where there are no values.
 
     Raises:
         UserError: it makes something else of them.
@@ -111,6 +111,8 @@ def find_logits(model: PreTrainedModel, layout: Layout) -> Logits:
     finally:
         del backbone.forward
     raw = head(hidden)[0].float()
+    if raw.is_meta:
+        return Logits()
     for scale in (1.0, *told, *(1 / value for value in told)):
         expected = raw * scale
         if softcap is not None:

@@ -121,12 +121,17 @@ class CausalPolicy(nn.Module):
         return hidden if job is None else self.parts.head(hidden, job)
 
 
-def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None:
-    """liger-kernel's RMSNorm, RoPE and SwiGLU in place of transformers' (its loss heads are not used)."""
+def uses_liger(mode: str, device: torch.device) -> bool:
+    """Whether `student.liger` means yes on this device; UserError for `on` where it cannot be."""
     present = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     if mode == "on" and not present:
         raise UserError("student.liger='on' needs CUDA and liger-kernel; pip install 'atod_fast[cuda]' or set student.liger=auto")
-    if mode == "off" or not present:
+    return mode != "off" and present
+
+
+def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None:
+    """liger-kernel's RMSNorm, RoPE and SwiGLU in place of transformers' (its loss heads are not used)."""
+    if not uses_liger(mode, device):
         return
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 

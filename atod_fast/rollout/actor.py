@@ -38,15 +38,13 @@ class Actor:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, stop_ids: Sequence[int] = (), *, rank: int, ranks: int):
         self.config, self.rank, self.ranks = config, rank, ranks
-        self.heldout = make(config.env.name, **(config.env.options | config.env.eval))
-        if len(self.heldout) < config.eval.tasks:
-            raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {len(self.heldout)} held-out tasks of env.eval; lower it or give more")
+        self.heldout = open_heldout(config)
         self.renderer = make_renderer(config, tokenizer, columns, self.heldout, stop_ids)
 
     @cached_property
     def training(self) -> Environment:
         """Made when first asked for: an evaluation needs none."""
-        return make(self.config.env.name, **(self.config.env.options | self.config.env.train))
+        return open_training(self.config)
 
     def _share(self, engine: Engine) -> tuple[int, int]:
         """Number of this rank's engine among all of its kind, and theirs."""
@@ -81,6 +79,22 @@ class Actor:
             engine.follow()
             return []
         return rollout(engine, env, self.renderer, episodes, self.config, temperature=temperature, progress=progress)
+
+
+def open_heldout(config: Config) -> Environment:
+    """The environment of env.eval. UserError as `make`, and where it has fewer than eval.tasks tasks."""
+    env = make(config.env.name, **(config.env.options | config.env.eval))
+    if len(env) < config.eval.tasks:
+        raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {len(env)} held-out tasks of env.eval; lower it or give more")
+    return env
+
+
+def open_training(config: Config) -> Environment:
+    """The environment of env.train. UserError as `make`, and where it has no task."""
+    env = make(config.env.name, **(config.env.options | config.env.train))
+    if not len(env):
+        raise UserError("env.train holds no tasks; give it some")
+    return env
 
 
 def _seed(*words: int) -> int:
@@ -169,8 +183,6 @@ def make_engine(
     vllm_limits.check(config, shape, dtype)
     if filled:
         check_weights(model_path)
-    else:
-        vllm_limits.check_experts(load_config(model_path), device)
     engine = vllm_engine.build(
         model_path,
         dtype,

@@ -66,6 +66,18 @@ def rollout(
     live = asked = finished = tokens = 0
     failures: set[str] = set()
     sampling = Sampling(how.temperature if temperature is None else temperature, how.response_tokens, renderer.stop_ids, renderer.valid_columns)
+
+    def end(play: _Play) -> None:
+        nonlocal live, finished
+        trajectory = play.trajectory
+        if trajectory.failure is not None and trajectory.failure not in failures:  # who reads the trajectories counts the others of a kind
+            failures.add(trajectory.failure)
+            logger.warning("task %d, turn %d: the environment failed: %s", trajectory.task, len(trajectory.turns), trajectory.failure)
+        engine.release(play.key)
+        pool.release(play.key)
+        live -= 1
+        finished += 1
+
     with closing(Pool(env, workers=config.env.workers, timeout=config.env.step_timeout)) as pool, ExitStack() as last:
         last.callback(engine.end)
         engine.begin(sampling)
@@ -74,14 +86,13 @@ def rollout(
                 play = waiting.popleft()
                 pool.reset(play.key, play.episode.env_seed, play.episode.task)
                 live += 1
-            over = []
             for answer in pool.ready(wait=not asked):
                 request = plays[answer.key].next(answer)
                 if request is not None:
                     engine.add(request)
                     asked += 1
                 else:
-                    over.append(plays[answer.key])
+                    end(plays[answer.key])
             completions = engine.step() if asked else []
             for completion in completions:
                 command = plays[completion.key].act(completion)
@@ -90,16 +101,7 @@ def rollout(
                 if command is not None:
                     pool.step(completion.key, command)
                 else:
-                    over.append(plays[completion.key])
-            for play in over:
-                trajectory = play.trajectory
-                if trajectory.failure is not None and trajectory.failure not in failures:  # others of a kind are counted by who reads them
-                    failures.add(trajectory.failure)
-                    logger.warning("task %d, turn %d: the environment failed: %s", trajectory.task, len(trajectory.turns), trajectory.failure)
-                engine.release(play.key)
-                pool.release(play.key)
-                live -= 1
-                finished += 1
+                    end(plays[completion.key])
             if progress is not None:
                 progress(finished, len(plays), sum(len(play.trajectory.turns) for play in plays), tokens)
     return [play.trajectory for play in plays]

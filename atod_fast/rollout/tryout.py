@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from atod_fast.errors import UserError
 from atod_fast.models import reaches
 from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
-from atod_fast.rollout.forward import FORWARDS, MakeForward
+from atod_fast.rollout.forward import FORWARDS, CacheForward, MakeForward
 
 TOKENS = 36  # of the longest sequence
 WINDOW = 7  # what a sliding window or a chunk is narrowed to meanwhile
@@ -39,6 +39,8 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
     """
     attention, length = model.config._attn_implementation, min(max_model_len, TOKENS)
     why = ""
+    if model.device.type == "meta":
+        return CacheForward  # without weights there is nothing to try
     if not _finite(model):
         return FORWARDS[0]  # nothing can be told of it; the first answer will say why
     with _narrowed(model, max_model_len):

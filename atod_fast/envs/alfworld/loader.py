@@ -12,7 +12,7 @@ from pathlib import Path
 from atod_fast.envs.alfworld.game import Game
 from atod_fast.envs.alfworld.generator import TASK_TYPES
 from atod_fast.envs.alfworld.pddl import GameError
-from atod_fast.errors import UserError
+from atod_fast.errors import NotHere, UserError
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 GAME_FILE = "game.tw-pddl"
@@ -26,12 +26,12 @@ def split_folder(split: str, data: str | None) -> Path:
         raise UserError(f"split={split!r} is not one of {', '.join(SPLITS)}" + (f"; did you mean {near[0]}?" if near else ""))
     root = data or os.environ.get("ALFWORLD_DATA")
     if not root:
-        raise UserError(f"split={split!r} needs data=<folder> or $ALFWORLD_DATA (run alfworld-download), or use generate=N")
+        raise NotHere(f"split={split!r} needs data=<folder> or $ALFWORLD_DATA (run alfworld-download), or use generate=N")
     candidates = [*sorted(Path(root).expanduser().glob(f"json_*/{split}")), Path(root).expanduser() / split]
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise UserError(f"data={str(root)!r} holds no json_2.1.1/{split}; point it at the folder alfworld-download filled")
+    raise NotHere(f"data={str(root)!r} holds no json_2.1.1/{split}; point it at the folder alfworld-download filled")
 
 
 def find_games(paths: Iterable[str | os.PathLike]) -> list[Path]:
@@ -44,7 +44,7 @@ def find_games(paths: Iterable[str | os.PathLike]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise UserError(f"games: {str(path)!r} does not exist; give game files, or folders with {GAME_FILE} files")
+            raise NotHere(f"games: {str(path)!r} does not exist; give game files, or folders with {GAME_FILE} files")
     return found
 
 

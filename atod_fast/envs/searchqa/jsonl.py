@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from atod_fast.errors import UserError
+from atod_fast.errors import NotHere, UserError
 
 T = TypeVar("T")
 PACKED = (b"\xfd7zXZ", b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"PK")  # how files of xz, gzip, bzip2, zstd and zip begin
@@ -30,7 +30,8 @@ def read_jsonl(
         try:
             file = path.open("rb")
         except OSError as error:
-            raise UserError(f"{option}={str(path)!r} cannot be read ({error.strerror}); give a JSON-lines file") from None
+            kind = NotHere if isinstance(error, FileNotFoundError) else UserError
+            raise kind(f"{option}={str(path)!r} cannot be read ({error.strerror}); give a JSON-lines file") from None
         with file:
             for number, line in enumerate(file, 1):
                 read(len(line))

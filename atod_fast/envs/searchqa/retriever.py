@@ -10,7 +10,7 @@ from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.passages import Passage, read_passages
 from atod_fast.envs.searchqa.post import without_secrets
 from atod_fast.envs.searchqa.store import load
-from atod_fast.errors import UserError
+from atod_fast.errors import NotHere
 
 
 class RetrieverError(Exception):
@@ -42,7 +42,7 @@ def local_path(retriever: str) -> Path:
     """Where an index folder or a corpus is. UserError where nothing is."""
     path = Path(retriever).expanduser()
     if not path.is_dir() and not path.is_file():
-        raise UserError(f"retriever={without_secrets(retriever)!r} is no index folder, no corpus .jsonl and no http(s) URL; give one of these")
+        raise NotHere(f"retriever={without_secrets(retriever)!r} is no index folder, no corpus .jsonl and no http(s) URL; give one of these")
     return path
 
 

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from atod_fast.errors import UserError
+from atod_fast.errors import NotHere, UserError
 
 CHUNK = 1 << 20  # characters read at a time
 LONGEST_ENTRY = 1 << 26  # characters; beyond, a bracket was never closed
@@ -54,7 +54,8 @@ def read(option: str, path: str | Path, limit: int, parse: Callable[[Any], T]) -
                             f"{option}={str(path)!r} has more than malformed={limit} malformed entries, the first {bad[0]}; mend the file or raise malformed"
                         ) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, Malformed) as error:
-        raise UserError(f"{option}={str(path)!r} cannot be read: {error}; give one of WebShop's data files") from error
+        kind = NotHere if isinstance(error, FileNotFoundError) else UserError
+        raise kind(f"{option}={str(path)!r} cannot be read: {error}; give one of WebShop's data files") from error
     finally:
         if 0 < len(bad) <= limit:
             _log.warning("%s=%r: left out %d malformed entries: %s", option, str(path), len(bad), "; ".join(bad[:SHOWN]) + ("; ..." if bad[SHOWN:] else ""))

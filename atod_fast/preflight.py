@@ -1,0 +1,161 @@
+"""What refuses a run at its start, asked before a weight is loaded: by the run itself, and by its `--dry-run`.
+
+A run stops at the first refusal. A dry run fetches nothing: what is not on this machine it lists as not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from atod_fast.config import Config
+from atod_fast.errors import NotHere, UserError
+from atod_fast.models import (
+    attention_of,
+    attention_shape,
+    check_quantised,
+    compare_tokenizers,
+    dtype_of,
+    is_here,
+    load_config,
+    load_tokenizer,
+    skeleton,
+    stop_ids,
+)
+from atod_fast.policy.model import CausalPolicy, uses_liger
+from atod_fast.published import CONFIGS
+from atod_fast.rollout import vllm_limits
+from atod_fast.rollout.actor import engine_kind, make_renderer, open_heldout, open_training
+from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.settings import check_env, check_model, check_world
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A student or a teacher without its weights."""
+
+    path: str
+    config: object  # of transformers
+    body: PreTrainedModel  # on the meta device
+    tokenizer: PreTrainedTokenizerBase | None  # None: not on this machine, in a dry run
+
+    @property
+    def parameters(self) -> int:
+        """Counted once where they are shared."""
+        return sum(parameter.numel() for parameter in self.body.parameters())
+
+    @property
+    def columns(self) -> int:
+        """Width of the head."""
+        return self.config.get_text_config().vocab_size
+
+
+@dataclass
+class Found:
+    models: dict[str, Model] = field(default_factory=dict)  # by role; in a dry run those whose shape is known
+    unchecked: list[str] = field(default_factory=list)  # what a dry run could not look at, and why
+
+
+def look(config: Config, ranks: int, device: torch.device, *, offline: bool = False) -> Found:
+    """The models of a run of `ranks` processes on `device`.
+
+    Raises:
+        UserError: the settings contradict each other, the environment's options are wrong, or a model cannot be used so.
+    """
+    check_world(config, ranks)
+    check_env(config)  # before a model is fetched for an environment that is not there
+    found = Found()
+    for role, path in used_models(config):
+        model = _offline(role, path, found.unchecked) if offline else (load_config(path), load_tokenizer(path))
+        if model is None:
+            continue
+        shape, tokenizer = model
+        check_model(config, path, shape.to_dict())
+        found.models[role] = Model(path, shape, _body(config, role, path, shape, device), tokenizer)
+    uses_liger(config.student.liger, device)
+    if engine_kind(config, device) == "vllm":
+        if "student" in found.models:
+            vllm_limits.check(config, attention_shape(found.models["student"].config), dtype_of(config.student.compute_dtype, device))
+            vllm_limits.check_experts(found.models["student"].config, device)
+        vllm_limits.check_installed()
+    student, teacher = found.models.get("student"), found.models.get("teacher")
+    if student and teacher and student.tokenizer is not None:
+        if teacher.tokenizer is not None:
+            compare_tokenizers(student.tokenizer, teacher.tokenizer)
+        last = max(i for i in student.tokenizer.get_vocab().values() if i < student.columns)
+        if last >= teacher.columns:
+            raise UserError(
+                f"teacher.path={teacher.path!r} has {teacher.columns} columns, too few for token {last} of student.path={student.path!r}; "
+                "use a teacher of the student's family"
+            )
+    return found
+
+
+def look_at_tasks(config: Config, found: Found) -> None:
+    """What a run asks of its environments before it plays: opens both splits, and words their prompts for the student."""
+    student = found.models.get("student")
+    with _noting(found, "env.eval"), closing(open_heldout(config)) as env:
+        if student and student.tokenizer is not None:
+            make_renderer(config, student.tokenizer, student.columns, env, stop_ids(student.path, offline=True))
+    with _noting(found, "env.train"):
+        open_training(config).close()
+
+
+@contextmanager
+def _noting(found: Found, key: str) -> Iterator[None]:
+    """What is not here is not checked."""
+    try:
+        yield
+    except NotHere as error:
+        found.unchecked.append(f"{key}: {error}")
+
+
+def used_models(config: Config) -> Iterator[tuple[str, str]]:
+    """(role, path) of the models that a run loads."""
+    yield "student", config.student.path
+    if config.teacher_scores or config.teacher_plays:
+        yield "teacher", config.teacher.path
+
+
+def _offline(role: str, path: str, unchecked: list[str]) -> tuple[object, PreTrainedTokenizerBase | None] | None:
+    """Configuration and tokenizer from this machine, or the published configuration; None where there is neither."""
+    missing = [] if is_here(path, *WEIGHT_FILES) else ["weights"]
+    tokenizer = None
+    if is_here(path, *TOKENIZER_FILES):
+        tokenizer = load_tokenizer(path, offline=True)
+    else:
+        missing.insert(0, "tokenizer")
+    shape = load_config(path, offline=True) if is_here(path, "config.json") else None
+    remark = ""
+    if shape is None:
+        missing.insert(0, "config.json")
+        facts = CONFIGS.get(path)
+        shape = facts and AutoConfig.for_model(**facts)
+        remark = ", planned as published" if shape else f"; for its part of the plan: hf download {path} config.json"
+    if missing:
+        unchecked.append(f"{role}.path={path!r}: {', '.join(missing)} not on this machine{remark}")
+    return (shape, tokenizer) if shape else None
+
+
+def _body(config: Config, role: str, path: str, shape, device: torch.device) -> PreTrainedModel:
+    """The model without its weights; UserError where it cannot act, score or learn as it is asked to."""
+    check_quantised(path, shape)
+    compute = (config.student if role == "student" else config.teacher).compute_dtype
+    dtype = dtype_of(compute, device)
+    attention = attention_of(config.student.attention, device, dtype, shape)
+    if attention == "flash_attention_2" and dtype == torch.float32:
+        raise UserError(f"student.attention={attention} computes in 16 bits, and {role}.compute_dtype={compute} is fp32 here; set it to bf16")
+    body = skeleton(shape, path, attention)
+    if role == "student" or config.teacher_scores:
+        CausalPolicy(body)
+    plays = engine_kind(config, device) == "transformers" if role == "student" else config.teacher_plays
+    if plays:
+        TransformersEngine(body, slots=1, max_model_len=config.rollout.longest, device="meta")
+    return body
