@@ -26,7 +26,7 @@ class Student(Section):
         "auto", description="forward and backward precision; masters are always fp32; auto = bf16 on CUDA, fp32 on a CPU"
     )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
-        "auto", description="auto = flash_attention_2 where flash-attn is installed and CUDA present, else sdpa"
+        "auto", description="auto = flash_attention_2 where flash-attn is installed, CUDA present and the model has it, else sdpa, else eager"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations of each block in the backward pass")
     head: Literal["auto", "fast", "lean"] = Field(

@@ -46,7 +46,7 @@ def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
     config, columns = dated(config), shape.get_text_config().vocab_size
     actor = Actor(config, load_tokenizer(model), columns, stop_ids(model), rank=ranks.rank(), ranks=ranks.world_size())
     ranks.be_patient(limit(config, engines, instant=actor.heldout.instant))
-    engine = make_engine(config, model, device)
+    engine = make_engine(config, model, device, say=console.say)
     ranks.doing("evaluating")
     mine: list[Trajectory] = []
     failure: UserError | GuardError | None = None

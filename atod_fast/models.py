@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file, logging
 
 from atod_fast.errors import UserError
@@ -70,12 +71,40 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def attention_of(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`auto` is flash-attn where it is installed and can run: on CUDA, in 16 bits."""
+def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) -> str:
+    """The attention that a model of the transformers configuration `config` computes with.
+
+    `auto` is flash-attn where it is installed and can run, on CUDA in 16 bits; else sdpa; else, and where sdpa would leave
+    out a softcap of the attention's scores, eager.
+
+    Raises:
+        UserError: `name` is sdpa for a model whose scores have a softcap.
+    """
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+    if name == "sdpa" and capped:
+        raise UserError(f"student.attention='sdpa' leaves out the softcap of a {config.model_type} model's scores; use auto or eager")
     if name != "auto":
         return name
-    flash = device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn")
-    return "flash_attention_2" if flash else "sdpa"
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
+    if device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn") and model._supports_flash_attn:
+        return "flash_attention_2"
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
+
+
+class Reach(NamedTuple):
+    """Which tokens before its own, and itself, a token of a layer sees."""
+
+    kind: str  # as transformers names it: full_attention, sliding_attention, chunked_attention, or what is no such attention
+    size: int | None = None  # of the window or the chunks
+
+
+def reaches(config) -> list[Reach]:
+    """Of every decoder layer of a transformers configuration, by the rule of transformers' caches."""
+    text = config.get_text_config(decoder=True)
+    sizes = {"sliding_attention": getattr(text, "sliding_window", None), "chunked_attention": getattr(text, "attention_chunk_size", None)}
+    usual = next((kind for kind, size in sizes.items() if size is not None), "full_attention")
+    kinds = getattr(text, "layer_types", None) or [usual] * text.num_hidden_layers
+    return [Reach(kind, sizes.get(kind)) for kind in kinds]
 
 
 def _from_pretrained(loader, path: str, **options):
@@ -188,7 +217,7 @@ def stop_ids(path: str, *, offline: bool = False) -> list[int]:
     return ids
 
 
-def skeleton(config, path: str = "", attention: str = "sdpa") -> PreTrainedModel:
+def skeleton(config, path: str = "", attention: str = "eager") -> PreTrainedModel:
     """The CausalLM of a transformers configuration, on the meta device: names and shapes, no memory.
 
     Raises:
@@ -209,6 +238,12 @@ def weight_shapes(config) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in skeleton(config).named_parameters(remove_duplicate=False)}
 
 
+def as_saved(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of `model`, which may be a skeleton, as its checkpoint holds them: transformers renames some, and keeps a layer's
+    experts in one tensor. One weight may become several, and needs no other for it."""
+    return revert_weight_conversion(model, weights)
+
+
 class Attention(NamedTuple):
     """What decides how large a key/value cache is, and over how many ranks heads can be shared."""
 
@@ -221,7 +256,7 @@ class Attention(NamedTuple):
 def attention_shape(config) -> Attention:
     """Of a transformers configuration's decoder."""
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # a model without attention has no such cache
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Attention(text.num_hidden_layers, heads, getattr(text, "num_key_value_heads", None) or heads, width)
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from atod_fast import preflight
 from atod_fast.config import Config
-from atod_fast.errors import UserError
 from atod_fast.models import attention_shape, dtype_of
 from atod_fast.objective import FULL_VOCABULARY
+from atod_fast.policy.layout import find_layout
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
 from atod_fast.rollout.actor import engine_kind
 from atod_fast.settings import demo_values_warning, to_toml
@@ -71,7 +71,7 @@ def describe(config: Config, ranks: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = preflight.look(config, ranks, device, offline=True)
     preflight.look_at_tasks(config, found)
-    shapes = {role: shape_of(model.path, model.body) for role, model in found.models.items()}
+    shapes = {role: shape_of(model.body) for role, model in found.models.items()}
     lines = [f"plan for {ranks} {'rank' if ranks == 1 else 'ranks'} on {device.type}, at most:"]
     lines += [f"{role} {found.models[role].path}: {shape.parameters:,} parameters" for role, shape in shapes.items()]
     if not config.teacher_scores:
@@ -92,25 +92,32 @@ def describe(config: Config, ranks: int) -> str:
     return to_toml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 
-def shape_of(path: str, model: PreTrainedModel) -> Shape:
-    """Sizes of the model at `path`. UserError where it has no blocks `model.layers`."""
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Sizes of a model, which may be on the meta device. UserError where the trainer cannot take it apart."""
     config = model.config
-    try:
-        blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
-    except AttributeError:
-        raise UserError(f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model") from None
+    layout = find_layout(model)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.get_submodule(layout.blocks)]
     text = config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())
-    experts = getattr(text, "num_experts_per_tok", None)
     return Shape(
         parameters=parameters,
         block=max(blocks),
         root=parameters - sum(blocks),
         hidden=text.hidden_size,
-        intermediate=experts * text.moe_intermediate_size if experts else text.intermediate_size,
+        intermediate=_intermediate(text),
         **attention_shape(config)._asdict(),
         vocabulary=text.vocab_size,
     )
+
+
+def _intermediate(text) -> int:
+    """Width of the feed-forward parts one token passes through: of the chosen experts, or of the only one; usually four times the hidden size."""
+    names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+    width = next((value for name in names if (value := getattr(text, name, None)) is not None), 4 * text.hidden_size)
+    experts = getattr(text, "num_experts_per_tok", None)
+    if experts:
+        return experts * (getattr(text, "moe_intermediate_size", None) or width)
+    return max(width) if isinstance(width, list | tuple) else width
 
 
 def step_bounds(config: Config) -> Step:

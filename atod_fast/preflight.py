@@ -83,6 +83,7 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
     if engine_kind(config, device) == "vllm":
         if "student" in found.models:
             vllm_limits.check(config, attention_shape(found.models["student"].config), dtype_of(config.student.compute_dtype, device))
+            vllm_limits.check_experts(found.models["student"].config, device)
         vllm_limits.check_installed()
     student, teacher = found.models.get("student"), found.models.get("teacher")
     if student and teacher and student.tokenizer is not None:
@@ -148,7 +149,7 @@ def _body(config: Config, role: str, path: str, shape, device: torch.device) -> 
     check_quantised(path, shape)
     compute = (config.student if role == "student" else config.teacher).compute_dtype
     dtype = dtype_of(compute, device)
-    attention = attention_of(config.student.attention, device, dtype)
+    attention = attention_of(config.student.attention, device, dtype, shape)
     if attention == "flash_attention_2" and dtype == torch.float32:
         raise UserError(f"student.attention={attention} computes in 16 bits, and {role}.compute_dtype={compute} is fp32 here; set it to bf16")
     body = skeleton(shape, path, attention)

@@ -84,7 +84,7 @@ class Run:
         engines = check_engines(config, ranks.world_size())
         ranks.be_patient(limit(config, engines, instant=self.actor.heldout.instant))
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
-        self.engine = make_engine(config, config.student.path, self.device, filled=False)
+        self.engine = make_engine(config, config.student.path, self.device, filled=False, say=self.console.say)
         self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
 
         self.done = 0  # steps
@@ -285,7 +285,7 @@ class Run:
         if self.config.teacher_plays:
             # With transformers: a second vLLM in the process could not be taken down without the first one's process groups.
             self.engine.sleep()
-            teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers")
+            teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers", say=self.console.say)
             found |= self.evaluate(teacher, "evaluating the teacher", teacher=True)
             del teacher
             self.resync()

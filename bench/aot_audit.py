@@ -123,14 +123,15 @@ def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[st
     v = variant
     function = next(getattr(module, v.kernel) for module in (triton_tiles, triton_fused, triton_turns) if hasattr(module, v.kernel))
     operand, teacher = "bf16" if v.bits == 16 else "fp32", bool(v.kind)
-    constants: dict[str, Any] = {"KIND": v.kind, "A": 0.0, "B": 0.0, "CAP_S": 0.0, "CAP_T": 0.0, "PRECISION": "ieee", "PARTS": 1}
+    constants: dict[str, Any] = {"KIND": v.kind, "A": 0.0, "B": 0.0, "CAP_S": 0.0, "CAP_T": 0.0, "SCALE_T": 1.0}
+    constants |= {"PRECISION": "ieee", "PARTS": 1}
     constants |= {k: x for k, x in config.items() if k.isupper()}
     types = dict.fromkeys(("zs", "zt", "inverse", "temperature", "parts", "stats", "upstream", "look"), "*fp32")
     types |= dict.fromkeys(("xs", "ws", "xt", "wt", "bias_s", "bias_t"), f"*{operand}") | {"dz": f"*{v.dz}", "target": "*i64", "valid": "*u8"}
     if v.kind in MIXTURES:
         constants |= {"A": 0.5, "B": 0.5}
     if v.extras:
-        constants |= {"CAP_S": 30.0, "CAP_T": 50.0 if teacher else 0.0}
+        constants |= {"CAP_S": 30.0, "CAP_T": 50.0 if teacher else 0.0, "SCALE_T": 0.5 if teacher else 1.0}
     else:
         constants |= dict.fromkeys(("bias_s", "bias_t", "valid", "inverse", "temperature"))
     if v.kernel.endswith("kernel"):

@@ -37,10 +37,9 @@ def per_unit(policy: CausalPolicy) -> Iterator[tuple[str, Tensor]]:
     """`stream_weights` without prefetch."""
     names = {module: prefix for prefix, module in policy.named_modules()}
     for unit in units(policy):
-        unit[0].unshard()
-        for module in unit:
-            yield from ((n, p.detach()) for n, p in module.named_parameters(prefix=names[module], remove_duplicate=False) if not isinstance(p, DTensor))
-        unit[0].reshard()
+        unit.unshard()
+        yield from ((n, p.detach()) for n, p in unit.named_parameters(prefix=names[unit], remove_duplicate=False) if not isinstance(p, DTensor))
+        unit.reshard()
 
 
 @torch.no_grad()

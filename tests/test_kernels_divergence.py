@@ -85,6 +85,7 @@ options = st.fixed_dictionaries(
         "schedule": st.sampled_from(SCHEDULES),
         "softcap": st.sampled_from((None, 4.0)),
         "teacher_softcap": st.sampled_from((None, 6.0)),
+        "teacher_scale": st.sampled_from((1.0, 0.3)),
     }
 )
 
@@ -365,7 +366,7 @@ def arguments(case, divergence="jsd", lean=False, **tensors):
     """The operators' flat arguments."""
     named = {"student_bias": None, "teacher_bias": None, "temperature": None, "valid_columns": None} | case | tensors
     order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "target", "temperature", "valid_columns")
-    return tuple(named[k] for k in order) + (0.0, 0.0, divergence, 0.5, "", 0, lean, False)
+    return tuple(named[k] for k in order) + (0.0, 0.0, 1.0, divergence, 0.5, "", 0, lean, False)
 
 
 def test_lean_holds_tiles_and_fast_a_chunk():
@@ -488,6 +489,7 @@ bad = {
     "temperature requires a gradient": {"temperature": torch.ones(4, requires_grad=True)},
     "softcap is -1": {"softcap": -1.0},
     "teacher_softcap is 0": {"teacher_softcap": 0.0},
+    "teacher_scale is -1": {"teacher_scale": -1},
     "alpha is 1.5": {"alpha": 1.5},
     "divergence is 'kl'": {"divergence": "kl"},
     "schedule is 'slow'": {"schedule": "slow"},

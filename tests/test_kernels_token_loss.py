@@ -196,7 +196,7 @@ def test_it_compiles_to_one_graph_where_dynamo_traces_autograd(check):
 def test_the_inner_passes_pass_opcheck():
     case = make(dtype=torch.float32)
     order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight")
-    flat = (*(case[k] for k in order), None, case["target"], None, None, 0.0, 0.0, "jsd", 0.5, "", 0, False, False)
+    flat = (*(case[k] for k in order), None, case["target"], None, None, 0.0, 0.0, 1.0, "jsd", 0.5, "", 0, False, False)
     kept = torch.zeros(2, 7 * 43)
     torch.library.opcheck(operators.chunk_forward, (*flat, 7, 14, kept))
     stats = operators.chunk_forward(*flat, 7, 14, kept)

@@ -87,7 +87,7 @@ def test_the_small_gradients_of_fp16_are_not_lost(schedule):
 
 
 options = {
-    "everything": {"temperature": 0.7, "softcap": 5.0, "teacher_softcap": 4.0},
+    "everything": {"temperature": 0.7, "softcap": 5.0, "teacher_softcap": 4.0, "teacher_scale": 1.7},
     "per token": {"temperature": torch.linspace(0.5, 2, 9), "softcap": 5.0},
     "no target": {"target": None},
 }

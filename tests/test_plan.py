@@ -63,7 +63,7 @@ def tiny(tmp_path) -> list[str]:
 
 
 def shape_of(config) -> plan.Shape:
-    return plan.shape_of("m", skeleton(config))
+    return plan.shape_of(skeleton(config))
 
 
 def held(config, phase: str, ranks: int = 1, device=CPU) -> dict[str, float]:

@@ -241,9 +241,6 @@ def test_a_request_without_room_for_its_response_is_refused():
 def test_models_the_engine_cannot_run_are_refused():
     with pytest.raises(UserError, match="rollout.prompt_tokens.*200.*128"):
         TransformersEngine(copy.deepcopy(MODEL), slots=1, max_model_len=200, device="cpu")
-    sliding = make_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    with pytest.raises(UserError, match="sliding_attention"):
-        make_engine(sliding)
     engine = make_engine()
     with pytest.raises(ValueError, match="valid_columns"):
         engine.begin(sampling(valid_columns=torch.ones(VOCABULARY + 1, dtype=torch.bool)))

@@ -11,11 +11,11 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from atod_fast import ranks
 from atod_fast.errors import UserError
-from atod_fast.models import load_config, resolve, skeleton
+from atod_fast.models import as_saved, generation_config, load_config, skeleton
+from atod_fast.policy.layout import find_layout
 from atod_fast.policy.model import CausalPolicy
 
 
@@ -38,14 +38,19 @@ def write(path: Path, weights: Mapping[str, Tensor], source: str, tokenizer: Pre
     config = load_config(source)
     dtype = config.dtype or torch.float32
     model = skeleton(config)
+    layout = find_layout(model)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        wanted.pop("lm_head.weight", None)
+        wanted.pop(f"{layout.head}.weight", None)
     if odd := [name for name, shape in wanted.items() if name not in weights or weights[name].shape != shape]:
         raise UserError(f"the weights are not those of student.path={source!r}: {odd[0]} is missing or of another shape; name the model that was trained")
     path.mkdir(parents=True, exist_ok=True)
-    # A gathered tensor may be a view of a padded buffer, which safetensors refuses.
-    save_torch_state_dict({name: weights[name].to(dtype).clone() for name in wanted}, str(path))
+    # Copies: a gathered tensor may be a view of a padded buffer, which safetensors refuses. A buffer may hold integers.
+    saved = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in as_saved(model, {name: weights[name] for name in wanted}).items()
+    }
+    save_torch_state_dict(saved, str(path))
 
     def write_config() -> None:
         model.config.dtype = dtype
@@ -53,9 +58,7 @@ def write(path: Path, weights: Mapping[str, Tensor], source: str, tokenizer: Pre
 
     def write_generation_config() -> None:
         # As JSON: what transformers reads there it need not agree to write.
-        facts = _generation_config(source)
-        if facts is None:
-            facts = model.generation_config.to_diff_dict()
+        facts = generation_config(source) or model.generation_config.to_diff_dict()
         if stop_ids is not None:
             facts["eos_token_id"] = sorted(stop_ids)
         (path / "generation_config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -73,11 +76,3 @@ def write(path: Path, weights: Mapping[str, Tensor], source: str, tokenizer: Pre
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
             lines.append(f"{name} of {path} could not be written ({type(error).__name__}: {reason}); the weights are there: copy it from {source}")
     return lines
-
-
-def _generation_config(source: str) -> dict | None:
-    try:
-        file = cached_file(resolve(source), "generation_config.json")
-    except OSError:  # it has none
-        return None
-    return json.loads(Path(file).read_text(encoding="utf-8")) if file else None

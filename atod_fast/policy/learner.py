@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.errors import GuardError
-from atod_fast.models import attention_of, dtype_of
+from atod_fast.models import dtype_of
 from atod_fast.objective import FULL_VOCABULARY, Streams, diagnostics, loss_function, token_signals
 from atod_fast.policy.model import HeadJob, build_student
 from atod_fast.policy.packing import collate, plan
@@ -63,14 +63,12 @@ class Learner:
             self.student.parameters(), lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
         )
         self.updates = 0  # of the weights, so far; one that has begun counts
-        columns = self.student.lm_head.weight.shape[0]
-        if valid_columns is None and self.teacher and columns != self.teacher.policy.lm_head.weight.shape[0]:
+        columns = self.student.parts.head.weight.shape[0]
+        if valid_columns is None and self.teacher and columns != self.teacher.policy.parts.head.weight.shape[0]:
             valid_columns = torch.ones(columns, dtype=torch.bool)
         self.valid_columns = None if valid_columns is None else valid_columns.to(device)
-        # Rows lie end to end only where each model's attention skips what is not of the same row; sdpa would compute all of it.
-        scoring = (config.student, config.teacher) if self.teacher else (config.student,)
-        attentions = {attention_of(config.student.attention, device, dtype_of(model.compute_dtype, device)) for model in scoring}
-        self.packed = attentions == {"flash_attention_2"}
+        # sdpa would compute the attention of all rows to all others; a recurrent layer's state would leak from row to row.
+        self.packed = self.student.packs and (self.teacher is None or self.teacher.policy.packs)
         # The loss, or only the turn signal, may need the teacher's whole distribution; the signal is the reverse KL then.
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
@@ -95,6 +93,7 @@ class Learner:
             teacher_weight=head.weight,
             teacher_bias=head.bias,
             teacher_softcap=head.softcap,
+            teacher_scale=head.scale,
         )
 
     def score_teacher(self, minibatches: MiniBatches) -> None:

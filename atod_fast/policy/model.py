@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 
 from atod_fast.config import Student, Teacher
 from atod_fast.errors import UserError
-from atod_fast.models import attention_of, dtype_of, load_model
+from atod_fast.models import attention_of, dtype_of, load_config, load_model, reaches
+from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
 from atod_fast.trajectory import Batch
 
 
@@ -32,6 +34,7 @@ class HeadJob(NamedTuple):
     teacher_weight: Tensor | None = None  # [V_t, H_t]
     teacher_bias: Tensor | None = None  # [V_t]
     teacher_softcap: float | None = None
+    teacher_scale: float = 1.0
     loss: Callable[..., Tensor] | None = None  # loss(statistics, **inputs) -> [A], token by token; None: statistics alone
     inputs: Mapping[str, Tensor] = {}  # [A] each
     schedule: str = "auto"  # of atod_kernels.linear_token_loss, as `check`
@@ -44,27 +47,32 @@ HeadOutput = TokenDivergence | TokenLogprob | tuple[Tensor, TokenDivergence | To
 class Head(nn.Module):
     """The language-model head whose forward is the fused operator: no [tokens, vocabulary] matrix is made.
 
+    Logits are softcap * tanh(scale * (weight @ hidden + bias) / softcap), as the model's own. The operator knows no scale:
+    it gets the temperature and the softcap divided by it.
     As the module's own forward, FSDP2 unshards the weight before it and reduces its gradient after it. Activation
     checkpointing must stay outside: it would form the gradients of a loss twice.
     """
 
-    def __init__(self, linear: nn.Linear, softcap: float | None):
+    def __init__(self, linear: nn.Linear, logits: Logits):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.softcap = softcap
+        self.scale = logits.scale
+        self.softcap = None if logits.softcap is None else logits.softcap / logits.scale
 
     def forward(self, hidden: Tensor, job: HeadJob) -> HeadOutput:
         """hidden [A, H] -> fp32 statistics [A] of the next-token distributions, at the job's temperature.
 
         With a loss: its sum over the tokens and the statistics. Its gradients are formed here, the statistics carry none.
         """
-        options = {"temperature": job.temperature, "softcap": self.softcap, "valid_columns": job.valid_columns}
+        options = {"temperature": job.temperature / self.scale, "softcap": self.softcap, "valid_columns": job.valid_columns}
         if job.loss is None and job.teacher_hidden is None:
             # The mask is the student's; a teacher padded to another width has no token in the columns it lacks.
             missing = self.weight.shape[0] - len(job.valid_columns) if job.valid_columns is not None else 0
             options["valid_columns"] = nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
             return linear_logprob(hidden, self.weight, job.target, bias=self.bias, **options)
         options |= {"student_bias": self.bias, "teacher_bias": job.teacher_bias, "teacher_softcap": job.teacher_softcap}
+        if job.teacher_hidden is not None:
+            options["teacher_scale"] = job.teacher_scale / self.scale
         options |= {"divergence": job.divergence, "alpha": job.alpha}
         operands = hidden, self.weight, job.teacher_hidden, job.teacher_weight, job.target
         if job.loss is None:
@@ -72,27 +80,45 @@ class Head(nn.Module):
         return linear_token_loss(job.loss, *operands, inputs=job.inputs, schedule=job.schedule, check=job.check, **options)
 
 
+class Parts(NamedTuple):
+    """The modules of a `Layout`: a tuple, so that they are registered under the checkpoint's names alone."""
+
+    backbone: nn.Module
+    blocks: nn.ModuleList
+    embedding: nn.Embedding
+    head: Head
+
+
 class CausalPolicy(nn.Module):
     """Backbone and head; parameter names are those of the Hugging Face checkpoint."""
 
     def __init__(self, source: PreTrainedModel):
+        """UserError for a model whose parts or whose logits are not as they must be."""
         super().__init__()
-        config = source.config
-        for key in ("logit_scale", "logits_scaling"):
-            if getattr(config, key, None) not in (None, 1, 1.0):
-                raise UserError(f"model type {config.model_type!r} scales its logits ({key}), which the head does not support; use another model")
-        if not (hasattr(source, "model") and isinstance(getattr(source, "lm_head", None), nn.Linear)):
-            raise UserError(f"model type {config.model_type!r} is not a backbone `model` with a linear `lm_head`; use a decoder-only causal language model")
-        self.config, self.generation_config = config, source.generation_config
-        self.model = source.model
-        self.lm_head = Head(source.lm_head, getattr(config, "final_logit_softcapping", None))
-        self.tied = source.lm_head.weight is source.get_input_embeddings().weight
+        self.config, self.generation_config = source.config, source.generation_config
+        self.layout = find_layout(source)
+        logits = find_logits(source, self.layout)
+        for name, child in source.named_children():
+            self.add_module(name, Head(child, logits) if name == self.layout.head else child)
+        names = self.layout
+        self.parts = Parts(*map(self.get_submodule, (names.backbone, names.blocks, names.embedding, names.head)))
+        self.tied = self.parts.head.weight is self.parts.embedding.weight
+        self.stateful = source._is_stateful
+        # Models without an argument for positions count them, or need none.
+        self.takes_positions = "position_ids" in inspect.signature(type(self.parts.backbone).forward).parameters
+
+    @property
+    def packs(self) -> bool:
+        """Rows may lie end to end: every layer is an attention that skips, at no cost, what is not of the same row."""
+        attends = {reach.kind for reach in reaches(self.config)} <= {"full_attention", "sliding_attention"}
+        return attends and not self.stateful and self.takes_positions and self.config._attn_implementation == "flash_attention_2"
 
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
         """What the head makes of the action tokens, or with no job their final hidden states [A, H]."""
-        hidden = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False).last_hidden_state
+        positions = {"position_ids": batch.position_ids} if self.takes_positions else {}
+        hidden = self.parts.backbone(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.index)
-        return hidden if job is None else self.lm_head(hidden, job)
+        return hidden if job is None else self.parts.head(hidden, job)
 
 
 def uses_liger(mode: str, device: torch.device) -> bool:
@@ -114,9 +140,12 @@ def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None
 
 def build_student(config: Student, device: torch.device) -> CausalPolicy:
     """fp32 masters whatever the checkpoint holds: AdamW at 1e-6 leaves bf16 weights unchanged."""
-    model = load_model(config.path, torch.float32, attention_of(config.attention, device, dtype_of(config.compute_dtype, device)))
+    attention = attention_of(config.attention, device, dtype_of(config.compute_dtype, device), load_config(config.path))
+    model = load_model(config.path, torch.float32, attention)
     apply_liger(model, config.liger, device)
     if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            refuse(model.config, "has no gradient checkpointing (set student.gradient_checkpointing=false)")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return CausalPolicy(model)
@@ -125,5 +154,5 @@ def build_student(config: Student, device: torch.device) -> CausalPolicy:
 def build_teacher(config: Teacher, attention: str, device: torch.device) -> CausalPolicy:
     """Frozen, in its compute precision."""
     dtype = dtype_of(config.compute_dtype, device)
-    model = load_model(config.path, dtype, attention_of(attention, device, dtype))
+    model = load_model(config.path, dtype, attention_of(attention, device, dtype, load_config(config.path)))
     return CausalPolicy(model.eval().requires_grad_(False))

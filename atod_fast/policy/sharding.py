@@ -14,7 +14,7 @@ RESHARD_PARAMETERS = 50_000_000
 
 
 def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False) -> CausalPolicy:
-    """Shard every block, the untied embedding and the head, and the root, in place.
+    """Shard every block, the untied embedding and the head, and the root with all else, in place.
 
     Tied embedding and head stay together in the root unit. The head's unit is kept unsharded between forward and
     backward: it is used last and first. `cast_forward_inputs` is off because FSDP would round fp32 streams to bf16.
@@ -26,21 +26,21 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
         "offload_policy": CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy(),
     }
     reshard = parameters > RESHARD_PARAMETERS
-    for block in policy.model.layers:
+    for block in policy.parts.blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     if not policy.tied:
-        fully_shard(policy.model.embed_tokens, reshard_after_forward=reshard, **options)
-        fully_shard([policy.model.norm, policy.lm_head], reshard_after_forward=False, **options)
+        fully_shard(policy.parts.embedding, reshard_after_forward=reshard, **options)
+        fully_shard(policy.parts.head, reshard_after_forward=False, **options)
     return fully_shard(policy, reshard_after_forward=False, **options)
 
 
-def units(policy: CausalPolicy) -> list[list[nn.Module]]:
-    """What is gathered together, in order of use, the root last; the first module of each speaks for the unit."""
-    own = [] if policy.tied else [[policy.model.embed_tokens], [policy.model.norm, policy.lm_head]]
-    return own[:1] + [[block] for block in policy.model.layers] + own[1:] + [[policy]]
+def units(policy: CausalPolicy) -> list[nn.Module]:
+    """The modules that are gathered each by itself, in order of use, the root last."""
+    ends = [[], []] if policy.tied else [[policy.parts.embedding], [policy.parts.head]]
+    return [*ends[0], *policy.parts.blocks, *ends[1], policy]
 
 
 def reshard(policy: CausalPolicy) -> None:
     """Free every unsharded parameter: after a forward pass the root and the head stay unsharded."""
     for unit in units(policy):
-        unit[0].reshard()
+        unit.reshard()

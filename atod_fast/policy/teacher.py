@@ -22,7 +22,8 @@ class TeacherHead(NamedTuple):
 
     weight: Tensor  # [V_t, H_t]
     bias: Tensor | None  # [V_t]
-    softcap: float | None
+    softcap: float | None  # of the unscaled logits
+    scale: float
 
 
 class Teacher:
@@ -45,10 +46,9 @@ class Teacher:
     @contextmanager
     def head(self) -> Iterator[TeacherHead]:
         """The whole head for as long as the context lasts. Collective."""
-        unit = self.policy if self.policy.tied else self.policy.model.norm
-        unit.unshard()
-        head = self.policy.lm_head
+        head = self.policy.parts.head
+        (self.policy if self.policy.tied else head).unshard()
         try:
-            yield TeacherHead(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.softcap)
+            yield TeacherHead(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.softcap, head.scale)
         finally:
             reshard(self.policy)

@@ -15,7 +15,7 @@ from atod_fast.config import Config
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import EnvironmentsLost, UserError
-from atod_fast.models import attention_shape, check_weights, dtype_of, load_config, load_model
+from atod_fast.models import attention_of, attention_shape, check_weights, dtype_of, load_config, load_model
 from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engine import Engine
@@ -160,14 +160,21 @@ def engine_kind(config: Config, device: torch.device) -> str:
     return "vllm" if device.type == "cuda" and vllm_limits.supported() else "transformers"
 
 
-def make_engine(config: Config, model_path: str, device: torch.device, kind: str | None = None, *, filled: bool = True) -> Engine:
+def make_engine(
+    config: Config, model_path: str, device: torch.device, kind: str | None = None, *, filled: bool = True, say: Callable[[str], None] = lambda line: None
+) -> Engine:
     """The engine of `rollout.engine` (or of `kind`), holding the checkpoint at `model_path`.
 
-    With `filled` off it awaits a trainer's weights. vLLM is built before the trainer's models, by every rank together.
+    With `filled` off it awaits a trainer's weights. `say` gets a line where a model takes a slow way. vLLM is built before the
+    trainer's models, by every rank together.
     """
     how, dtype = config.rollout, dtype_of(config.student.compute_dtype, device)
     if (kind or engine_kind(config, device)) == "transformers":
-        engine = TransformersEngine(load_model(model_path, dtype).to(device), slots=how.concurrency, max_model_len=how.longest, device=device)
+        attention = attention_of(config.student.attention, device, dtype, load_config(model_path))
+        model = load_model(model_path, dtype, attention).to(device)
+        engine = TransformersEngine(model, slots=how.concurrency, max_model_len=how.longest, device=device)
+        if engine.slower:
+            say(engine.slower)
         if not filled:
             engine.sleep()
         return engine

@@ -7,19 +7,22 @@ once per group of rows with similarly many tokens:
     q of a group   [R, kv_heads, G*n, dim]   n tokens a row, padded; the G query heads of a key head lie along n
     k, v           [R, kv_heads, L, dim]     the first L columns of the rows' slots
 
-so grouped-query models never repeat their keys. Registered with transformers as attention "atod_slots"; the model's
-forward hands its argument `slots` through to it.
+so grouped-query models never repeat their keys. A layer with a sliding window or with chunks has its own mask of the same
+columns. Registered with transformers as attention "atod_slots"; the model's forward hands its argument `slots` through to it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
+
+from atod_fast.models import Reach
 
 _WIDTHS = (2, 17, 129, 1025)  # rows with 1, 2-16, 17-128, ... tokens are attended together
 
@@ -31,13 +34,33 @@ class _Group:
     slots: slice | Tensor  # the rows' slots; a slice is read in place, an index [R] copies
     source: Tensor  # [R*n] int64, place of each token in the pass; padding repeats the first
     target: Tensor  # [R*n] int64, the same, but N for padding
-    visible: Tensor  # [R, 1, n, L] additive mask
+    last: Tensor  # [R, n] int64, the last column each token sees
+    length: int  # L
+    dtype: torch.dtype
+    masks: dict[Reach, Tensor] = field(default_factory=dict)
+
+    def visible(self, reach: Reach) -> Tensor:
+        """Additive mask [R, 1, n, L] of the layers of one reach."""
+        if reach not in self.masks:
+            columns, last = torch.arange(self.length, device=self.last.device), self.last[:, None, :, None]
+            hidden = columns > last
+            if reach.kind == "sliding_attention":
+                hidden |= columns <= last - reach.size
+            elif reach.kind == "chunked_attention":
+                hidden |= columns < last // reach.size * reach.size
+            zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+            self.masks[reach] = zeros.masked_fill_(hidden, -torch.inf)
+        return self.masks[reach]
 
 
 class Slots:
-    """Keys and values of S slots of T columns: a pair of [S, kv_heads, T, dim] a layer, made at the first pass."""
+    """Keys and values of S slots of T columns: a pair of [S, kv_heads, T, dim] a layer, made at the first pass.
 
-    def __init__(self, slots: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    `reaches` says which columns a token sees, by layer.
+    """
+
+    def __init__(self, slots: int, columns: int, reaches: Sequence[Reach], dtype: torch.dtype, device: torch.device) -> None:
+        self._reaches = reaches
         self._shape = slots, columns
         self._dtype, self._device = dtype, device
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -67,12 +90,13 @@ class Slots:
         source, target = np.where(real, tokens, 0).reshape(-1), np.where(real, tokens, total).reshape(-1)
         # Padding sees the first column, so that no softmax is empty; what it computes goes nowhere.
         last = self._tensor(np.where(real, starts[:, None] + steps, 0))
-        hidden = torch.arange(int((starts + counts).max()), device=self._device) > last[:, None, :, None]
-        visible = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
-        return _Group(place, self._tensor(source), self._tensor(target), visible)
+        return _Group(place, self._tensor(source), self._tensor(target), last, int((starts + counts).max()), self._dtype)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Store key, value [1, kv_heads, N, dim] of the pass, attend query [1, heads, N, dim]; returns [1, N, heads, dim]."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Store key, value [1, kv_heads, N, dim] of the pass, attend query [1, heads, N, dim]; returns [1, N, heads, dim].
+
+        softcap: of the scores, before the mask; sinks [heads]: a score beside the tokens', without a value.
+        """
         (_, heads, total, dim), kv_heads = query.shape, key.shape[1]
         ratio = heads // kv_heads
         if layer not in self._layers:
@@ -85,13 +109,24 @@ class Slots:
         packed = query[0].transpose(0, 1)
         out = query.new_empty(total + 1, heads, value.shape[3])
         for group in self._groups:
-            rows, _, width, length = group.visible.shape
+            visible = group.visible(self._reaches[layer])
+            rows, _, width, length = visible.shape
             q = packed.index_select(0, group.source).view(rows, width, kv_heads, ratio, dim).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, ratio * width, dim)
             k, v = (_take(state[:, :, :length], group.slots) for state in (keys, values))
-            mask = group.visible if ratio == 1 or width == 1 else group.visible.repeat(1, 1, ratio, 1)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).view(rows, kv_heads, ratio, width, -1)
+            mask = visible if ratio == 1 or width == 1 else visible.repeat(1, 1, ratio, 1)
+            if softcap is None and sinks is None:
+                attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+            else:
+                line = None if sinks is None else sinks.view(1, kv_heads, ratio, 1, 1).expand(rows, -1, -1, width, -1)
+                attended = _attend(q, k, v, mask, scaling, softcap, None if line is None else line.flatten(2, 3))
+            attended = attended.view(rows, kv_heads, ratio, width, -1)
             out.index_copy_(0, group.target, attended.permute(0, 3, 1, 2, 4).reshape(rows * width, heads, -1))
         return out[None, :total]
+
+    @property
+    def layers(self) -> int:
+        """How many have stored keys and values."""
+        return len(self._layers)
 
     def free(self) -> None:
         """Give the memory back: every slot is empty then."""
@@ -105,8 +140,32 @@ def _take(state: Tensor, slots: slice | Tensor) -> Tensor:
     return state[slots] if isinstance(slots, slice) else state.index_select(0, slots)
 
 
-def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float, slots: Slots, **kwargs: object):
-    return slots.attend(module.layer_idx, query, key, value, scaling), None
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Attention of q [R, kv_heads, m, dim] with what `scaled_dot_product_attention` has no argument for; sinks [R, kv_heads, m, 1]."""
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    return weights[..., : k.shape[2]] @ v
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float | None = None,
+    slots: Slots,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+):
+    return slots.attend(module.layer_idx, query, key, value, scaling, softcap, s_aux), None
 
 
 AttentionInterface.register("atod_slots", _attention)

@@ -1,14 +1,15 @@
-"""The rollout engine for any machine: a transformers model with a decode loop of its own over a slot cache.
+"""The rollout engine for any machine: a transformers model with a decode loop of its own over a cache by slots.
 
-Each trajectory owns a slot of the key/value cache until it is released, so a growing sequence (or a prompt with an
-unchanged head) costs only its uncached suffix. A step is one packed forward pass: one token of every row that is
-being decoded, and the prompt tokens of those that just joined; every row whose prompt is complete draws a token.
+Each trajectory owns a slot of the cache until it is released, so a growing sequence costs only its uncached suffix. A
+step is one pass (`forward.py`): one token of every row that is being decoded, and the prompt tokens of those that just
+joined; every row whose prompt is complete draws a token.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain, takewhile
 
 import numpy as np
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel
 
 from atod_fast.errors import GuardError, UserError
 from atod_fast.rollout.engine import Completion, Request, Sampling, checked
-from atod_fast.rollout.slot_attention import Slots
+from atod_fast.rollout.forward import MakeForward
+from atod_fast.rollout.tryout import choose
 
 
 def draw(logits: Tensor, temperature: float, banned: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,30 +53,44 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class TransformersEngine:
-    """An `Engine` around a transformers causal LM with full causal attention (Qwen3, Qwen2, Llama, ...).
+    """An `Engine` around a transformers causal LM.
 
-    The engine owns `model` and its config: a replica beside the trainer's, set to evaluation, slot attention and no
-    gradients. At most `slots` trajectories hold a cache at a time; requests of others wait until one is released.
-    A pass holds at most `pass_tokens` tokens (or one a running slot, where those are more): longer prompts take several.
+    The engine owns `model` and its config: a replica beside the trainer's, set to evaluation and no gradients. At most
+    `slots` trajectories hold a cache at a time; requests of others wait until one is released. A pass holds at most
+    `pass_tokens` tokens (or one a running slot, where those are more): longer prompts take several, where a forward can.
+    `forward` makes its passes; without one, it is the fastest that a try-out finds to be right (UserError: none is).
     """
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, max_model_len: int, device: torch.device | str, pass_tokens: int = 4096) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        max_model_len: int,
+        device: torch.device | str,
+        pass_tokens: int = 4096,
+        forward: MakeForward | None = None,
+    ) -> None:
         config = model.config.get_text_config(decoder=True)
         limit = getattr(config, "max_position_embeddings", None) or max_model_len
         if max_model_len > limit:
             raise UserError(f"rollout.prompt_tokens: sequences of {max_model_len} tokens exceed the model's {limit} positions; lower it")
-        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"])
-        if kinds != {"full_attention"}:
-            raise UserError(f"rollout.engine=transformers: a {config.model_type} model has layers of {', '.join(sorted(kinds))}; use another model")
         self.max_model_len = max_model_len
         self._device = torch.device(device)
         self._model = model.to(self._device).eval().requires_grad_(False)
-        self._model.set_attn_implementation("atod_slots")
         self._pass_tokens = pass_tokens
-        self._slots = Slots(slots, max_model_len, model.dtype, self._device)
+        if forward is None:
+            small = partial(TransformersEngine, model, slots=2, device=device)
+            forward = choose(model, max_model_len, lambda candidate, length: small(forward=candidate, max_model_len=length))
+        self._forward = forward(model, slots, max_model_len)
         self._capacity = slots
         self._filled = True
         self._reset()
+
+    @property
+    def slower(self) -> str | None:
+        """Why rollouts take longer than they could, if they do."""
+        return self._forward.slower
 
     def _reset(self) -> None:
         slots = self._capacity
@@ -139,7 +155,8 @@ class TransformersEngine:
                     waiting.append(request)
                     continue
                 slot = self._slot_of[request.key] = heapq.heappop(self._free)
-            self._cached[slot] = common_prefix(self._held[slot][: self._cached[slot]], request.prompt[:-1])
+            shared = common_prefix(self._held[slot][: self._cached[slot]], request.prompt[:-1])
+            self._cached[slot] = self._forward.kept(int(self._cached[slot]), shared)
             self._held[slot] = list(request.prompt)
             self._busy[slot] = request
             self._filling.append(slot)
@@ -153,7 +170,7 @@ class TransformersEngine:
         budget = self._pass_tokens - len(feed)
         for slot in self._filling:
             start = self._cached[slot]
-            feed[slot] = self._held[slot][start : start + max(budget, 1)]
+            feed[slot] = self._held[slot][start : start + max(budget, 1) if self._forward.splits else None]
             budget -= len(feed[slot])
             if budget <= 0:
                 break
@@ -167,12 +184,9 @@ class TransformersEngine:
             self._running[filled] = True
             self._filling = [slot for slot in self._filling if not self._running[slot]]
 
-        positions = self._slots.place(slots, starts, counts)
-        last = (counts.cumsum() - 1)[self._running[slots]]
-        logits = self._model(
-            input_ids=self._tensor(ids)[None], position_ids=self._tensor(positions)[None], use_cache=False, logits_to_keep=self._tensor(last), slots=self._slots
-        ).logits[0]
-        return self._advance(slots[self._running[slots]], logits) if last.size else []
+        drawing = self._running[slots]
+        logits = self._forward(slots, starts, counts, ids, drawing)
+        return self._advance(slots[drawing], logits) if drawing.any() else []
 
     def _advance(self, slots: np.ndarray, logits: Tensor) -> list[Completion]:
         """Draw the next token of running `slots` [n] from logits [n, V]."""
@@ -215,5 +229,5 @@ class TransformersEngine:
         self._filled = False
         if self._device.type == "cuda":
             self._reset()
-            self._slots.free()
+            self._forward.free()
             torch.cuda.empty_cache()

@@ -20,8 +20,9 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from atod_fast import ranks
 from atod_fast.errors import EngineFailure, GuardError, UserError
-from atod_fast.models import load_config, resolve, weight_shapes
+from atod_fast.models import as_saved, load_config, resolve, skeleton, weight_shapes
 from atod_fast.rollout.engine import Completion, Request, Sampling, checked
 from atod_fast.rollout.process import unchanged
 from atod_fast.rollout.vllm_limits import BLOCK
@@ -45,13 +46,25 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 
 
 class VllmEngine:
-    """An `Engine` around a vLLM engine. `mask` is shared with its logits processor; `shapes` are the checkpoint's weights.
+    """An `Engine` around a vLLM engine. `mask` is shared with its logits processor; `shapes` are the trainer's weights, which
+    vLLM takes under the names, and in the parts, that `as_saved` gives them.
 
     `sleeps`: it gives up its memory in `sleep`. `filled`: it holds the checkpoint's weights.
     """
 
-    def __init__(self, engine: LLMEngine, mask: Mask, *, max_model_len: int, shapes: Mapping[str, torch.Size], sleeps: bool, filled: bool) -> None:
+    def __init__(
+        self,
+        engine: LLMEngine,
+        mask: Mask,
+        *,
+        max_model_len: int,
+        shapes: Mapping[str, torch.Size],
+        sleeps: bool,
+        filled: bool,
+        as_saved: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    ) -> None:
         self._engine, self._mask, self._shapes, self._sleeps, self._filled = engine, mask, shapes, sleeps, filled
+        self._as_saved = as_saved
         self.max_model_len = max_model_len
         self._running: dict[int, str] = {}  # vLLM's id of each request by key
         if not filled:
@@ -116,7 +129,7 @@ class VllmEngine:
         if asleep:
             self._engine.wake_up(["weights"])
         # Copies: vLLM keeps what it is given until the whole layer has come, an embedding until the end.
-        copies = ((name, weight.clone()) for name, weight in checked(weights, self._shapes))
+        copies = ((name, part.clone()) for sent, weight in checked(weights, self._shapes) for name, part in self._as_saved({sent: weight}).items())
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
         if asleep:
             self._engine.wake_up(["kv_cache"])
@@ -249,7 +262,8 @@ def build(
             logging.disable(logging.NOTSET)
     if dist.get_world_size() != world:
         raise GuardError(f"vLLM left a process group of {dist.get_world_size()} ranks in place of {world}; set rollout.engine=transformers")
-    return VllmEngine(engine, mask, max_model_len=max_model_len, shapes=weight_shapes(config), sleeps=not on_cpu, filled=filled)
+    names = {"shapes": weight_shapes(config), "as_saved": partial(as_saved, skeleton(config))}
+    return VllmEngine(engine, mask, max_model_len=max_model_len, **names, sleeps=not on_cpu, filled=filled)
 
 
 def _watch_loading(model: torch.nn.Module) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from transformers import PretrainedConfig
 
 from atod_fast.config import Config
 from atod_fast.errors import UserError
-from atod_fast.models import Attention
+from atod_fast.models import Attention, weight_shapes
 
 SUPPORTED = "0.32"
 BLOCK = 32  # tokens of a cache block; what its CPU attention prefers, and CUDA's takes
@@ -53,6 +54,12 @@ def check(config: Config, model: Attention, dtype: torch.dtype) -> None:
     least = _cache_bytes(model, dtype, 1, how.longest, how.tensor_parallel)
     if 0 < how.kv_cache_gib * 2**30 < least:
         raise UserError(f"rollout.kv_cache_gib={how.kv_cache_gib:g} holds no sequence of {how.longest} tokens; use {least / 2**30:.2g} or more, or 0")
+
+
+def check_experts(config: PretrainedConfig, device: torch.device) -> None:
+    """UserError for a mixture of experts on a CPU: vLLM packs its experts' weights there once, and not again after a sync."""
+    if device.type == "cpu" and any(".experts." in name for name in weight_shapes(config)):
+        raise UserError(f"rollout.engine=vllm cannot train a {config.model_type} model, a mixture of experts, on a CPU; set rollout.engine=transformers")
 
 
 def cache_bytes(config: Config, model: Attention, dtype: torch.dtype) -> int:

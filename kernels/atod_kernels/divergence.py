@@ -41,6 +41,7 @@ def head_arguments(
     teacher_bias: Tensor | None,
     softcap: float | None,
     teacher_softcap: float | None,
+    teacher_scale: float,
     valid_columns: Tensor | None,
     vocab_group: str | None,
     vocab_start: int,
@@ -95,6 +96,7 @@ def head_arguments(
         valid,
         validate.softcap("softcap", softcap),
         validate.softcap("teacher_softcap", teacher_softcap),
+        validate.scale(teacher_scale),
         "" if teacher_hidden is None else divergence,
         alpha,
         vocab_group or "",
@@ -132,6 +134,7 @@ def linear_divergence(
     softcap: float | None = None,
     valid_columns: Tensor | None = None,
     teacher_softcap: float | None = None,
+    teacher_scale: float = 1.0,
     vocab_group: str | None = None,
     vocab_start: int = 0,
     schedule: str = "auto",
@@ -153,6 +156,8 @@ def linear_divergence(
         temperature: number or [T]; everything returned is at it.
         student_bias, teacher_bias: [V]. A bias of -inf is a probability of 0 (without softcap); a target there gives NaN.
         softcap, teacher_softcap: z = softcap * tanh(raw / softcap), after the bias and before the temperature.
+        teacher_scale: factor of the teacher's logits after its softcap. A model whose own logits are cap * tanh(s * raw / cap) has the
+            softcap cap / s and the factor s; a student's factor is its temperature divided by s, and the teacher's then relative to it.
         valid_columns: bool [V] of either model; False columns are left out of both softmaxes.
         vocab_group, vocab_start: the name of a process group over which both weights are sharded by rows, and the first column of this
             rank's shard. Hidden states and targets are the same on every rank; so are the outputs and the gradient of student_hidden.
@@ -186,6 +191,7 @@ def linear_divergence(
         teacher_bias=teacher_bias,
         softcap=softcap,
         teacher_softcap=teacher_softcap,
+        teacher_scale=teacher_scale,
         valid_columns=valid_columns,
         vocab_group=vocab_group,
         vocab_start=vocab_start,
@@ -229,6 +235,7 @@ def linear_logprob(
         teacher_bias=None,
         softcap=softcap,
         teacher_softcap=None,
+        teacher_scale=1.0,
         valid_columns=valid_columns,
         vocab_group=vocab_group,
         vocab_start=vocab_start,

@@ -71,6 +71,7 @@ def linear_divergence(
     teacher_bias: Tensor | None = None,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
+    teacher_scale: float = 1.0,
     valid_columns: Tensor | None = None,
 ) -> TokenDivergence:
     """`atod_kernels.linear_divergence`, unfused. Finite logits only; excluded columns are cut out so that no -inf meets autograd."""
@@ -78,7 +79,8 @@ def linear_divergence(
     keep = torch.arange(columns, device=student_hidden.device) if valid_columns is None else valid_columns[:columns].nonzero()[:, 0]
     log_p = logits(student_hidden, student_weight, student_bias, columns, temperature, softcap)[:, keep].log_softmax(-1)
     with torch.no_grad():
-        log_q = logits(teacher_hidden, teacher_weight, teacher_bias, columns, temperature, teacher_softcap)[:, keep].log_softmax(-1)
+        z = logits(teacher_hidden, teacher_weight, teacher_bias, columns, temperature, teacher_softcap)
+        log_q = (z * teacher_scale)[:, keep].log_softmax(-1)
     local = None if target is None else torch.searchsorted(keep, target.clamp(min=0))
     entropy, logp = sampled(log_p, local)
     teacher_entropy, teacher_logp = sampled(log_q, local)

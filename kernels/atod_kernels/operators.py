@@ -19,7 +19,7 @@ TENSORS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? target, Tensor? temperature, Tensor? valid"
 )
-OPTIONS = "float softcap, float teacher_softcap, str kind, float alpha, str group, int start, bool lean, bool triton"
+OPTIONS = "float softcap, float teacher_softcap, float teacher_scale, str kind, float alpha, str group, int start, bool lean, bool triton"
 COMMON = f"{TENSORS}, {OPTIONS}"
 WIDTH = COMMON.count(",") + 1  # how many arguments every operator shares
 
@@ -36,11 +36,14 @@ def problem(
     valid: Tensor | None,
     softcap: float,
     teacher_softcap: float,
+    teacher_scale: float,
     *options: Any,
 ) -> Problem:
     """The operators' common arguments as a `Problem`."""
     student = Layer(student_hidden, student_weight, student_bias, softcap)
-    teacher = None if teacher_hidden is None or teacher_weight is None else Layer(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = Layer(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
     return Problem(student, teacher, target, temperature, valid, *options)
 
 

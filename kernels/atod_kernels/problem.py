@@ -19,12 +19,13 @@ OPERAND = 2**22
 
 @dataclass(frozen=True)
 class Layer:
-    """One model's output layer: hidden [T, H], weight [V, H], bias [V] or None, softcap (0 = none)."""
+    """One model's output layer: hidden [T, H], weight [V, H], bias [V] or None, softcap (0 = none), a factor (the student's is 1)."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     softcap: float
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ class Chunk:
                 z.add_(layer.bias[columns])
             if layer.softcap:
                 z.div_(layer.softcap).tanh_().mul_(layer.softcap)
+            if layer.scale != 1:
+                z.mul_(layer.scale)
             if self.inverse is not None:
                 z.mul_(self.inverse)
             if layer.bias is not None:

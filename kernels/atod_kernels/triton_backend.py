@@ -26,7 +26,8 @@ from .validate import IGNORE, interpreted
 def options(p: Problem) -> dict[str, Any]:
     """Compile-time constants that the kernels share."""
     mixture = p.mixture
-    constants = {"KIND": p.kind, "CAP_S": p.student.softcap, "CAP_T": p.teacher.softcap if p.teacher else 0.0}
+    cap, scale = (p.teacher.softcap, p.teacher.scale) if p.teacher else (0.0, 1.0)
+    constants = {"KIND": p.kind, "CAP_S": p.student.softcap, "CAP_T": cap, "SCALE_T": scale}
     return constants if mixture is None else constants | {"A": mixture.a, "B": mixture.b}
 
 

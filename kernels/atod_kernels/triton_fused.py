@@ -104,13 +104,13 @@ def products(
 
 
 @triton.jit
-def logits(zs, zt, bias_s, bias_t, valid, inv, at, end, CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr):
+def logits(zs, zt, bias_s, bias_t, valid, inv, at, end, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr):
     """Scaled logits of both models; columns `at` from `end` on are MASKED."""
     zs = scaled(zs, bias_s, valid, inv, at, at < end, CAP_S)
     if KIND == "":
         zt = zs
     else:
-        zt = scaled(zt, bias_t, valid, inv, at, at < end, CAP_T)
+        zt = scaled(zt, bias_t, valid, inv, at, at < end, CAP_T, SCALE_T)
     return zs, zt
 
 
@@ -124,7 +124,7 @@ def held(target, rows, live, start, end):
 @triton.jit(do_not_specialize=["tokens", "V", "start", "share", "step"])
 def fused_sums(
     xs, ws, xt, wt, target, bias_s, bias_t, valid, inverse, parts, tokens, V, HS, HT, start, share, step,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """`tiles.partial` of `share` columns a program, into parts [PARTIALS, splits, T]. Grid: (cdiv(T, BM), splits), rows of blocks fastest:
@@ -151,7 +151,7 @@ def fused_sums(
         raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
         for i in tl.static_range(PARTS):
             at = column + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
-            zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, KIND)
+            zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, SCALE_T, KIND)
             if target is not None:
                 hit = (at[None, :] == wanted[:, None]) & (at < end)[None, :]
                 pick_s += tl.sum(tl.where(hit, zs, 0.0), 1)
@@ -167,7 +167,7 @@ def fused_sums(
 @triton.jit(do_not_specialize=["tokens", "V", "share", "step", "step_look"])
 def fused_look(
     xs, ws, xt, wt, bias_s, bias_t, valid, inverse, stats, look, tokens, V, HS, HT, share, step, step_look,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """`tiles.second_look` of `share` columns a program, into look [2, splits, T]. Grid: as `fused_sums`."""
@@ -187,7 +187,7 @@ def fused_look(
         raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
         for i in tl.static_range(PARTS):
             at = column + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
-            zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, KIND)
+            zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, SCALE_T, KIND)
             v, s = mixture_value(zs - shift_s[:, None] - log_s[:, None], zt - shift_t[:, None] - log_t[:, None], KIND, A, B)
             value += v
             slope += s
@@ -200,7 +200,7 @@ def fused_look(
 def fused_gradient(
     xs, ws, xt, wt, dz, target, bias_s, bias_t, valid, inverse, temperature, stats, upstream, tokens, row0, n, column0, end, HS, HT, start,
     stride_dz, step, step_up,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """`tiles.logit_gradient` of tokens row0 to row0 + n and columns column0 to end, into dz [n, w]. Grid: (cdiv(n, BM), cdiv(w, BN))."""
@@ -218,7 +218,7 @@ def fused_gradient(
     for i in tl.static_range(PARTS):
         within = tl.program_id(1) * BN + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
         at = column0 + within
-        zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, KIND)
+        zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, SCALE_T, KIND)
         hit = at[None, :] < 0
         if target is not None:
             hit = at[None, :] == wanted[:, None]

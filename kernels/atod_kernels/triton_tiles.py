@@ -29,12 +29,14 @@ def exp(x):
 
 
 @triton.jit
-def scaled(z, bias, valid, inverse, columns, inside, CAP: tl.constexpr):
+def scaled(z, bias, valid, inverse, columns, inside, CAP: tl.constexpr, SCALE: tl.constexpr = 1.0):
     """Scaled logits [R, N] of raw products z; inverse [R] = 1/temperature or None; a column not `inside` is MASKED."""
     if bias is not None:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAP > 0:
         z = CAP * (1 - 2 / (exp(2 / CAP * z) + 1))  # CAP tanh(z / CAP)
+    if SCALE != 1.0:
+        z *= SCALE
     if inverse is not None:
         z *= inverse[:, None]
     if bias is not None:
@@ -45,14 +47,16 @@ def scaled(z, bias, valid, inverse, columns, inside, CAP: tl.constexpr):
 
 
 @triton.jit
-def tile_logits(zs, zt, bias_s, bias_t, valid, inverse, columns, w, stride, CAP_S: tl.constexpr, CAP_T: tl.constexpr, KIND: tl.constexpr):
+def tile_logits(
+    zs, zt, bias_s, bias_t, valid, inverse, columns, w, stride, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
     """Scaled logits [1, N] of both models from one row in memory; the student's twice where there is no teacher."""
     inside = columns < w
     held = (columns < stride)[None, :]
     a = scaled(tl.load(zs + columns[None, :], mask=held, other=0.0), bias_s, valid, inverse, columns, inside, CAP_S)
     b = a
     if KIND != "":
-        b = scaled(tl.load(zt + columns[None, :], mask=held, other=0.0), bias_t, valid, inverse, columns, inside, CAP_T)
+        b = scaled(tl.load(zt + columns[None, :], mask=held, other=0.0), bias_t, valid, inverse, columns, inside, CAP_T, SCALE_T)
     return a, b
 
 
@@ -245,6 +249,7 @@ def tile_sums(
     step,
     CAP_S: tl.constexpr,
     CAP_T: tl.constexpr,
+    SCALE_T: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -268,7 +273,7 @@ def tile_sums(
     cross = tl.zeros([1], tl.float32)
     for i in tl.range(0, w, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        a, b = tile_logits(zs, zt, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, KIND)
+        a, b = tile_logits(zs, zt, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, SCALE_T, KIND)
         max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross = absorb_both(a, b, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND)
     pick_s = tl.zeros([1], tl.float32)
     pick_t = tl.zeros([1], tl.float32)
@@ -281,7 +286,7 @@ def tile_sums(
         z = scaled(tl.load(zs + at[None, :], mask=held[None, :], other=0.0), bias_s, valid, inv, at, held, CAP_S)
         pick_s = tl.where(held, tl.sum(z, 1), 0.0)
         if KIND != "":
-            z = scaled(tl.load(zt + at[None, :], mask=held[None, :], other=0.0), bias_t, valid, inv, at, held, CAP_T)
+            z = scaled(tl.load(zt + at[None, :], mask=held[None, :], other=0.0), bias_t, valid, inv, at, held, CAP_T, SCALE_T)
             pick_t = tl.where(held, tl.sum(z, 1), 0.0)
     store_sums(parts, rows, live, step, max_s, sum_s, dot_s, pick_s, max_t, sum_t, dot_t, pick_t, cross, owned)
 
@@ -302,6 +307,7 @@ def tile_look(
     step_look,
     CAP_S: tl.constexpr,
     CAP_T: tl.constexpr,
+    SCALE_T: tl.constexpr,
     KIND: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
@@ -320,7 +326,7 @@ def tile_look(
     slope = tl.zeros([1], tl.float32)
     for i in tl.range(0, w, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        a, b = tile_logits(zs + row, zt + row, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, KIND)
+        a, b = tile_logits(zs + row, zt + row, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, SCALE_T, KIND)
         dv, ds = mixture_value(a - shift_s[:, None] - log_s[:, None], b - shift_t[:, None] - log_t[:, None], KIND, A, B)
         value += dv
         slope += ds
@@ -349,6 +355,7 @@ def tile_gradient(
     step_up,
     CAP_S: tl.constexpr,
     CAP_T: tl.constexpr,
+    SCALE_T: tl.constexpr,
     KIND: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
@@ -366,7 +373,7 @@ def tile_gradient(
     zs += row * stride
     if KIND != "":
         zt += row * stride
-    a, b = tile_logits(zs, zt, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, KIND)
+    a, b = tile_logits(zs, zt, bias_s, bias_t, valid, inv, at, w, stride, CAP_S, CAP_T, SCALE_T, KIND)
     own, other, constant, onehot, shift_s, shift_t, log_ratio, dead = factors(stats, upstream, target, inv, rows, live, step, step_up, KIND)
     hit = at[None, :] < 0
     if target is not None:

@@ -83,6 +83,12 @@ def softcap(name: str, value: float | None) -> float:
     return float(value)
 
 
+def scale(value: float) -> float:
+    good = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    require(good, f"teacher_scale is {value!r}; expected a positive number")
+    return float(value)
+
+
 def alpha(value: float) -> float:
     require(isinstance(value, int | float) and 0 <= value <= 1, f"alpha is {value!r}; expected a number in [0, 1]")
     return float(value)

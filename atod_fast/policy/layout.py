@@ -1,0 +1,123 @@
+"""Where the parts of a transformers causal language model are: its backbone, decoder blocks, embedding and head.
+
+Everything that treats these parts apart (the fused head, sharding, weight streams, the memory plan) finds them here, by
+what transformers says of a model and not by the names one family gives them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atod_fast.errors import UserError
+
+# Attributes of a configuration that scale logits; some families divide by theirs, some multiply.
+SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Module names, as `get_submodule` takes them."""
+
+    backbone: str  # its forward ends in the last hidden states
+    blocks: str  # a ModuleList, one entry a layer
+    embedding: str
+    head: str  # a linear layer
+
+
+def refuse(config, what: str) -> NoReturn:
+    raise UserError(f"a model of type {config.model_type!r} {what}; use another model")
+
+
+def find_layout(model: PreTrainedModel) -> Layout:
+    """The parts of a decoder-only causal language model, of real weights or on the meta device.
+
+    Raises:
+        UserError: a part is missing, is not of the expected kind, or lies in a model that is more than a text decoder.
+    """
+    config = model.config
+    if config.is_encoder_decoder:
+        refuse(config, "has an encoder beside its decoder")
+    if config.get_text_config(decoder=True) is not config:
+        refuse(config, "holds its text decoder inside a larger model (of images, sound or text)")
+    names = {module: name for name, module in model.named_modules()}
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [stack for stack in stacks if len(stack) == config.num_hidden_layers]
+    if not stacks:
+        refuse(config, "has no list of num_hidden_layers blocks")
+    blocks = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    backbone = names[blocks].rpartition(".")[0]
+    if not backbone:
+        refuse(config, "has no backbone apart from its head")
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        embedding = head = None
+    if not isinstance(embedding, nn.Embedding) or not names[embedding].startswith(f"{backbone}."):
+        refuse(config, "has no token embedding in its backbone")
+    if not isinstance(head, nn.Linear) or "." in names[head]:
+        refuse(config, "has no linear head on its backbone")
+    apart = sum(len(list(block.parameters())) for block in blocks)
+    if apart != len(list(blocks.parameters())) or any(p is embedding.weight for p in blocks.parameters()):
+        refuse(config, "shares parameters between its blocks")
+    return Layout(backbone, names[blocks], names[embedding], names[head])
+
+
+class _Hidden:
+    """A backbone's output of which nothing but the last hidden states is known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index):
+        return (self.last_hidden_state,)[index]
+
+
+class Logits(NamedTuple):
+    """How a head's products become logits: softcap * tanh(scale * product / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@torch.no_grad()
+def find_logits(model: PreTrainedModel, layout: Layout) -> Logits:
+    """The softcap and the scale, 1 or what one of `SCALES` says, with which the head gives what the model's own forward
+    makes of some hidden states; 1 and none on the meta device, where there are no values.
+
+    Raises:
+        UserError: it makes something else of them.
+    """
+    config, head, backbone = model.config, model.get_output_embeddings(), model.get_submodule(layout.backbone)
+    softcap = next((value for key in SOFTCAPS if (value := getattr(config, key, None)) is not None), None)
+    told = [value for key in SCALES if isinstance(value := getattr(config, key, None), int | float) and value > 0]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 3, head.in_features, generator=generator) * torch.tensor([1.0, 10.0, 100.0])[:, None]
+    hidden = hidden.to(head.weight)
+    backbone.forward = lambda *args, **kwargs: _Hidden(hidden)  # an instance's attribute goes before its class's method
+    try:
+        logits = model.forward(input_ids=torch.zeros(1, 3, dtype=torch.int64, device=hidden.device)).logits[0].float()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+        logits = hidden.new_empty(0)  # it does not take hidden states alone
+    finally:
+        del backbone.forward
+    raw = head(hidden)[0].float()
+    if raw.is_meta:
+        return Logits()
+    for scale in (1.0, *told, *(1 / value for value in told)):
+        expected = raw * scale
+        if softcap is not None:
+            expected = softcap * torch.tanh(expected / softcap)
+        near = TOLERANCE.get(head.weight.dtype, 1e-4) * expected.abs().amax(-1, keepdim=True)
+        if logits.shape == raw.shape and bool(((logits - expected).abs() <= near).all()):
+            return Logits(float(scale), softcap)
+    refuse(config, "makes its logits by more than a linear head, a constant factor and a softcap")

@@ -1,0 +1,134 @@
+"""One pass of a transformers model over the next tokens of many trajectories, each with a cache in a slot of its own.
+
+`SlotForward` computes all rows at once, over a cache and an attention of ours. `CacheForward` leaves both to the model:
+one row after the other, each with a cache of the model's own making, whatever that holds. Which of them a model can be
+trusted with, `tryout.py` finds out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atod_fast.models import reaches
+from atod_fast.rollout.slot_attention import Slots
+
+
+class Forward(Protocol):
+    splits: bool  # a prompt may be fed in several passes
+    slower: str | None  # why it is not as fast as could be
+
+    def kept(self, cached: int, shared: int) -> int:
+        """How many of a slot's `cached` tokens serve its next prompt, with which it has the first `shared` in common."""
+
+    def __call__(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray) -> Tensor:
+        """Feed counts[r] tokens to slot slots[r] (ascending), behind the first starts[r] of its cache, from ids [N] end to end.
+
+        Returns logits [n, V] after the last token of the rows that are `drawing` (bool [R]).
+        """
+
+    def free(self) -> None:
+        """Give the caches' memory back: every slot is empty then."""
+
+
+MakeForward = Callable[[PreTrainedModel, int, int], Forward]  # of a model, a number of slots and their length
+
+
+class SlotForward:
+    """For attention over all tokens, over a sliding window or over chunks, with positions that are rotated or added."""
+
+    splits = True
+    slower = None
+
+    def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
+        """ValueError for a model that keeps a state of another kind: with small weights it could hide in a try-out."""
+        found = reaches(model.config)
+        if other := {reach.kind for reach in found} - {"full_attention", "sliding_attention", "chunked_attention"}:
+            raise ValueError(f"layers of {', '.join(sorted(other))}")
+        if model._is_stateful:
+            raise ValueError("a recurrent state")
+        self._layers = len(found)
+        self._model = model
+        model.set_attn_implementation("atod_slots")
+        self._slots = Slots(slots, length, found, model.dtype, model.device)
+
+    def kept(self, cached: int, shared: int) -> int:
+        return shared
+
+    def __call__(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray) -> Tensor:
+        positions = self._slots.place(slots, starts, counts)
+        last = (counts.cumsum() - 1)[drawing]
+        tokens, positions, last = (torch.from_numpy(array).to(self._model.device) for array in (ids, positions, last))
+        out = self._model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=last,
+            slots=self._slots,
+        )
+        if self._slots.layers != self._layers:
+            raise ValueError(f"{self._slots.layers} of {self._layers} layers attend through transformers' AttentionInterface")
+        return out.logits[0]
+
+    def free(self) -> None:
+        self._slots.free()
+
+
+class CacheForward:
+    """For whatever transformers runs. A cache may hold states that cannot be taken back, so it serves a prompt only as a whole.
+
+    `extends`: it takes several tokens behind others; without, each prompt is computed anew.
+    """
+
+    splits = False
+    extends = True
+
+    def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
+        takes = inspect.signature(type(model).forward).parameters
+        self._name = next(name for name in ("past_key_values", "cache_params", "state") if name in takes)
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._takes_positions = "position_ids" in takes
+        self._model = model
+        self._caches: dict[int, Any] = {}
+
+    @property
+    def slower(self) -> str:
+        anew = "" if self.extends else ", and every turn from its first token"
+        kind = self._model.config.model_type
+        return f"a {kind} model generates with transformers' own cache, one trajectory after the other{anew}: slower than rollout.engine=vllm would be"
+
+    def kept(self, cached: int, shared: int) -> int:
+        return cached if self.extends and shared == cached else 0
+
+    def __call__(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray) -> Tensor:
+        logits, end = [], 0
+        for slot, start, count, draws in zip(slots.tolist(), starts.tolist(), counts.tolist(), drawing.tolist(), strict=True):
+            tokens, end = torch.from_numpy(ids[end : end + count]).to(self._model.device), end + count
+            given = {self._name: self._caches[slot]} if start else {}
+            if self._takes_positions:  # some count them by their first layer's cache, which may be none of tokens
+                given["position_ids"] = torch.arange(start, start + count, device=tokens.device)[None]
+            out = self._model(input_ids=tokens[None], use_cache=True, **given, **self._options)
+            self._caches[slot] = out.get(self._name)
+            if self._caches[slot] is None:
+                raise ValueError("it hands out no cache")
+            if draws:
+                logits.append(out.logits[0, -1])
+        return torch.stack(logits) if logits else torch.empty(0)
+
+    def free(self) -> None:
+        self._caches = {}
+
+
+class AnewForward(CacheForward):
+    """A `CacheForward` whose cache takes one token at a time: recurrent layers that begin a longer stretch from nothing."""
+
+    extends = False
+
+
+FORWARDS: tuple[MakeForward, ...] = (SlotForward, CacheForward, AnewForward)  # the fastest first

@@ -1,0 +1,136 @@
+"""Which way of generating a model can be trusted with: the first whose log-probs are those of plain forward passes.
+
+A short rollout of its own, with every situation of a real one: a prompt, several tokens, a sequence that joins, a turn
+that goes on, a prompt that shares only a head with what is cached, tokens beyond the sliding window. It asks the engine
+itself, so nothing that a rollout does is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from atod_fast.errors import UserError
+from atod_fast.models import reaches
+from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
+from atod_fast.rollout.forward import FORWARDS, CacheForward, MakeForward
+
+TOKENS = 36  # of the longest sequence
+WINDOW = 7  # what a sliding window or a chunk is narrowed to meanwhile
+# Mean difference of a completion's log-probs from the plain ones, as a share of the log-probs' spread over the vocabulary.
+TOLERANCE = {torch.float16: 0.03, torch.bfloat16: 0.15}
+EXACT = 1e-3
+
+Told = list[tuple[list[int], Completion]]  # prompt and answer
+
+
+def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForward, int], Engine]) -> MakeForward:
+    """The first of `FORWARDS` that is right for the model in its present attention.
+
+    make(forward, length): an engine for at least two sequences of at most `length` tokens. Draws no global random numbers,
+    and leaves the model as it was.
+
+    Raises:
+        UserError: none is right.
+    """
+    attention, length = model.config._attn_implementation, min(max_model_len, TOKENS)
+    why = ""
+    if model.device.type == "meta":
+        return CacheForward  # without weights there is nothing to try
+    if not _finite(model):
+        return FORWARDS[0]  # nothing can be told of it; the first answer will say why
+    with _narrowed(model, max_model_len):
+        for forward in FORWARDS:
+            try:
+                told = _play(make(forward, length), length, model.get_input_embeddings().weight.shape[0])
+                model.set_attn_implementation(attention)
+                if _agree(model, told):
+                    return forward
+                why = "its log-probs differ from those of a plain forward pass"
+            except Exception as error:  # of the model's code, which may be anything
+                why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(error).strip() else type(error).__name__
+            finally:
+                model.set_attn_implementation(attention)
+    raise UserError(f"rollout.engine=transformers cannot run a {model.config.model_type} model ({why}); use another model, or rollout.engine=vllm")
+
+
+def _play(engine: Engine, length: int, vocabulary: int) -> Told:
+    """Two trajectories of three turns and of one: what was asked and answered."""
+    draw = np.random.default_rng(0)
+    response = max(1, min(5, length // 7))
+    prompt = draw.integers(0, vocabulary, length)
+    other = draw.integers(0, vocabulary, length)[: length - response].tolist()
+    engine.begin(Sampling(temperature=1.0, max_tokens=response, stop_ids=()))
+    told: Told = []
+
+    def ask(key: int, prompt: list[int]) -> None:
+        told.append((prompt, None))
+        engine.add(Request(key, prompt, seed=len(told)))
+
+    def answers(count: int) -> list[Completion]:
+        done: list[Completion] = []
+        while len(done) < count:
+            done += engine.step()
+        return done
+
+    first = prompt[: max(1, length // 3)].tolist()
+    ask(0, first)
+    joined = engine.step()  # the other one joins behind it
+    ask(1, other)
+    for completion in (*joined, *answers(2 - len(joined))):
+        told[completion.key] = told[completion.key][0], completion
+    engine.release(1)
+    going_on = [*first, *told[0][1].ids, *prompt[length // 3 :].tolist()][: length - response]
+    changed = [*going_on[: len(going_on) // 2], *other][: length - response]
+    for following in (going_on, changed):
+        ask(0, following)
+        told[-1] = following, answers(1)[0]
+    engine.end()
+    return told
+
+
+@torch.inference_mode()
+def _finite(model: PreTrainedModel) -> bool:
+    return bool(model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False).logits.isfinite().all())
+
+
+@torch.inference_mode()
+def _agree(model: PreTrainedModel, told: Told) -> bool:
+    """Whether what the engine told are the model's log-probs."""
+    for prompt, completion in told:
+        ids = torch.tensor([prompt + completion.ids], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logp = logits.log_softmax(-1)
+        plain = logp.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+        apart = (plain - torch.tensor(completion.logprobs)).abs().mean()
+        spread = logp.std(-1).mean().cpu()
+        if not apart <= TOLERANCE.get(model.dtype, EXACT) * spread + 1e-5:
+            return False
+    return True
+
+
+@contextmanager
+def _narrowed(model: PreTrainedModel, max_model_len: int) -> Iterator[None]:
+    """Sliding windows and chunks that a sequence could outgrow are small for as long as the context lasts: what lies beyond
+    them is then tried at little cost, whatever their size."""
+    sizes = [reach.size for reach in reaches(model.config) if reach.size is not None]
+    found = []
+    if sizes and min(sizes) < max_model_len:
+        places: Sequence[object] = (model.config.get_text_config(decoder=True), *model.modules())
+        found = [
+            (place, name, vars(place)[name])
+            for place in places
+            for name in ("sliding_window", "attention_chunk_size")
+            if type(vars(place).get(name)) is int and vars(place)[name] > WINDOW
+        ]
+    for place, name, _ in found:
+        setattr(place, name, WINDOW)
+    try:
+        yield
+    finally:
+        for place, name, size in found:
+            setattr(place, name, size)

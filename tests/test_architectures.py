@@ -1,0 +1,249 @@
+"""Families of models: trained, taught by and rolled out as transformers computes them, or refused in a line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from atod_kernels import naive
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from atod_fast import train
+from atod_fast.errors import UserError
+from atod_fast.models import DEMO_WEIGHTS, Reach, attention_of, skeleton
+from atod_fast.plan import shape_of
+from atod_fast.policy.layout import Logits
+from atod_fast.policy.model import CausalPolicy, Head, HeadJob
+from atod_fast.policy.packing import collate
+from atod_fast.rollout import forward, tryout
+from atod_fast.rollout.forward import CacheForward, SlotForward
+from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.rollout.vllm_limits import check_experts
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import architectures  # noqa: E402
+from architectures import FAMILIES, make  # noqa: E402
+
+NAMES = {family.name: family for family in FAMILIES}
+CPU = torch.device("cpu")
+SOME = (
+    "Cohere (Command R)",
+    "Gemma 2",
+    "Gemma 3, text",
+    "Gemma 3, with images",
+    "GPT-NeoX (Pythia)",
+    "gpt-oss",
+    "Granite",
+    "Jamba",
+    "LFM2",
+    "Llama 4, text",
+    "Mistral, sliding window",
+    "Nemotron",
+    "Qwen3 MoE",
+    "Qwen3-Next",
+    "RecurrentGemma",
+    "StableLM",
+)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_family_is_as_the_documents_say(name):
+    """Log-probs, gradients, streamed weights, exports and rollouts against transformers' own: see bench/architectures.py."""
+    lines = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+    assert architectures.row(NAMES[name]) in lines
+
+
+def test_no_row_of_the_documents_is_a_fault_and_none_is_missing():
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert "FAILS" not in text
+    assert [line.split(" | ")[0] for line in text.splitlines() if " | `" in line] == [f"| {name}" for name in NAMES]
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [("Granite", "Cohere (Command R)"), ("Cohere (Command R)", "Gemma 2"), ("Gemma 2", "HyperCLOVA X")],
+)
+def test_the_exact_divergence_is_that_of_the_models_own_logits(student, teacher, divergence):
+    """Each with a scale and a softcap of its own, at a temperature."""
+    models = [make(NAMES[name]) for name in (student, teacher)]
+    rows = architectures.batch_rows()
+    batch = collate(rows, packed=False)
+    with torch.no_grad():
+        logits = [torch.cat([model(torch.tensor([row.ids])).logits[0, :-1] for row in rows]) for model in models]
+        policy, other = map(CausalPolicy, models)
+        head = other.parts.head
+        job = HeadJob(
+            batch.target,
+            0.7,
+            divergence=divergence,
+            alpha=0.3,
+            teacher_hidden=other(batch, None),
+            teacher_weight=head.weight,
+        )
+        found = policy(batch, job._replace(teacher_softcap=head.softcap, teacher_scale=head.scale))
+    eye = torch.eye(architectures.VOCABULARY)
+    operands = logits[0], eye, logits[1], eye, batch.target
+    expected = naive.linear_divergence(*operands, divergence=divergence, alpha=0.3, temperature=0.7)
+    assert (policy.parts.head.scale, head.scale) != (1, 1)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
+
+
+def test_a_softcap_goes_over_scaled_logits():
+    linear = torch.nn.Linear(4, 9)
+    hidden, target = 3 * torch.randn(5, 4), torch.arange(5)
+    head = Head(linear, Logits(scale=0.3, softcap=2.0))
+    expected = (2 * torch.tanh(0.3 * linear(hidden) / 2) / 0.6).log_softmax(-1)
+    torch.testing.assert_close(head(hidden, HeadJob(target, 0.6)).logp, expected.gather(1, target[:, None])[:, 0])
+
+
+def mistral(**options) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = MistralForCausalLM(MistralConfig(vocab_size=53, max_position_embeddings=256, dtype="float32", **sizes | options))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def chosen(model, length: int = 200) -> type:
+    return type(TransformersEngine(model, slots=2, max_model_len=length, device="cpu")._forward)
+
+
+@pytest.mark.parametrize("window", [8, 100])
+def test_an_attention_that_forgets_a_window_is_found_out_and_the_models_own_cache_takes_its_place(monkeypatch, window):
+    """Also where the window is longer than the try-out."""
+    assert chosen(mistral(sliding_window=window)) is SlotForward
+    monkeypatch.setattr(forward, "reaches", lambda config: [Reach("full_attention")] * 2)
+    model = mistral(sliding_window=window)
+    engine = TransformersEngine(model, slots=2, max_model_len=200, device="cpu")
+    assert type(engine._forward) is CacheForward and "mistral model generates with transformers' own cache" in engine.slower
+    assert model.config.sliding_window == window and model.config._attn_implementation == "sdpa"
+    assert {layer.self_attn.config.sliding_window for layer in model.model.layers} == {window}
+
+
+def test_a_window_that_no_sequence_reaches_is_not_tried(monkeypatch):
+    monkeypatch.setattr(forward, "reaches", lambda config: [Reach("full_attention")] * 2)
+    assert chosen(mistral(sliding_window=200)) is SlotForward
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 12, 40])
+def test_the_try_out_fits_any_length(length):
+    assert chosen(mistral(sliding_window=4), length) is SlotForward
+
+
+def test_a_model_that_nothing_runs_is_refused_with_the_reason_and_the_remedy(monkeypatch):
+    monkeypatch.setattr(tryout, "FORWARDS", (SlotForward,))
+    with pytest.raises(
+        UserError,
+        match=r"^rollout.engine=transformers cannot run a mamba model \(.+\); use another model, or rollout.engine=vllm$",
+    ):
+        chosen(make(NAMES["Mamba"]), 64)
+    torch.manual_seed(0)
+    bert = BertLMHeadModel(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            is_decoder=False,
+        )
+    )
+    for parameter in bert.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(UserError, match="bert model .its log-probs differ from those of a plain forward pass"):
+        chosen(bert.eval(), 40)
+
+
+def test_what_the_trainer_cannot_take_apart_is_refused_with_its_type_and_what_is_missing():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, **sizes))
+    gemma = make(NAMES["Gemma 3, with images"])
+    for model, reason in ((bart, "'bart' has an encoder"), (gemma, "'gemma3' holds its text decoder inside")):
+        with pytest.raises(UserError, match=f"{reason}.*; use another model$"):
+            CausalPolicy(model)
+    with pytest.raises(UserError, match="'gemma3' holds its text decoder inside"):  # a dry run, without weights
+        shape_of(skeleton(gemma.config))
+    granite = make(NAMES["Granite"])
+    granite.config.logits_scaling, forward_as = 1.0, granite.forward
+    granite.forward = lambda **inputs: forward_as(**inputs).__class__(logits=forward_as(**inputs).logits * 3)
+    with pytest.raises(UserError, match="'granite' makes its logits by more than"):
+        CausalPolicy(granite)
+
+
+def test_sdpa_does_not_drop_a_softcap_of_scores_silently():
+    configs = {name: make(NAMES[name]).config for name in ("Gemma 2", "Qwen3", "gpt-oss", "BLOOM")}
+    found = {name: attention_of("auto", CPU, torch.float32, config) for name, config in configs.items()}
+    assert found == {"Gemma 2": "eager", "Qwen3": "sdpa", "gpt-oss": "eager", "BLOOM": "eager"}
+    with pytest.raises(UserError, match="student.attention='sdpa' leaves out the softcap of a gemma2 model"):
+        attention_of("sdpa", CPU, torch.float32, configs["Gemma 2"])
+
+
+@pytest.mark.parametrize(("name", "packs"), [("Qwen3", True), ("Gemma 2", True), ("LFM2", False), ("Qwen3-Next", False), ("Mamba", False)])
+def test_rows_of_recurrent_models_are_never_packed(name, packs):
+    policy = CausalPolicy(make(NAMES[name]))
+    assert not policy.packs
+    policy.config._attn_implementation = "flash_attention_2"
+    assert policy.packs == packs
+
+
+def test_vllm_refuses_to_train_experts_on_a_cpu():
+    check_experts(make(NAMES["Qwen3"]).config, CPU)
+    with pytest.raises(UserError, match="rollout.engine=vllm cannot train a qwen3_moe model"):
+        check_experts(make(NAMES["Qwen3 MoE"]).config, CPU)
+
+
+def test_a_hybrid_student_trains(tmp_path, capsys):
+    """A recurrent layer beside attention: rollouts by its own cache, weights that come back, a teacher of another family."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_WEIGHTS / "student")
+    columns = AutoConfig.from_pretrained(DEMO_WEIGHTS / "student").vocab_size
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=columns,
+        layer_types=["conv", "full_attention"],
+        eos_token_id=1,
+        pad_token_id=0,
+        dtype="float32",
+        **sizes,
+    )
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    small = "train.steps=2 train.tasks_per_step=2 train.group_size=2 train.minibatch_rows=0 train.learning_rate=1e-2 eval.tasks=2 eval.teacher=false"
+    paths = [f"student.path={tmp_path / 'student'}", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*small.split(), "env.max_turns=4", "objective.preset=exact", *paths]) == 0
+    said = capsys.readouterr()
+    assert "a lfm2 model generates with transformers' own cache" in said.out + said.err
+    lines = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"sync/logprob_gap"' in line]
+    assert len(lines) == 2
+    exported = Lfm2ForCausalLM.from_pretrained(tmp_path / "run" / "hf")
+    before = Lfm2ForCausalLM.from_pretrained(tmp_path / "student")
+    assert not torch.equal(exported.model.layers[0].conv.conv.weight, before.model.layers[0].conv.conv.weight)
