@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from atod_fast import preflight
 from atod_fast.config import Config
-from atod_fast.errors import UserError
 from atod_fast.models import attention_shape, dtype_of
 from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy.layout import find_layout
