@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -29,9 +30,11 @@ from atod_fast.policy.layout import Logits
 from atod_fast.policy.model import CausalPolicy, Head, HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.rollout import forward, tryout
+from atod_fast.rollout.actor import make_engine
 from atod_fast.rollout.forward import CacheForward, SlotForward
 from atod_fast.rollout.transformers_engine import TransformersEngine
 from atod_fast.rollout.vllm_limits import check_experts
+from atod_fast.settings import load
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -244,6 +247,11 @@ def test_a_hybrid_student_trains(tmp_path, capsys):
     assert "a lfm2 model generates with transformers' own cache" in said.out + said.err
     lines = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"sync/logprob_gap"' in line]
     assert len(lines) == 2
+    gaps = [json.loads(line)["sync/logprob_gap_max"] for line in lines]
+    assert max(gaps) < 1e-4, "the engine computes what the trainer computes, after an update too"
     exported = Lfm2ForCausalLM.from_pretrained(tmp_path / "run" / "hf")
     before = Lfm2ForCausalLM.from_pretrained(tmp_path / "student")
     assert not torch.equal(exported.model.layers[0].conv.conv.weight, before.model.layers[0].conv.conv.weight)
+    config = load(None, None, [paths[0], "student.attention=eager"])
+    engine = make_engine(config, config.student.path, CPU, "transformers")
+    assert engine._model.config._attn_implementation == "eager"
