@@ -160,6 +160,12 @@ def check_quantised(path: str, config) -> None:
         raise UserError(f"model path {path!r} holds quantised weights ({method}); give a folder of its weights in bf16, fp16 or fp32")
 
 
+def recurrent(model: PreTrainedModel) -> bool:
+    """Whether it keeps anything but keys and values of tokens: a state that cannot be cut back, and that runs on."""
+    attention = {"full_attention", "sliding_attention", "chunked_attention"}
+    return model._is_stateful or not {reach.kind for reach in reaches(model.config)} <= attention
+
+
 # Settings of a configuration that make a forward pass in training mode random: probabilities of dropout, noise of a router.
 _NOISE = re.compile("drop|jitter_noise")
 

@@ -31,7 +31,7 @@ from atod_fast.policy.model import CausalPolicy, Head, HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.rollout import forward, tryout
 from atod_fast.rollout.actor import make_engine
-from atod_fast.rollout.forward import CacheForward, SlotForward
+from atod_fast.rollout.forward import AnewForward, CacheForward, SlotForward
 from atod_fast.rollout.transformers_engine import TransformersEngine
 from atod_fast.rollout.vllm_limits import check_experts
 from atod_fast.settings import load
@@ -204,7 +204,17 @@ def test_sdpa_does_not_drop_a_softcap_of_scores_silently():
         attention_of("sdpa", CPU, torch.float32, configs["Gemma 2"])
 
 
-@pytest.mark.parametrize(("name", "packs"), [("Qwen3", True), ("Gemma 2", True), ("LFM2", False), ("Qwen3-Next", False), ("Mamba", False)])
+@pytest.mark.parametrize("name", ["Mamba", "MiniMax"])
+def test_a_lost_state_is_found_in_16_bits_too(name):
+    model = make(NAMES[name]).to(torch.bfloat16)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert chosen(model, 64) is AnewForward
+    assert all(tensor.dtype == before[key].dtype and torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "packs"), [("Qwen3", True), ("Gemma 2", True), ("LFM2", False), ("Llama 4, text", False), ("Qwen3-Next", False), ("Mamba", False)]
+)
 def test_rows_of_recurrent_models_are_never_packed(name, packs):
     policy = CausalPolicy(make(NAMES[name]))
     assert not policy.packs

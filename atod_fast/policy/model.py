@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from atod_fast.config import Student, Teacher
 from atod_fast.errors import UserError
-from atod_fast.models import attention_of, dtype_of, load_config, load_model, reaches
+from atod_fast.models import attention_of, dtype_of, load_config, load_model, reaches, recurrent
 from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
 from atod_fast.trajectory import Batch
 
@@ -103,15 +103,16 @@ class CausalPolicy(nn.Module):
         names = self.layout
         self.parts = Parts(*map(self.get_submodule, (names.backbone, names.blocks, names.embedding, names.head)))
         self.tied = self.parts.head.weight is self.parts.embedding.weight
-        self.stateful = source._is_stateful
+        self.recurrent = recurrent(source)
         # Models without an argument for positions count them, or need none.
         self.takes_positions = "position_ids" in inspect.signature(type(self.parts.backbone).forward).parameters
 
     @property
     def packs(self) -> bool:
         """Rows may lie end to end: every layer is an attention that skips, at no cost, what is not of the same row."""
-        attends = {reach.kind for reach in reaches(self.config)} <= {"full_attention", "sliding_attention"}
-        return attends and not self.stateful and self.takes_positions and self.config._attn_implementation == "flash_attention_2"
+        chunked = any(reach.kind == "chunked_attention" for reach in reaches(self.config))  # chunks count from a row's start
+        attends = not self.recurrent and not chunked and self.takes_positions
+        return attends and self.config._attn_implementation == "flash_attention_2"
 
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
         """What the head makes of the action tokens, or with no job their final hidden states [A, H]."""

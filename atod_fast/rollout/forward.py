@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atod_fast.models import reaches
+from atod_fast.models import reaches, recurrent
 from atod_fast.rollout.slot_attention import Slots
 
 
@@ -49,10 +49,8 @@ class SlotForward:
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
         """ValueError for a model that keeps a state of another kind: with small weights it could hide in a try-out."""
         found = reaches(model.config)
-        if other := {reach.kind for reach in found} - {"full_attention", "sliding_attention", "chunked_attention"}:
-            raise ValueError(f"layers of {', '.join(sorted(other))}")
-        if model._is_stateful:
-            raise ValueError("a recurrent state")
+        if recurrent(model):
+            raise ValueError(f"layers of {', '.join(sorted({reach.kind for reach in found}))}")
         self._layers = len(found)
         self._model = model
         model.set_attn_implementation("atod_slots")

@@ -15,14 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from atod_fast.errors import UserError
-from atod_fast.models import reaches
+from atod_fast.models import reaches, recurrent
 from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
 from atod_fast.rollout.forward import FORWARDS, CacheForward, MakeForward
 
 TOKENS = 36  # of the longest sequence
 WINDOW = 7  # what a sliding window or a chunk is narrowed to meanwhile
 # Mean difference of a completion's log-probs from the plain ones, as a share of the log-probs' spread over the vocabulary.
-TOLERANCE = {torch.float16: 0.03, torch.bfloat16: 0.15}
+TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.1}
 EXACT = 1e-3
 
 Told = list[tuple[list[int], Completion]]  # prompt and answer
@@ -37,13 +37,13 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
     Raises:
         UserError: none is right.
     """
-    attention, length = model.config._attn_implementation, min(max_model_len, TOKENS)
-    why = ""
+    length, why = min(max_model_len, TOKENS), ""
     if model.device.type == "meta":
         return CacheForward  # without weights there is nothing to try
     if not _finite(model):
         return FORWARDS[0]  # nothing can be told of it; the first answer will say why
-    with _narrowed(model, max_model_len):
+    with _narrowed(model, max_model_len), _sharp(model):
+        attention = model.config._attn_implementation
         for forward in FORWARDS:
             try:
                 told = _play(make(forward, length), length, model.get_input_embeddings().weight.shape[0])
@@ -111,6 +111,26 @@ def _agree(model: PreTrainedModel, told: Told) -> bool:
         if not apart <= TOLERANCE.get(model.dtype, EXACT) * spread + 1e-5:
             return False
     return True
+
+
+@contextmanager
+def _sharp(model: PreTrainedModel) -> Iterator[None]:
+    """A recurrent model is fp32 for as long as the context lasts: a state that was lost may cost it no more than 16 bits do."""
+    if model.dtype not in TOLERANCE or not recurrent(model):
+        yield
+        return
+    tensors = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in TOLERANCE]
+    attention = model.config._attn_implementation
+    if attention == "flash_attention_2":
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    for tensor, _ in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in tensors:
+            tensor.data = tensor.data.to(dtype)
+        model.set_attn_implementation(attention)
 
 
 @contextmanager
