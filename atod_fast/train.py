@@ -273,7 +273,8 @@ class Run:
         """What comes of the held-out tasks at `eval.temperature`, with the student (or the teacher) in `engine`."""
         ranks.doing(label)
         everyone = self.play(label, partial(self.actor.evaluate, engine))
-        self.record(f"eval_{self.done:06d}" + "_teacher" * teacher, everyone)
+        with ranks.together():
+            self.record(f"eval_{self.done:06d}" + "_teacher" * teacher, everyone)
         prefix, found = "eval/" + "teacher_" * teacher, outcomes(everyone)
         if lost := found["failed_environments"]:
             self.console.say(f"{label}: {lost} of {self.config.eval.tasks} environments failed, and count as not solved")
