@@ -31,8 +31,8 @@ class Student(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations of each block in the backward pass")
     head: Literal["auto", "fast", "lean"] = Field(
         "auto",
-        description="the update's pass over the vocabulary: fast forms the gradient from the logits of a chunk of tokens while it holds them; "
-        "lean holds a tile and computes the logits twice, for the least memory; auto = fast",
+        description="the update's pass over the vocabulary: fast computes a chunk's logits once and takes the gradient at once; "
+        "lean computes them twice, tile by tile, for the least memory; auto = fast",
     )
     liger: Literal["auto", "on", "off"] = Field("auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto = on CUDA where installed")
 
@@ -88,9 +88,11 @@ class Rollout(Section):
             raise ValueError(f"rollout.tensor_parallel={self.tensor_parallel} is for vLLM; set rollout.engine=vllm, or rollout.tensor_parallel=1")
         if self.date:
             try:
-                date.fromisoformat(self.date)
+                right = date.fromisoformat(self.date).isoformat() == self.date
             except ValueError:
-                raise ValueError(f"rollout.date={self.date!r} is no date; write YYYY-MM-DD, or leave it empty for today") from None
+                right = False
+            if not right:
+                raise ValueError(f"rollout.date={self.date!r} is no date; write YYYY-MM-DD, or leave it empty for today")
         if self.longest <= self.response_tokens:
             raise ValueError(
                 f"rollout.response_tokens={self.response_tokens} leaves no room in rollout.prompt_tokens={self.prompt_tokens}, "
@@ -108,7 +110,7 @@ class Eval(Section):
 
 class Train(Section):
     steps: int = Field(120, ge=1, description="optimisation steps (rollout + update)")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     learning_rate: float = Field(7e-4, ge=0, description="peak AdamW learning rate")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
     final_learning_rate: float = Field(0.2, ge=0, le=1, description="fraction of the peak reached linearly at the last step; 1 = constant")
@@ -224,8 +226,8 @@ class Guard(Section):
     wait_minutes: float = Field(
         0.0,
         ge=0,
-        description="minutes a rank waits for the others after a rollout; 0 = the longest one that the settings allow: "
-        "episodes in waves of rollout.concurrency, env.step_timeout a turn, a second a token; 30 at least",
+        description="minutes a rank waits for the others after a rollout; 0 = computed: the longest rollout that the settings allow "
+        "(env.step_timeout a turn, 1 s a token), at least 30 minutes",
     )
     failed_environments: float = Field(0.5, ge=0, le=1, description="largest share of a rollout's or an evaluation's environments that may fail")
 
@@ -272,9 +274,16 @@ class Config(Section):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Config:
         """A Config with the sections of `update`. It is checked, and a preset in `update` expands, as in any Config."""
-        method = _method(update or {})
+        given = dict(update or {})
+        objective, every = given.get("objective"), set(Objective.model_fields)
+        if isinstance(objective, Objective) and objective.preset != self.objective.preset and objective.model_fields_set == every:
+            # A copy of a whole section holds every key. Those that it changed win over the new preset, the others do not.
+            owned = {name for name in every if f"objective.{name}" in OBJECTIVES[objective.preset]}
+            kept = owned & {name for name in every if getattr(objective, name) == getattr(self.objective, name)}
+            given["objective"] = {name: getattr(objective, name) for name in every - kept}
+        method = _method(given)
         kept = self.model_dump()
-        return Config.model_validate({**kept, **_over({name: kept[name] for name in method}, method), **(update or {})})
+        return Config.model_validate({**kept, **_over({name: kept[name] for name in method}, method), **given})
 
     @property
     def teacher_scores(self) -> bool:

@@ -16,19 +16,24 @@ from atod_fast import cli
 if __name__ == "__main__":
     cli.answer_early(lambda argv: cli.parse_evaluation(argv, __doc__))
 
+import argparse
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import ranks
 from atod_fast.config import Config
-from atod_fast.errors import GuardError, UserError
+from atod_fast.errors import UserError
+from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import load_config, load_tokenizer, stop_ids
 from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
-from atod_fast.rollout.actor import Actor, check_failures, dated, make_engine
+from atod_fast.rollout import player
+from atod_fast.rollout.actor import Actor, dated, make_engine
 from atod_fast.rollout.duration import limit
 from atod_fast.settings import check_engines, check_env, check_model
 from atod_fast.trajectory import Trajectory, outcomes
@@ -36,30 +41,22 @@ from atod_fast.trajectory import Trajectory, outcomes
 EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
 
 
-def evaluate(model: str, config: Config, console: Console) -> list[Trajectory]:
+def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt) -> list[Trajectory]:
     """Trajectories of `model` on the first `eval.tasks` held-out tasks at `eval.temperature`, on every rank. Collective."""
-    check_env(config)
-    shape = load_config(model)
-    check_model(config, model, shape.to_dict())
-    engines = check_engines(config, ranks.world_size())
     device, _ = ranks.start()
-    config, columns = dated(config), shape.get_text_config().vocab_size
-    actor = Actor(config, load_tokenizer(model), columns, stop_ids(model), rank=ranks.rank(), ranks=ranks.world_size())
+    with ranks.together():
+        engines = check_engines(config, ranks.world_size())
+        check_env(config)
+        shape, tokenizer = load_config(model), load_tokenizer(model)
+        check_model(config, model, shape.to_dict())
+    config = dated(config)
+    with ranks.together():
+        columns = shape.get_text_config().vocab_size
+        actor = Actor(config, tokenizer, columns, stop_ids(model), rank=ranks.rank(), ranks=ranks.world_size())
     ranks.be_patient(limit(config, engines, instant=actor.heldout.instant))
     engine = make_engine(config, model, device, say=console.say)
     ranks.doing("evaluating")
-    mine: list[Trajectory] = []
-    failure: UserError | GuardError | None = None
-    with console.progress("evaluating") as progress:
-        try:
-            mine = actor.evaluate(engine, progress)
-        except (UserError, GuardError) as error:
-            failure = error
-    ranks.wait()
-    ranks.raise_together(failure)
-    everyone = ranks.gather_trajectories(mine)
-    check_failures(everyone, config.guard.failed_environments, "evaluating")
-    return everyone
+    return player.play(partial(actor.evaluate, engine), "evaluating", config, console, interrupt)
 
 
 def summary(trajectories: list[Trajectory]) -> dict:
@@ -86,44 +83,68 @@ def _mean(values: list[bool]) -> float:
 
 
 def make_place(option: str, path: Path) -> None:
-    """Make the folder of the file `path`. UserError where it cannot be, or `path` is one: said before the episodes are played, not after."""
+    """Make the folder of the file `path`, and see that it can be written: before the episodes are played, not after.
+
+    Raises:
+        UserError: it cannot.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror}; give a file that can be written") from None
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; give a file")
 
 
 @record
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input, 3 the model's log-probs are not finite, the engine broke down, or too many environments failed."""
-    speaks = ranks.rank() == 0
-    try:
-        arguments, config = cli.parse_evaluation(sys.argv[1:] if argv is None else argv, __doc__)
-        for option, path in (("--out", arguments.out), ("--transcripts", arguments.transcripts)):
-            if path is not None:
-                make_place(option, path)
-        trajectories = evaluate(arguments.model, config, Console(speaks))
-        found = summary(trajectories)
-    except (UserError, GuardError) as error:
+    speaks, started = ranks.rank() == 0, False
+    with Interrupt() as interrupt:
+        try:
+            arguments, config = cli.parse_evaluation(sys.argv[1:] if argv is None else argv, __doc__)
+            started = True
+            if arguments.out and arguments.out == arguments.transcripts:
+                raise UserError(f"--out and --transcripts are both {arguments.out}; give two files")
+            for option, path in (("--out", arguments.out), ("--transcripts", arguments.transcripts)):
+                if path is not None and speaks:
+                    make_place(option, path)
+            trajectories = evaluate(arguments.model, config, Console(speaks), interrupt)
+            if speaks:
+                report(arguments, config, trajectories)
+            return 0
+        except KeyboardInterrupt:  # the second
+            return Interrupted.exit_code
+        except (Exception, SystemExit) as error:
+            if not started and isinstance(error, SystemExit):  # --help
+                raise
+            stopped = ranks.understood(error)
+            told = isinstance(error, Interrupted) or getattr(stopped, "told", False) or not dist.is_initialized()
+        finally:
+            ranks.stop()
+        line = " ".join(str(stopped).split()) or "interrupted"
         if speaks:
-            print(f"atod_fast: {error}", file=sys.stderr)
-        return error.exit_code
-    finally:
-        ranks.stop()
-    if speaks:
-        score = f", mean score {found['score']:.3f}," if "score" in found else ""
-        print(f"{arguments.model}: success {found['success']:.1%}{score} on {found['tasks']} tasks at temperature {config.eval.temperature:g}")
-        for kind, success in found["success_by_type"].items():
-            print(f"  {kind or 'task'}: {success:.1%}")
-        print(f"  {found['turns']:.1f} turns an episode, {found['invalid_actions']:.1%} of actions invalid, {found['failed_environments']} environments failed")
-        if arguments.transcripts:
-            transcripts.write(arguments.transcripts, trajectories, load_tokenizer(arguments.model))
+            print(f"atod_fast: {line}", file=sys.stderr)
+        elif not told:
+            ranks.speak_alone(line)
+        return stopped.exit_code
+
+
+def report(arguments: argparse.Namespace, config: Config, trajectories: list[Trajectory]) -> None:
+    """Print the summary, and write the files that were asked for."""
+    found = summary(trajectories)
+    score = f", mean score {found['score']:.3f}," if "score" in found else ""
+    print(f"{arguments.model}: success {found['success']:.1%}{score} on {found['tasks']} tasks at temperature {config.eval.temperature:g}")
+    for kind, success in found["success_by_type"].items():
+        print(f"  {kind or 'task'}: {success:.1%}")
+    print(f"  {found['turns']:.1f} turns an episode, {found['invalid_actions']:.1%} of actions invalid, {found['failed_environments']} environments failed")
+    try:
         if arguments.out:
             facts = {"model": arguments.model, "temperature": config.eval.temperature, "env": config.env.model_dump(mode="json")}
             arguments.out.write_text(json.dumps(facts | found, indent=1) + "\n")
-    return 0
+        if arguments.transcripts:
+            transcripts.write(arguments.transcripts, trajectories, load_tokenizer(arguments.model))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; give a file that can be written") from None
 
 
 if __name__ == "__main__":

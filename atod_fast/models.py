@@ -26,7 +26,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file, logging
 
-from atod_fast.errors import UserError
+from atod_fast.errors import NotHere, UserError
 
 logger = getLogger(__name__)
 logging.disable_progress_bar()  # the run has a progress bar of its own
@@ -48,6 +48,8 @@ def resolve(path: str) -> str:
             f"model path {path!r} holds a PEFT adapter, which is no whole model; merge it into its base with peft's "
             "merge_and_unload() and give the folder that save_pretrained() writes then"
         )
+    if local and not Path(path).expanduser().exists():
+        raise NotHere(f"model path {path!r} does not exist here; give a Hugging Face model folder or a hub name")
     if local and not (Path(path).expanduser() / "config.json").is_file():
         raise UserError(f"model path {path!r} holds no config.json; give a Hugging Face model folder or a hub name")
     folder = str(Path(path).expanduser()) if path.startswith("~") else path

@@ -6,7 +6,7 @@ A run stops at the first refusal. A dry run fetches nothing: what is not on this
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -73,7 +73,12 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
     check_env(config)  # before a model is fetched for an environment that is not there
     found = Found()
     for role, path in used_models(config):
-        model = _offline(role, path, found.unchecked) if offline else (load_config(path), load_tokenizer(path))
+        if offline:
+            model = None
+            with _noting(found, f"{role}.path"):
+                model = _offline(role, path, found.unchecked)
+        else:
+            model = load_config(path), load_tokenizer(path)
         if model is None:
             continue
         shape, tokenizer = model
@@ -101,11 +106,16 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
 def look_at_tasks(config: Config, found: Found) -> None:
     """What a run asks of its environments before it plays: opens both splits, and words their prompts for the student."""
     student = found.models.get("student")
-    with _noting(found, "env.eval"), closing(open_heldout(config)) as env:
+    with _noting(found, "env.eval"):
+        env = open_heldout(config)
         if student and student.tokenizer is not None:
             make_renderer(config, student.tokenizer, student.columns, env, stop_ids(student.path, offline=True))
+        with suppress(Exception):
+            env.close()
     with _noting(found, "env.train"):
-        open_training(config).close()
+        env = open_training(config)
+        with suppress(Exception):
+            env.close()
 
 
 @contextmanager

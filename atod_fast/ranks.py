@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from atod_fast import errors
-from atod_fast.errors import RankLost, Unexpected, UserError
+from atod_fast.errors import GuardError, RankLost, Unexpected, UserError
+from atod_fast.interrupt import Interrupted
 from atod_fast.trajectory import Trajectory, Turn
 
 COLLECTIVE = timedelta(minutes=30)  # what ranks do together takes far less; they wait for each other's rollouts in `wait`
@@ -108,7 +109,6 @@ def wait() -> None:
         if waited < _limit.total_seconds() or "Connection" in str(error):
             raise RankLost(_gone(who)) from None
         line = f"waited {waited / 60:.2g} min for {who} in {_doing!r}: see what holds it up there, or raise guard.wait_minutes"
-        speak_alone(line)
         raise RankLost(f"rank {rank()} {line}") from None
 
 
@@ -129,9 +129,9 @@ def _gone(who: str) -> str:
     return f"{who} is gone (seen by rank {rank()} in {_doing!r}); what it last said tells why"
 
 
-def understood(error: Exception) -> Exception:
+def understood(error: BaseException) -> Exception:
     """`error` as one that ends in a line: itself; RankLost for a failed collective; else Unexpected, its traceback printed."""
-    if hasattr(error, "exit_code"):
+    if isinstance(error, UserError | GuardError | Unexpected | Interrupted):
         return error
     text = str(error)
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
@@ -186,13 +186,18 @@ _SHARED = {name: kind for name, kind in vars(errors).items() if isinstance(kind,
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise the first rank's error, one of atod_fast.errors, on every rank: one that stopped alone would leave the others waiting for it."""
-    text = "" if error is None else f"{type(error).__name__}:{error}"
+    """Raise the first rank's error, one of atod_fast.errors, on every rank: one that stopped alone would leave the others
+    waiting for it. It is marked as `told`: the first rank says it.
+    """
+    known = next((kind.__name__ for kind in type(error).__mro__ if _SHARED.get(kind.__name__) is kind), "Unexpected")
+    text = "" if error is None else f"{known}:{error}"
     mine = text.encode(errors="replace")
     for found in _all_gather_bytes(mine) if dist.is_initialized() else [mine]:
         if found:
             kind, _, message = found.decode().partition(":")
-            raise _SHARED[kind](message)
+            shared = _SHARED[kind](message)
+            shared.told = True
+            raise shared
 
 
 def barrier() -> None:

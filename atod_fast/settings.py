@@ -88,6 +88,9 @@ def check_world(config: Config, ranks: int) -> None:
         raise UserError(f"train.tasks_per_step={tasks} cannot be divided by {share}; use {near}, or another number of ranks")
 
 
+SAME_TASKS = "env.train and env.eval are the same: held-out success will be that of training tasks"
+
+
 def check_env(config: Config) -> None:
     """UserError unless there is such a world with such options. It is not opened."""
     for split in (config.env.train, config.env.eval):

@@ -29,6 +29,7 @@ from contextlib import nullcontext, redirect_stdout
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -45,10 +46,11 @@ from atod_fast.policy import checkpoint
 from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
-from atod_fast.rollout.actor import Actor, check_failures, dated, engine_kind, make_engine
+from atod_fast.rollout import player
+from atod_fast.rollout.actor import Actor, dated, engine_kind, make_engine
 from atod_fast.rollout.duration import limit
 from atod_fast.rollout.engine import Engine
-from atod_fast.settings import check_engines, demo_values_warning, to_toml
+from atod_fast.settings import SAME_TASKS, check_engines, demo_values_warning, to_toml
 from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
@@ -68,11 +70,12 @@ class Run:
         if finished:
             raise rundir.Finished(f"{self.run_dir} is finished: {config.train.steps} steps, model {self.run_dir / 'hf'}; give more train.steps to go on")
         self.advice = Advice(config)
-        models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened
+        with ranks.together():
+            models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened
         torch.manual_seed(config.train.seed)
 
         if config.env.train == config.env.eval:
-            self.console.say("env.train and env.eval are the same: held-out success will be that of training tasks")
+            self.console.say(SAME_TASKS)
         student = models["student"]
         if warning := demo_values_warning(config, student.parameters):
             self.console.say(warning, style="bold yellow")
@@ -85,7 +88,8 @@ class Run:
         ranks.be_patient(limit(config, engines, instant=self.actor.heldout.instant))
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
         self.engine = make_engine(config, config.student.path, self.device, filled=False, say=self.console.say)
-        self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
+        with ranks.together():
+            self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
 
         self.done = 0  # steps
         self.before: dict[str, float] = {}  # held-out success before training: the student's, and the teacher's
@@ -186,7 +190,7 @@ class Run:
                 signals = {"disagreement": table.disagreement, "uncertainty": table.uncertainty, "weight": weights.weight, "advantage": advantages.turn}
                 self.finish_step(metrics, everyone, signals)
             self.finish_run()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             stopped = ranks.understood(error)
             if self.done:  # a checkpoint of no step would not be the start: an optimiser has no state before it
                 stopped.add_note(self.rescue(stopped))
@@ -219,55 +223,21 @@ class Run:
         return line
 
     def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
-        """`act` on every rank, all ranks' trajectories on every rank. An engine that broke down is made anew, once, and the
-        same episodes are played from their beginning: what half a rollout left is not used.
+        """All ranks' trajectories, on every rank. An engine that broke down is made anew, once, and the same episodes are
+        played from their beginning: what half a rollout left is not used.
         """
         try:
-            return self.play_once(label, act)
+            return player.play(act, label, self.config, self.console, self.interrupt)
         except EngineFailure as failure:
             self.console.say(f"{label}: the rollout engine broke down ({failure}); it gets its weights anew, and the episodes begin again")
         try:
             self.resync()
         except RuntimeError as failure:  # the device itself may be lost, on this rank alone
-            line = f"{label}: the rollout engine did not take its weights anew ({failure})"
-            ranks.speak_alone(line)
-            raise GuardError(line) from failure
+            raise GuardError(f"{label}: the rollout engine did not take its weights anew ({failure})") from failure
         try:
-            return self.play_once(label, act)
+            return player.play(act, label, self.config, self.console, self.interrupt)
         except EngineFailure as failure:
             raise GuardError(f"{label}: the rollout engine broke down twice ({failure})") from failure
-
-    def play_once(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
-        """What ends `act` on one rank, an error or a request to stop, is raised on all."""
-        mine: list[Trajectory] = []
-        failure: Exception | None = None
-        with self.console.progress(label) as show:
-
-            def progress(*counts: int) -> None:
-                if self.interrupt.requested:
-                    raise Interrupted
-                show(*counts)
-
-            try:
-                mine = act(progress=progress)
-            except Interrupted:
-                pass
-            except Exception as error:
-                failure = ranks.understood(error)
-                if isinstance(failure, EngineFailure) and self.config.rollout.tensor_parallel > 1:
-                    # The engine's other ranks may still wait inside it for this one, and would never hear of it.
-                    line = f"{label}: the rollout engine broke down ({error})"
-                    ranks.speak_alone(line)
-                    raise GuardError(line) from error
-        if isinstance(failure, RankLost):
-            raise failure
-        ranks.wait()
-        ranks.raise_together(failure)
-        if ranks.any_rank(self.interrupt.requested):
-            raise Interrupted
-        everyone = ranks.gather_trajectories(mine)
-        check_failures(everyone, self.config.guard.failed_environments, label)
-        return everyone
 
     def evaluate(self, engine: Engine, label: str, teacher: bool = False) -> dict[str, float]:
         """What comes of the held-out tasks at `eval.temperature`, with the student (or the teacher) in `engine`."""
@@ -464,11 +434,12 @@ def peak_memory(device: torch.device) -> float:
 @record
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 an unexpected error, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted. What was trained is saved first."""
-    speaks = ranks.rank() == 0
+    speaks, started = ranks.rank() == 0, False
     with Interrupt() as interrupt:
         try:
             with nullcontext() if speaks else redirect_stdout(io.StringIO()):  # --help is printed once
                 options = cli.parse(sys.argv[1:] if argv is None else argv)
+            started = True
             if options.dry_run:
                 if speaks:
                     print(plan.describe(rundir.resumed_config(options, rundir.choose(options).resume), ranks.world_size()))
@@ -481,16 +452,22 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         except KeyboardInterrupt:  # the second
             if speaks:
-                print("atod_fast: stopped at once, without saving; the last checkpoint stands", file=sys.stderr)
+                print("atod_fast: stopped at once, without saving", file=sys.stderr)
             return 130
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if not started and isinstance(error, SystemExit):  # --help
+                raise
             stopped = ranks.understood(error)
+            told = isinstance(error, Interrupted) or getattr(stopped, "told", False) or not dist.is_initialized()
         finally:
             ranks.stop()
         notes = getattr(stopped, "__notes__", [])
+        line = " ".join(str(stopped).split())
+        if not told:  # the first rank may never hear of it
+            ranks.speak_alone(line)
         if speaks:
             if not isinstance(stopped, Interrupted):
-                print(f"atod_fast: {stopped}", file=sys.stderr, flush=True)
+                print(f"atod_fast: {line}", file=sys.stderr, flush=True)
             elif not notes:
                 print("atod_fast: interrupted before a step was done; there is nothing to save", file=sys.stderr)
             for line in notes:

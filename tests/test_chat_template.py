@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import date, datetime
 
@@ -9,6 +10,8 @@ import pytest
 from chat_tokenizers import KINDS, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from atod_fast.envs.protocol import Info
 from atod_fast.rollout.prompts import AlfWorldPrompt
@@ -110,7 +113,8 @@ def test_a_control_token_that_an_environment_spells_is_shown_as_it_was_spelled(k
     words = tokenizer(kind)
     for token in words.added_tokens_decoder.values():
         text = f"See {token.content.strip(chr(0x2581))} here"
-        assert text in words.decode(renderer(kind, "window", "plain").prompt([], text, info([])), clean_up_tokenization_spaces=False)
+        shown = words.decode(renderer(kind, "window", "plain").prompt([], text, info([text])), clean_up_tokenization_spaces=False)
+        assert shown.count(text) == 2
 
 
 def test_the_prompt_s_own_words_may_write_control_tokens():
@@ -128,15 +132,48 @@ def test_the_prompt_s_own_words_may_write_control_tokens():
 @settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(KINDS),
-    st.lists(st.sampled_from(["\n", "\n\n", " ", "  ", "mug", " 1", "\u00df", "\u4e2d", "\ufdd0", "<", "|", "im_end", "\t"]) | st.text(max_size=3), max_size=8),
+    st.lists(st.sampled_from(["\n", "\n\n", " ", "  ", "mug", " 1", "\u00df", "\u4e2d", "<", "|", "im_end", "\t"]) | st.text(max_size=3), max_size=8),
 )
-def test_both_ways_of_encoding_give_the_same(kind, parts):
-    """Text without control tokens, encoded as it is and by the copy with other spellings."""
+def test_any_text_without_control_tokens_is_encoded_as_by_the_tokenizer(kind, parts):
     template = ChatTemplate(tokenizer(kind), thinking=False, day=DAY, continues=True)
     text = "".join(part for part in parts if part.isprintable() or part.isspace())
     message = template.quoted(text)
-    rendered = template._render([message])
-    assert template._encode_apart(rendered) == tokenizer(kind)(rendered, add_special_tokens=False)["input_ids"]
+    assert message == text or any(token.content in text for token in tokenizer(kind).added_tokens_decoder.values())
+    if message == text:
+        assert template.first(text) == right(kind, text)
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFC()], ids=["nfkc", "lower", "nfc"])
+def test_no_text_becomes_a_control_token_by_being_normalised(normalizer):
+    """Added tokens may match text as the tokenizer's normaliser leaves it."""
+    inner = Tokenizer.from_str(tokenizer("qwen").backend_tokenizer.to_str())
+    inner.normalizer = normalizer
+    inner.add_tokens([AddedToken("<thinking>", special=False, normalized=True), AddedToken("\u00c5ngstr\u00f6m<x>", normalized=True)])
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", chat_template=tokenizer("qwen").chat_template)
+    control = set(words.added_tokens_decoder)
+    shown = ChatRenderer(words, WORDS["plain"], context="window", thinking=False, prompt_tokens=999, day=DAY)
+
+    def controls(text: str) -> list[int]:
+        return [i for i in shown.prompt([], text, info([])) if i in control]
+
+    for text in ("\uff1cthinking\uff1e", "<THINKING>", "<thin\u212aing>", "\u212bngstr\u00f6m<x>", "<thinking>"):
+        assert controls(text) == controls("a desk"), text
+
+
+class Careless(PlainPrompt):
+    """Writes what it is given as JSON, or cuts it."""
+
+    def first(self, observation, admissible):
+        return json.dumps(observation) + " " + repr(admissible) + " " + observation[:7]
+
+
+def test_marks_that_a_prompt_of_one_s_own_rewrites_or_cuts_do_no_harm():
+    words = tokenizer("qwen")
+    shown = ChatRenderer(words, Careless(False, 2), context="window", thinking=False, prompt_tokens=999, day=DAY)
+    ids = shown.prompt([], "See <think>", info(["say <think>"]))
+    thought = words.convert_tokens_to_ids("<think>")
+    assert ids.count(thought) == right("qwen", "x").count(thought)
+    assert "\"See <think>\" ['say <think>'] See " in words.decode(ids) and "fdd" not in words.decode(ids) and str(thought) not in words.decode(ids)
 
 
 def test_code_points_reserved_for_marks_are_shown_as_replaced():

@@ -616,3 +616,16 @@ def test_a_rank_other_than_the_first_prints_no_help():
 def test_an_evaluation_of_ones_own_needs_no_other_model_than_its_own():
     arguments, config = parse_evaluation(["Qwen/Qwen3-0.6B", "--preset", "own", OWN[2], "eval.tasks=5"], None)
     assert (arguments.model, config.student.path, config.env.name, config.eval.tasks) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "guess:Guess", 5)
+
+
+def test_a_copied_section_with_another_preset_is_that_preset():
+    config = Config(objective={"clip": 0.3})
+    copied = config.model_copy(update={"objective": config.objective.model_copy(update={"preset": "exact"})})
+    assert values(copied) == values(Config(objective={"preset": "exact", "clip": 0.3}))
+
+
+def test_a_date_is_written_in_one_way():
+    assert Config(rollout={"date": "2026-11-27"}).rollout.date == "2026-11-27"
+    for wrong in ("20261127", "27.11.2026", "2026-13-01"):
+        with pytest.raises(ValueError, match="rollout.date"):
+            Config(rollout={"date": wrong})

@@ -167,3 +167,8 @@ def test_an_evaluation_that_could_not_be_written_is_not_played(tmp_path, capsys,
     assert evaluate.main(["demo:teacher", option, str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert option in line and str(tmp_path) in line
+
+
+def test_the_console_prints_what_it_is_given(capsys):
+    console.Console(speaks=True).say("the model says :smile: and [bold]")
+    assert ":smile: and [bold]" in capsys.readouterr().out

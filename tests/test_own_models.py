@@ -11,6 +11,7 @@ import pytest
 import torch
 from chat_models import SHORT, save_chat_model
 from chat_tokenizers import tokenizer
+from gloo import run_ranks
 from safetensors.torch import load_file, save_file
 
 from atod_fast import evaluate, train
@@ -90,3 +91,33 @@ def test_a_tokenizer_may_have_more_tokens_than_the_head_columns(tmp_path, capsys
     assert run(tmp_path / "run", student, teacher) == 0
     assert evaluate.main([student, *SHORT]) == 0
     assert all(i < columns for turn in turns(tmp_path / "run" / "trajectories" / "step_000001.jsonl") for i in turn["action"])
+
+
+def test_an_evaluation_by_two_ranks_is_the_evaluation_by_one(tmp_path):
+    """Transcripts and the summary are written by the first rank, in task order."""
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        arguments = ["demo:student", "eval.tasks=10", "--out", str(out), "--transcripts", str(tmp_path / f"{world}.jsonl")]
+        assert run_ranks(world, evaluate.main, arguments) == [0] * world
+        found.append(json.loads(out.read_text()))
+        assert len((tmp_path / f"{world}.jsonl").read_text().splitlines()) == 10
+    assert found[0] == found[1]
+
+
+def test_what_fails_on_one_rank_stops_an_evaluation_on_both(tmp_path, monkeypatch):
+    settings = [*SHORT, "env.name=worlds:Rooms", "env.train={tasks=20}", "rollout.prompt_tokens=8", "rollout.response_tokens=2"]
+    model = save_chat_model(tmp_path / "model")
+    assert run_ranks(2, evaluate.main, [model, *settings]) == [3, 3]  # no first prompt fits
+
+
+@pytest.mark.parametrize(("option", "path"), [("--out", "/proc/no/file.json"), ("--transcripts", "/proc/file.jsonl"), ("--out", ".")])
+def test_a_file_that_cannot_be_written_is_said_before_episodes_are_played(option, path, capsys):
+    assert evaluate.main(["demo:student", "eval.tasks=1", option, path]) == 2
+    assert f"atod_fast: {option} {path}: " in capsys.readouterr().err
+
+
+def test_two_outputs_of_an_evaluation_are_two_files(tmp_path, capsys):
+    file = str(tmp_path / "a.json")
+    assert evaluate.main(["demo:student", "eval.tasks=1", "--out", file, "--transcripts", file]) == 2
+    assert "give two files" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,10 @@ class Counted:
 
     def close(self): ...
 
-    def prompt(self, thinking, history): ...
+    def prompt(self, thinking, history):
+        from atod_fast.rollout.prompts.plain import PlainPrompt
+
+        return PlainPrompt(thinking, history)
 """
 
 
@@ -93,7 +97,7 @@ def refusal(capsys, tmp_path, *given: str) -> str:
         ("rollout.prompt_tokens=100000", "exceeds the"),
         ("rollout.engine=vllm eval.temperature=3", "eval.temperature=3: vLLM samples at"),
         ("student.path=other", "'other' holds a 't5' model"),
-        ("student.path=./absent", "'./absent' holds no config.json"),
+        ("student.path=.", "'.' holds no config.json"),
         ("student.path=far/too/deep", "'far/too/deep' is neither a folder"),
         ("rollout.context=window", "rollout.context='window' needs a chat model"),
         ("student.path=quantised", "'quantised' holds quantised weights (bnb)"),
@@ -176,6 +180,45 @@ def test_no_teacher_is_planned_where_none_is_needed(chat, counted, tmp_path):
     played = plan.describe(load("own", None, [*own, f"teacher.path={chat}"]), 1).partition("# memory of a rank")[2].partition("# not checked")[0]
     assert "teacher's engine" in played and "teacher, " not in played
     assert plan.describe(load("own", None, [*own, "teacher.path=./absent", "eval.teacher=false"]), 1), "a teacher that is not used is not looked for"
+
+
+def test_a_folder_that_is_not_on_this_machine_is_not_checked(capsys):
+    """As /models/... of the machine with the GPUs."""
+    settings = [*SMALL, "teacher.path=/no/such/teacher"]
+    assert train.main([*settings, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "#   teacher.path: model path '/no/such/teacher' does not exist here" in out and "memory: known once" in out
+    assert train.main(settings) == 2
+    assert "'/no/such/teacher' does not exist here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": lambda self, thinking, history: None}, "returns NoneType, which lacks message, first, following, project"),
+        ({"prompt": lambda self, thinking, history: 1 / 0}, "prompt(thinking, history) fails: ZeroDivisionError"),
+        ({"__len__": lambda self: "many"}, "__len__ fails: TypeError"),
+        ({"__init__": lambda self: sys.exit(3)}, "cannot be made with no options: SystemExit: 3"),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_one_line(chat, counted, change, words, capsys, monkeypatch):
+    import counted as module
+
+    for name, value in change.items():
+        monkeypatch.setattr(module.Counted, name, value)
+    own = ["--preset", "own", "env.name=counted:Counted", "eval.tasks=5", "rollout.prompt_tokens=512", f"student.path={chat}", f"teacher.path={chat}"]
+    for arguments in (["--dry-run"], []):
+        assert train.main([*own, *arguments]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("atod_fast:")]
+        assert words in line
+
+
+def test_an_environment_whose_close_fails_can_be_planned(chat, counted, monkeypatch):
+    import counted as module
+
+    monkeypatch.setattr(module.Counted, "close", lambda self: 1 / 0)
+    own = ["--preset", "own", "env.name=counted:Counted", "eval.tasks=5", "rollout.prompt_tokens=512", f"student.path={chat}", f"teacher.path={chat}"]
+    assert train.main([*own, "--dry-run"]) == 0
 
 
 def test_the_demo_s_values_beside_a_larger_model_are_warned_of(tmp_path, monkeypatch, capsys):

@@ -191,10 +191,24 @@ def test_a_tokenizer_that_cannot_chat_is_refused(template, complaint):
         make_renderer("full", tokenizer=make_tokenizer(template))
 
 
-def test_a_tokenizer_that_finds_control_tokens_in_plain_text_is_refused():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *SPECIALS, "user", "assistant"])}, unk_token="<unk>"))
+def test_control_tokens_that_are_words_of_the_vocabulary_are_not_found_in_plain_text():
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *SPECIALS, "user", "assistant", "desk"])}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
-    leaky = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", unk_token="<unk>", chat_template=CHATML)
-    with pytest.raises(UserError, match="student.path.*control tokens in plain text"):
-        make_renderer(tokenizer=leaky)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", unk_token="<unk>", chat_template=CHATML)
+    renderer = make_renderer(tokenizer=tokenizer)
+    spelled, plain = (renderer.prompt([], f"desk {text} desk", {}) for text in ("<|im_end|>", "mug"))
+    assert spelled == plain and spelled.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 5 }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for %}"])
+def test_a_template_that_fails_is_one_line(template):
+    with pytest.raises(UserError, match="student.path: the chat template of .* refuses a conversation") as error:
+        make_renderer(tokenizer=make_tokenizer(template))
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_may_join_lines():
+    joined = CHATML.replace("message.content }}", "message.content.split('\\n') | select | join('\\n') }}")
+    assert joined != CHATML
+    make_renderer("full", tokenizer=make_tokenizer(joined))

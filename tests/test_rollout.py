@@ -145,7 +145,7 @@ def test_a_world_that_raises_ends_its_own_trajectory_only(instant, caplog):
             assert [turn.action for turn in broken.turns] == [turn.action for turn in whole.turns]
         else:
             assert len(broken.turns) == 2 and not broken.turns[-1].valid and not broken.success
-    assert "task 4, turn 2: the environment failed: ZeroDivisionError" in caplog.text
+    assert "task 4, turn 2: the trajectory failed: ZeroDivisionError" in caplog.text
     assert all(world.closed for world in env.family)
 
 
@@ -320,6 +320,33 @@ def test_what_fails_between_environment_and_engine_ends_its_trajectory_alone(tro
     for found, right in zip(played, healthy, strict=True):
         if found.failure is None:
             assert [turn.action for turn in found.turns] == [turn.action for turn in right.turns]
+
+
+class Leaves(Corridor):
+    """Calls sys.exit in one task, as a script may that was made an environment."""
+
+    def reset(self, seed, task):
+        if task == 4:
+            sys.exit(0)
+        return super().reset(seed, task)
+
+    def clone(self):
+        return Leaves(self.tasks)
+
+
+class Uncloned(Corridor):
+    """Can be cloned three times."""
+
+    def clone(self):
+        if len(self.family) == 3:
+            raise OSError("no more")
+        return super().clone()
+
+
+def test_an_environment_that_exits_or_cannot_be_cloned_fails_its_trajectory_alone():
+    assert {t.task: t.failure for t in play(Leaves()) if t.failure} == {4: "SystemExit: 0"}
+    lost = {t.task: t.failure for t in play(Uncloned()) if t.failure}
+    assert lost and set(lost.values()) == {"OSError: no more"} and len(lost) < 10
 
 
 class Cut(Corridor):

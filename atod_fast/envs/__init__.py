@@ -41,11 +41,11 @@ def make(name: str, **options: Any) -> Environment:
         made = factory(**options)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         given = ", ".join(f"{option}={value!r}" for option, value in options.items())
         at = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        kind = NotHere if isinstance(error, OSError) else UserError
+        kind = NotHere if isinstance(error, FileNotFoundError | ConnectionError) else UserError
         raise kind(
             f"env.name={name!r} cannot be made with {given or 'no options'}: {reason} ({os.path.basename(at.filename)}:{at.lineno}); "
             "correct env.options, env.train or env.eval"
@@ -106,7 +106,7 @@ def _load(target: str, name: str) -> Any:
         found = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"env.name={name!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
     return found
 

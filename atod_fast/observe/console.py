@@ -30,7 +30,7 @@ COLUMNS = (  # heading, metric, format
 
 class Console:
     def __init__(self, speaks: bool):
-        self.rich = RichConsole(quiet=not speaks, highlight=False)
+        self.rich = RichConsole(quiet=not speaks, highlight=False, emoji=False)
         self.speaks = speaks
         self.lines = 0
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.envs import make
+from atod_fast.envs.adapter import one_line
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import EnvironmentsLost, UserError
 from atod_fast.models import attention_of, attention_shape, check_weights, dtype_of, load_config, load_model
@@ -84,17 +85,25 @@ class Actor:
 def open_heldout(config: Config) -> Environment:
     """The environment of env.eval. UserError as `make`, and where it has fewer than eval.tasks tasks."""
     env = make(config.env.name, **(config.env.options | config.env.eval))
-    if len(env) < config.eval.tasks:
-        raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {len(env)} held-out tasks of env.eval; lower it or give more")
+    count = _tasks(config, env)
+    if count < config.eval.tasks:
+        raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {count} held-out tasks of env.eval; lower it or give more")
     return env
 
 
 def open_training(config: Config) -> Environment:
     """The environment of env.train. UserError as `make`, and where it has no task."""
     env = make(config.env.name, **(config.env.options | config.env.train))
-    if not len(env):
+    if not _tasks(config, env):
         raise UserError("env.train holds no tasks; give it some")
     return env
+
+
+def _tasks(config: Config, env: Environment) -> int:
+    try:
+        return len(env)
+    except Exception as error:
+        raise UserError(f"env.name={config.env.name!r}: __len__ fails: {one_line(error)}; it returns the number of tasks") from error
 
 
 def _seed(*words: int) -> int:

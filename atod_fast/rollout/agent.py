@@ -72,7 +72,7 @@ def rollout(
         trajectory = play.trajectory
         if trajectory.failure is not None and trajectory.failure not in failures:  # who reads the trajectories counts the others of a kind
             failures.add(trajectory.failure)
-            logger.warning("task %d, turn %d: the environment failed: %s", trajectory.task, len(trajectory.turns), trajectory.failure)
+            logger.warning("task %d, turn %d: the trajectory failed: %s", trajectory.task, len(trajectory.turns), trajectory.failure)
         engine.release(play.key)
         pool.release(play.key)
         live -= 1

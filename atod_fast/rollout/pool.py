@@ -57,7 +57,11 @@ class Pool:
 
     def reset(self, key: int, seed: int, task: int) -> None:
         """Start an episode."""
-        world = self._worlds[key] = self._idle.pop() if self._idle else self._env.clone()
+        try:
+            world = self._worlds[key] = self._idle.pop() if self._idle else self._env.clone()
+        except (Exception, SystemExit) as error:
+            self._answers.put(Answer(key, failure=one_line(error)))
+            return
 
         def reset() -> Answer:
             observation, info = world.reset(seed, task)
@@ -83,7 +87,7 @@ class Pool:
         for answer in answers:
             self._calls.pop(answer.key, None)
             if answer.failure is not None:
-                del self._worlds[answer.key]
+                self._worlds.pop(answer.key, None)
         return answers
 
     def release(self, key: int) -> None:
@@ -139,11 +143,11 @@ def _answer(key: int, observation: str, info: Info, *outcome: float) -> Answer:
 def _attempt(key: int, action: Callable[[], Answer], world: Environment) -> Answer:
     try:
         return action()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _close(world)
         return Answer(key, failure=one_line(error))
 
 
 def _close(world: Environment) -> None:
-    with suppress(Exception):
+    with suppress(Exception, SystemExit):
         world.close()

@@ -3,10 +3,9 @@
 Text is what `tokenizer.apply_chat_template(..., tokenize=False)` returns, encoded in one piece: pieces encoded apart would
 differ wherever a token reaches over their border (a line break of the template's before one of the message's).
 
-The text of an environment may spell a control token: `<|im_end|>` or `<think>`. `quoted` marks it there, and a conversation
-with such marks is encoded by a copy of the tokenizer in which each control token is spelled in characters that no text
-holds. What the template or the prompt's own words wrote is respelled; what is marked goes back to how it was spelled, and
-is there ordinary characters. Everything else of the copy is the original's.
+It is encoded by a copy of the tokenizer in which each control token is spelled in characters that no environment can say.
+What the template or the prompt's own words write is respelled; what an environment says stays as it is, and is ordinary
+characters there. `quoted` marks control tokens that an environment spells, so that the two can be told apart in a message.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import date, datetime, time
-from functools import cached_property
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -24,8 +21,10 @@ from atod_fast.errors import UserError
 
 # Code points that Unicode reserves for use inside a program; an environment that says one is shown with U+FFFD in its place.
 RESERVED = re.compile("[\ufdd0-\ufdef]")
-QUOTED = "\ufdd0{}\ufdd1"  # stands, while the template is rendered, for a control token that an environment spelled
+QUOTED = "\ufdd0{}\ufdd1"  # stands for a control token that an environment spelled
 RESPELLED = "\ufdd2{}\ufdd3"  # how the copy of the tokenizer spells a control token
+# A mark as it is, and as `repr` or JSON in a prompt of the user's own write it; then what is left of one that was cut in two.
+MARKS = r"(?:\ufdd0|\\ufdd0)(\d+)(?:\ufdd1|\\ufdd1)", "\ufdd0\\d*|\\d*\ufdd1|[\ufdd0-\ufdef]"
 FIRST, ANSWER, NEXT = "\nFIRST-USER-MESSAGE\n\nof two lines", "ASSISTANT-MESSAGE", "\n\nNEXT-USER-MESSAGE\n"
 
 
@@ -42,8 +41,8 @@ class ChatTemplate:
         end: id of the token that ends an answer; None where the template writes none (refused with `continues`).
 
     Raises:
-        UserError: the tokenizer has no chat template or none that shows a conversation, is not a fast one, or finds
-            control tokens in plain text.
+        UserError: the tokenizer has no chat template or none that shows a conversation, is not a fast one, or cannot be
+            copied.
     """
 
     opening: str
@@ -59,38 +58,40 @@ class ChatTemplate:
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         # Added tokens that are blanks (runs of spaces, of line breaks) are text to the model like any other.
         self._control = {text: i for text, i in added.items() if text.strip(" \n\r\t\u2581")}
+        self._names = {i: text for text, i in self._control.items()}
         longest_first = sorted(self._control, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._rewritten = re.compile(QUOTED.format(r"(\d+)") + "|" + self._spelled.pattern)
+        mark, rest = MARKS
+        self._rewritten = re.compile(f"{mark}|({self._spelled.pattern})|{rest}")
         try:
-            self._study(name, continues)
-        except TemplateError as error:
-            raise UserError(f"student.path: the chat template of {name!r} refuses a conversation ({error}); use another chat model") from None
+            one, three = self._render([FIRST]), self._render([FIRST, ANSWER, NEXT])
+        except Exception as error:  # of the template, which is a program
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"student.path: the chat template of {name!r} refuses a conversation ({reason}); use another chat model") from None
+        self._study(name, one, three, continues)
+        try:
+            self._copy, self._original = self._respelled()
+            same = self._encode(three) == tokenizer(three, add_special_tokens=False)["input_ids"]
+        except Exception:  # of the tokenizers library, which has one kind
+            same = False
+        if not same:
+            raise UserError(
+                f"student.path: tokenizer {name!r} cannot be copied with its control tokens spelled differently, which keeps "
+                "those out of what environments say; use another chat model"
+            )
 
-    def _study(self, name: str, continues: bool) -> None:
-        """Find what the template writes around messages, and make sure that both ways of encoding agree on it."""
-        one, three = self._render([FIRST]), self._render([FIRST, ANSWER, NEXT])
-        shown = [message.strip() for message in (FIRST, ANSWER, NEXT)]
+    def _study(self, name: str, one: str, three: str, continues: bool) -> None:
+        """Find what the template writes around messages, in a conversation of one message and of three."""
+        shown = "FIRST-USER-MESSAGE", ANSWER, "NEXT-USER-MESSAGE"
         in_order = [three.find(message) for message in shown]
         if one.count(shown[0]) != 1 or -1 in in_order or sorted(in_order) != in_order or three.count(ANSWER) != 1:
             raise UserError(f"student.path: the chat template of {name!r} does not show a conversation as it is; use another chat model")
-        self.opening = one.partition(shown[0])[2]
-        if end := self._spelled.search(three.partition(ANSWER)[2]):
-            self.end = self._control[end[0]]
-        elif continues:
+        self.opening = one.rpartition("of two lines")[2]
+        end = self._spelled.search(three.partition(ANSWER)[2])
+        self.end = self._control[end[0]] if end else None
+        if continues and end is None:
             raise UserError(
                 f"student.path: the chat template of {name!r} ends a message without a special token; use another chat model, or rollout.context=window"
-            )
-        else:
-            self.end = None
-        leaked = set(self._control.values()).intersection(self._encode(" ".join(QUOTED.format(i) for i in self._control.values())))
-        if leaked - {self._tokenizer.unk_token_id}:
-            raise UserError(f"student.path: tokenizer {name!r} finds control tokens in plain text; use another chat model")
-        plain = self._tokenizer(three, add_special_tokens=False)["input_ids"]
-        if plain != self._encode_apart(three):
-            raise UserError(
-                f"student.path: tokenizer {name!r} cannot be copied with its control tokens spelled differently, which keeps "
-                "those out of messages; use another chat model"
             )
 
     def quoted(self, text: str) -> str:
@@ -123,23 +124,16 @@ class ChatTemplate:
         )
 
     def _encode(self, text: str) -> list[int]:
-        if RESERVED.search(text):
-            return self._encode_apart(text)
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _encode_apart(self, text: str) -> list[int]:
-        """Ids of a rendered text in which what is quoted is ordinary characters."""
-        copy, original = self._copy
-        names = {i: spelled for spelled, i in self._control.items()}
+        """Ids of a rendered text. What is quoted in it is ordinary characters."""
 
         def rewrite(found: re.Match[str]) -> str:
-            return names[int(found[1])] if found[1] else RESPELLED.format(self._control[found[0]])
+            mark, control = found.groups()
+            return RESPELLED.format(self._control[control]) if control else self._names.get(int(mark), "") if mark else ""
 
-        ids = copy.encode(self._rewritten.sub(rewrite, text), add_special_tokens=False).ids
-        return [original.get(i, i) for i in ids]
+        ids = self._copy.encode(self._rewritten.sub(rewrite, text), add_special_tokens=False).ids
+        return [self._original.get(i, i) for i in ids]
 
-    @cached_property
-    def _copy(self) -> tuple[Tokenizer, dict[int, int]]:
+    def _respelled(self) -> tuple[Tokenizer, dict[int, int]]:
         """The tokenizer with its control tokens respelled, and the original id of each added token of it."""
         described = json.loads(self._tokenizer.backend_tokenizer.to_str())
         described |= {"truncation": None, "padding": None}
@@ -148,5 +142,12 @@ class ChatTemplate:
             if token["content"] in self._control:
                 token["content"] = RESPELLED.format(token["id"])
             spelled[token["content"]] = token["id"]
+        # A vocabulary may hold control tokens as words: what an environment says must not find them there either.
+        model = described["model"]
+        words = self._control.keys() - {model.get("unk_token")}
+        if isinstance(vocabulary := model.get("vocab"), dict):
+            model["vocab"] = {RESPELLED.format(self._control[word]) if word in words else word: i for word, i in vocabulary.items()}
+        elif isinstance(vocabulary, list):
+            model["vocab"] = [[RESPELLED.format(self._control[word]) if word in words else word, score] for word, score in vocabulary]
         copy = Tokenizer.from_str(json.dumps(described))
         return copy, {copy.token_to_id(text): i for text, i in spelled.items()}

@@ -254,10 +254,7 @@ def build(
             engine.apply_model(_watch_loading)
             _try_out(engine)
         except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:  # others are not the user's to mend
-            line = f"rollout.engine=vllm cannot serve {path!r}: {_reason(error)}; use rollout.engine=transformers, or another model"
-            if not isinstance(error, ValueError):  # memory, files, devices: of this rank, maybe, alone
-                ranks.speak_alone(line)
-            raise UserError(line) from error
+            raise UserError(f"rollout.engine=vllm cannot serve {path!r}: {_reason(error)}; use rollout.engine=transformers, or another model") from error
         finally:
             logging.disable(logging.NOTSET)
     if dist.get_world_size() != world:

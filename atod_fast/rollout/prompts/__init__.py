@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from atod_fast.envs.adapter import one_line
 from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.searchqa.env import SearchQA
 from atod_fast.envs.webshop.env import WebShop
@@ -39,6 +40,7 @@ class Prompt(Protocol):
         """The command in a response, and whether the response had the required form."""
 
 
+MEMBERS = ("message", "first", "following", "project")  # of `Prompt`
 PROMPTS = {AlfWorld: AlfWorldPrompt, WebShop: WebShopPrompt, SearchQA: SearchPrompt}
 
 
@@ -46,7 +48,13 @@ def prompt_for(name: str, env: object, thinking: bool, history: int) -> Prompt:
     """The prompt of `env`, the world that `name` made: its own `prompt(thinking, history)` if it has one."""
     own = getattr(env, "prompt", None)
     if callable(own):
-        return own(thinking, history)
+        try:
+            made = own(thinking, history)
+        except Exception as error:
+            raise UserError(f"env.name={name!r}: prompt(thinking, history) fails: {one_line(error)}; docs/environments.md shows one") from error
+        if missing := [member for member in MEMBERS if not callable(getattr(made, member, None))]:
+            raise UserError(f"env.name={name!r}: prompt(thinking, history) returns {type(made).__name__}, which lacks {', '.join(missing)}")
+        return made
     for world, prompt in PROMPTS.items():
         if isinstance(env, world):
             return prompt(thinking, history)

@@ -59,5 +59,5 @@ class PlainPrompt:
 
 
 def _situation(observation: str, admissible: Sequence[str]) -> str:
-    listed = f"\nYour admissible actions: {', '.join(repr(action) for action in admissible)}." if admissible else ""
-    return (observation or _NOTHING) + listed
+    names = ", ".join(f'"{action}"' if "'" in action else f"'{action}'" for action in admissible)
+    return (observation or _NOTHING) + (f"\nYour admissible actions: {names}." if admissible else "")
