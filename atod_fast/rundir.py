@@ -200,10 +200,10 @@ def set_aside(run_dir: Path, done: int, config: str) -> Path | None:
     return folder
 
 
-def contents(folder: Path) -> str:
+def contents(folder: Path, done: int) -> str:
     """What `set_aside` put into `folder`, in words."""
     words = {
-        "files of later steps": ("metrics.jsonl", "checkpoints", "trajectories"),
+        "files of later steps" if done >= 0 else "what a run without a checkpoint left": ("metrics.jsonl", "checkpoints", "trajectories"),
         "the model of an earlier end": ("hf",),
         "the previous config.toml": ("config.toml",),
     }

@@ -126,7 +126,7 @@ class Run:
             starts = provenance.entries(history)  # where it is damaged, before anything is moved
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if aside := rundir.set_aside(self.run_dir, done, settings):
-                self.console.say(f"moved to {aside}: {rundir.contents(aside)}")
+                self.console.say(f"moved to {aside}: {rundir.contents(aside, done)}")
             files.write(self.run_dir / "config.toml", settings)
             provenance.record(history, starts, command, ranks.world_size(), self.device, self.done)
         except OSError as error:

@@ -96,7 +96,7 @@ def test_two_runs_of_one_name_take_two_folders(tmp_path, monkeypatch):
         assert [str(rundir.agree(cli.parse([])).run_dir) for _ in range(2)] == ["runs/demo", "runs/demo-2"]
     finally:
         ranks.stop()
-    assert not list(tmp_path.iterdir()), "runs that wrote nothing leave nothing"
+    assert not list(tmp_path.rglob("*")), "runs that wrote nothing leave nothing"
 
 
 def test_a_dry_run_claims_nothing(tmp_path, monkeypatch, capsys):
@@ -161,7 +161,8 @@ def test_files_of_others_are_not_set_aside(run_dir):
     aside = rundir.set_aside(run_dir, 3, "")
     assert sorted(os.listdir(aside / "trajectories")) == sorted(ours) and sorted(os.listdir(run_dir / "trajectories")) == sorted(others)
     assert os.listdir(aside / "checkpoints") == ["step_000004.partial"]
-    assert rundir.contents(aside) == "files of later steps, the previous config.toml"
+    assert rundir.contents(aside, 3) == "files of later steps, the previous config.toml"
+    assert rundir.contents(aside, -1) == "what a run without a checkpoint left, the previous config.toml"
 
 
 # Refused before anything is changed
