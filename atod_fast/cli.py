@@ -147,7 +147,7 @@ def _parser(program: str) -> Parser:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="continue from a checkpoint (auto: the newest of the run folder, or start if there is none), with its run's own settings "
+        help="continue from a checkpoint, or the newest of a run (auto: of the run folder, or start if there is none), with its run's own settings "
         "unless --preset or CONFIG.toml is given",
     )
     parser.add_argument(

@@ -12,7 +12,8 @@ class NotHere(UserError):
 
 
 class GuardError(Exception):
-    """A run-time guard stopped the run: a non-finite loss, rollout and trainer log-probs that disagree, one of those below."""
+    """A run-time guard stopped the run: a non-finite loss, rollout and trainer log-probs that disagree, a checkpoint that
+    cannot be written, one of those below."""
 
     exit_code = 3
 
@@ -30,6 +31,6 @@ class RankLost(GuardError):
 
 
 class Unexpected(Exception):
-    """Neither of the above: a bug, a full disk, a lost device. Its traceback has been printed on the rank where it happened."""
+    """Neither of the above: a bug, a lost device, another file that cannot be written. Its traceback has been printed on the rank where it happened."""
 
     exit_code = 1

@@ -12,12 +12,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from atod_fast.cli import Parser
 from atod_fast.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
 
 
 def _chosen(given: Path, best: bool) -> Path:
@@ -26,8 +22,9 @@ def _chosen(given: Path, best: bool) -> Path:
 
     if checkpoint.is_complete(given):
         if best:
-            raise UserError(f"--best goes with a run, and {given} is a checkpoint; give {given.parent.parent}")
-        return given
+            run = checkpoint.run_of(given)
+            raise UserError(f"--best goes with a run, and {given} is a checkpoint; give {run or 'its run'}")
+        return checkpoint.placed(given)
     newest = checkpoint.latest(given)
     if newest is None:
         raise UserError(f"{given} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN")
@@ -43,24 +40,29 @@ def _student(path: Path, given: str | None) -> str:
     """student.path of the checkpoint's run, or what --student says."""
     if given is not None:
         return given
-    settings = path.parent.parent / "config.toml"
+    from atod_fast.policy import checkpoint
+
+    if (run := checkpoint.run_of(path)) is None:
+        raise UserError(f"{path} lies in no run's checkpoints/: name the model that was trained with --student")
+    settings = run / "config.toml"
     try:
         return tomllib.loads(settings.read_text(encoding="utf-8"))["student"]["path"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{settings} does not say which model was trained; name it with --student") from None
 
 
 def export(path: Path, out: Path, student: str) -> list[str]:
     """Write the model of the checkpoint at `path` to `out`; a line for each file that could not be."""
-    import json
     import warnings
 
     import torch
     import torch.distributed.checkpoint as dcp
 
     from atod_fast.models import load_tokenizer
+    from atod_fast.policy import checkpoint
     from atod_fast.policy.export import write
 
+    stop_ids = checkpoint.read_state(path).get("stop_ids")
     tokenizer = load_tokenizer(student)
     try:
         with warnings.catch_warnings():
@@ -70,9 +72,8 @@ def export(path: Path, out: Path, student: str) -> list[str]:
                 name: torch.empty(fact.size, dtype=fact.properties.dtype) for name, fact in facts.items() if name.startswith("model.") and hasattr(fact, "size")
             }
             dcp.load(weights, checkpoint_id=path, no_dist=True)
-    except (dcp.api.CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}); take another checkpoint") from None
-    stop_ids = json.loads((path / "state.json").read_text()).get("stop_ids")
+    except (dcp.api.CheckpointException, Exception) as error:  # the first is none of the second
+        raise UserError(f"{path} is damaged or another program's ({checkpoint.reason(error)}); take another checkpoint") from None
     weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     try:
         return write(out, weights, student, tokenizer, stop_ids)
@@ -82,7 +83,7 @@ def export(path: Path, out: Path, student: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input."""
-    parser = _Parser(prog="python -m atod_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("atod_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run for its newest")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the model; it must not hold anything yet")
     parser.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best held-out success")

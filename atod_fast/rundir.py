@@ -6,20 +6,21 @@ A run that goes on from one of its checkpoints first moves what lies beyond it i
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from atod_fast import ranks
+from atod_fast import files, lock, ranks
 from atod_fast.cli import Options
 from atod_fast.config import Config
 from atod_fast.errors import UserError
 from atod_fast.policy import checkpoint
-from atod_fast.settings import load
+from atod_fast.settings import load, read_toml
 
 ROOT = Path("runs")
-_NUMBER = re.compile(r"(?<!\d)\d{6,}(?!\d)")  # of a step, in a file's name
+_TRAJECTORIES = re.compile(r"(?:step|eval)_(\d{6,})(?:_teacher)?\.(?:jsonl|unfinished)(?:\.partial)?")
 
 
 class Finished(Exception):
@@ -35,23 +36,61 @@ class Place(NamedTuple):
     resume: Path | None  # checkpoint to go on from
     finished: bool = False  # every step is done and exported: nothing is left to do
 
+    @property
+    def here(self) -> bool:
+        """Whether the checkpoint is one of the run folder's own."""
+        run = checkpoint.run_of(self.resume) if self.resume else None
+        return run is not None and run.resolve() == self.run_dir.resolve()
+
 
 def agree(options: Options) -> Place:
-    """`choose` on rank 0, its answer (or its UserError) on every rank."""
+    """`choose` on rank 0, which claims the folder; its answer (or its UserError) on every rank."""
     answer = ""
     with ranks.together():
         if ranks.rank() == 0:
-            run_dir, resume, finished = choose(options)
+            run_dir, resume, finished = _claim(options)
             answer = json.dumps([str(run_dir), str(resume) if resume else None, finished])
     run_dir, resume, finished = json.loads(ranks.from_first(answer))
     return Place(Path(run_dir), Path(resume) if resume else None, finished)
 
 
+def _claim(options: Options) -> Place:
+    """`choose`, and no other process writes to the folder until `ranks.stop`. Another takes the next default name."""
+    named = options.run_dir is not None or options.resume is not None
+    place = choose(options)
+    while not place.finished:
+        made = [folder for folder in (place.run_dir, *place.run_dir.parents) if not folder.exists()]
+        try:
+            place.run_dir.mkdir(parents=True, exist_ok=named)
+            release = lock.hold(place.run_dir)
+            break
+        except OSError as error:
+            taken, place = place, choose(options)
+            if place == taken:
+                raise UserError(f"--run-dir {place.run_dir} cannot be written ({checkpoint.reason(error)}); give another folder") from None
+
+    def leave() -> None:
+        release()
+        for folder in made:  # those that the run left empty
+            folder.rmdir()
+
+    if not place.finished:
+        ranks.before_stop(leave)
+    return place
+
+
 def resumed_config(options: Options, resume: Path | None) -> Config:
-    """The settings of the run that is resumed, under those of the command line; with a preset or a file, just those."""
-    saved = resume.parent.parent / "config.toml" if resume else None
-    if saved is None or options.overrides is None or not saved.is_file():
+    """The settings of the run that is resumed, under those of the command line; with a preset or a file, just those.
+
+    Raises:
+        UserError: the run's config.toml cannot be read, or does not say which model was trained.
+    """
+    run = checkpoint.run_of(resume) if resume else None
+    if run is None or options.overrides is None or not (saved := run / "config.toml").is_file():
         return options.config
+    student = read_toml(saved).get("student")
+    if not isinstance(student, dict) or "path" not in student:
+        raise UserError(f"{saved} is empty or damaged: it does not say student.path; give the run's settings with CONFIG.toml or --preset")
     return load(None, saved, options.overrides)
 
 
@@ -59,13 +98,19 @@ def choose(options: Options) -> Place:
     """Reads the disk only; call it on one rank and share the answer.
 
     Raises:
-        UserError: the folder is taken, there is no such checkpoint, or going on would leave later steps behind unasked.
+        UserError: the folder is taken or none, there is no such checkpoint or it does not go with the settings, or going
+            on would leave later steps behind unasked.
     """
+    place = _find(options)
+    if not place.finished:
+        _refuse_unusable(place.run_dir)
+    return place
+
+
+def _find(options: Options) -> Place:
     run_dir, resume = options.run_dir, options.resume
     if run_dir is None and resume in (None, "auto"):
-        runs = {
-            int(match[1] or 1): path for path in ROOT.glob(f"{options.name}*") if (match := re.fullmatch(re.escape(options.name) + r"(?:-(\d+))?", path.name))
-        }
+        runs = {int(match[1] or 1): path for path in ROOT.glob("*") if (match := re.fullmatch(re.escape(options.name) + r"(?:-(\d+))?", path.name))}
         newest = max(runs, default=0)
         if resume is None or not runs:
             return Place(ROOT / (f"{options.name}-{newest + 1}" if runs else options.name), None)
@@ -75,7 +120,8 @@ def choose(options: Options) -> Place:
         return Place(run_dir, None)
     source = run_dir if resume == "auto" else Path(resume)
     if checkpoint.is_complete(source):
-        run, path = source.parent.parent, source
+        source = path = checkpoint.placed(source)
+        run = checkpoint.run_of(path)
     else:
         run, path = source, checkpoint.latest(source)
         if path is None and resume == "auto":
@@ -83,13 +129,18 @@ def choose(options: Options) -> Place:
         if path is None:
             raise UserError(f"--resume {resume} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN")
     run_dir = run_dir or run
-    here = run_dir.resolve() == run.resolve()
+    if run_dir is None:
+        raise UserError(f"--resume {resume} lies in no run's checkpoints/; add --run-dir NEW for the run that goes on from it")
+    here = Place(run_dir, path).here
     if not here:
         _refuse_taken(run_dir)
-    steps = resumed_config(options, path).train.steps
+    config = resumed_config(options, path)
+    steps = config.train.steps
     if path is not source and (options.set_aside or not here):
         path = checkpoint.latest(source, steps) or path
-    step, newest = checkpoint.step_of(path), checkpoint.step_of(checkpoint.latest(run) or path)
+    state = checkpoint.read_state(path)
+    step = state["step"]
+    newest = (checkpoint.newest_step(run) if run else None) or step
     if step > steps:
         raise UserError(
             f"train.steps={steps}, and {path} has {step} already; give more steps, or go back to a checkpoint before it with --set-aside or --run-dir NEW"
@@ -99,7 +150,18 @@ def choose(options: Options) -> Place:
             f"--resume {path}: the run has gone on to step {newest}; add --set-aside to move what came after step {step} "
             f"into {_free(run)}, or --run-dir NEW for a run of its own"
         )
+    if config.schedule.kappa.kind == "adaptive" and (state.get("adaptive") is None or "eval/teacher_success" not in state["before"]):
+        raise UserError(f"schedule.kappa.kind=adaptive: the run of {path} did not follow its evaluations; start a run of its own")
     return Place(run_dir, path, finished=here and step == newest == steps and (run / "hf" / "config.json").is_file())
+
+
+def _refuse_unusable(run_dir: Path) -> None:
+    """UserError unless `run_dir` is a folder to write to, or can become one."""
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise UserError(f"--run-dir {run_dir}: {there} is not a folder; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--run-dir {run_dir}: {there} cannot be written to; give another folder")
 
 
 def _refuse_taken(run_dir: Path) -> None:
@@ -111,12 +173,13 @@ def set_aside(run_dir: Path, done: int, config: str) -> Path | None:
     """Move what lies beyond step `done` into a new `set-aside-N`, and copy there the config.toml that made it; None if there is nothing.
 
     That is: later checkpoints, half written ones, lines of metrics.jsonl and trajectories, the exported model and the
-    curves of an earlier end, a config.toml other than `config`. With `done` -1 it is all of an earlier run that left no checkpoint.
+    curves of an earlier end, a config.toml other than `config`. `done` = -1 moves everything a run without a checkpoint
+    left behind. The lines of metrics.jsonl go last: after an error everything is in one of the two folders.
     """
     metrics, settings = run_dir / "metrics.jsonl", run_dir / "config.toml"
     kept, beyond = _split(metrics, done)
     moved = checkpoint.beyond(run_dir, done)
-    moved += [path for path in (run_dir / "trajectories").glob("*") if (found := _NUMBER.search(path.name)) and int(found[0]) > done]
+    moved += [path for path in (run_dir / "trajectories").glob("*") if (found := _TRAJECTORIES.fullmatch(path.name)) and int(found[1]) > done]
     moved += [path for path in (run_dir / "hf",) if path.exists()]
     if moved or beyond:
         moved += run_dir.glob("curves.png")
@@ -127,16 +190,24 @@ def set_aside(run_dir: Path, done: int, config: str) -> Path | None:
     folder.mkdir()
     if settings.is_file():
         shutil.copy2(settings, folder)
-    if beyond:
-        (folder / "metrics.jsonl").write_text("".join(beyond), encoding="utf-8")
-        rest = metrics.with_suffix(".partial")
-        rest.write_text("".join(kept), encoding="utf-8")
-        rest.replace(metrics)
     for path in moved:
         target = folder / path.relative_to(run_dir)
         target.parent.mkdir(exist_ok=True)
-        path.rename(target)
+        shutil.move(path, target)  # checkpoints may be on another disk
+    if beyond:
+        files.write(folder / "metrics.jsonl", "".join(beyond))
+        files.write(metrics, "".join(kept))
     return folder
+
+
+def contents(folder: Path, done: int) -> str:
+    """What `set_aside` put into `folder`, in words."""
+    words = {
+        "files of later steps" if done >= 0 else "what a run without a checkpoint left": ("metrics.jsonl", "checkpoints", "trajectories"),
+        "the model of an earlier end": ("hf",),
+        "the previous config.toml": ("config.toml",),
+    }
+    return ", ".join(what for what, names in words.items() if any((folder / name).exists() for name in names))
 
 
 def _free(run_dir: Path) -> Path:

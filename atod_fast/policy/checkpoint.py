@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from atod_fast import ranks
+from atod_fast import files, ranks
 from atod_fast.errors import GuardError, UserError
 from atod_fast.policy.model import CausalPolicy
 
@@ -32,8 +34,15 @@ def is_complete(path: Path) -> bool:
     return (path / "state.json").is_file()
 
 
-def step_of(path: Path) -> int:
-    return json.loads((path / "state.json").read_text())["step"]
+def placed(path: Path) -> Path:
+    """`path`, made absolute where it does not show by itself in which folder it lies."""
+    return path if path.parent.name == "checkpoints" else Path(os.path.abspath(path))
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that the checkpoint at `path` lies in; None for one that was copied elsewhere."""
+    path = placed(path)
+    return path.parent.parent if path.parent.name == "checkpoints" else None
 
 
 def _numbered(run_dir: Path) -> dict[int, Path]:
@@ -47,13 +56,26 @@ def latest(run_dir: Path, most: float = float("inf")) -> Path | None:
     return next((path for step, path in reversed(_numbered(run_dir).items()) if step <= most and is_complete(path)), None)
 
 
+def newest_step(run_dir: Path) -> int | None:
+    """The step of `latest`, by its name: whether it can be read does not matter."""
+    return max((step for step, path in _numbered(run_dir).items() if is_complete(path)), default=None)
+
+
 def best(run_dir: Path) -> Best | None:
-    """What best.json names, where its checkpoint is there."""
+    """What best.json names, where its checkpoint is there. Raises UserError where best.json is damaged."""
+    found = _read_best(run_dir)
+    return found if found and is_complete(folder(run_dir, found.step)) else None
+
+
+def _read_best(run_dir: Path) -> Best | None:
+    file = _best_file(run_dir)
     try:
-        facts = json.loads(_best_file(run_dir).read_text())
+        facts = json.loads(file.read_text())
+        return Best(int(facts["step"]), float(facts["eval/success"]))
     except FileNotFoundError:
         return None
-    return Best(facts["step"], facts["eval/success"]) if is_complete(folder(run_dir, facts["step"])) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged; delete it: the checkpoints themselves know which was the best") from None
 
 
 def name_best(run_dir: Path, found: Best | None) -> None:
@@ -62,9 +84,7 @@ def name_best(run_dir: Path, found: Best | None) -> None:
     if found is None:
         file.unlink(missing_ok=True)
         return
-    rest = file.with_suffix(".partial")
-    rest.write_text(json.dumps({"step": found.step, "eval/success": found.success}) + "\n")
-    rest.replace(file)
+    files.write(file, json.dumps({"step": found.step, "eval/success": found.success}) + "\n")
 
 
 def _best_file(run_dir: Path) -> Path:
@@ -73,50 +93,78 @@ def _best_file(run_dir: Path) -> Path:
 
 def beyond(run_dir: Path, step: int) -> list[Path]:
     """What of a run's checkpoints is no past of one that goes on from `step`: later ones, half written ones, a later best.json."""
-    named = _best_file(run_dir)
-    later = [named] if named.is_file() and json.loads(named.read_text())["step"] > step else []
-    return later + [path for number, path in _numbered(run_dir).items() if number > step] + list(named.parent.glob("*.partial"))
+    file, named = _best_file(run_dir), _read_best(run_dir)
+    later = [file] if named and named.step > step else []
+    half = [path for path in file.parent.glob("*.partial") if re.fullmatch(r"(step_\d{6,}|best\.json)\.partial", path.name)]
+    return later + [path for number, path in _numbered(run_dir).items() if number > step] + half
 
 
 def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, state: dict, *, keep: int, best: Best | None = None) -> Path:
     """Write step's checkpoint beside its final name and rename it when whole; then drop the oldest beyond `keep`, but not the best.
 
-    `state` is JSON-serialisable. Collective; what fails on one rank is raised on all.
+    `state` is JSON-serialisable. Collective; what fails on one rank is raised on all, a GuardError where it is the disk.
     """
     final = folder(run_dir, step)
     partial = final.with_name(final.name + ".partial")
-    with ranks.together():
-        if ranks.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    model, optim = get_state_dict(policy, optimizer)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        if best:
+            name_best(run_dir, best)
+        found = _numbered(run_dir)
+        for old in list(found)[:-keep]:
+            if best is None or old != best.step:
+                shutil.rmtree(found[old])
+
     try:
-        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:  # on every rank
-        number, (reason, _) = next(iter(error.failures.items()))
-        raise GuardError(f"{final} could not be written (rank {number}: {type(reason).__name__}: {reason})") from None
-    with ranks.together():
-        if ranks.rank() == 0:
-            (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            if best:
-                name_best(run_dir, best)
-            found = _numbered(run_dir)
-            for old in list(found)[:-keep]:
-                if best is None or old != best.step:
-                    shutil.rmtree(found[old])
+        _by_the_first(final, begin)
+        model, optim = get_state_dict(policy, optimizer)
+        try:
+            dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
+        except dcp.api.CheckpointException as error:  # on every rank
+            raise GuardError(f"{final} could not be written ({reason(error)})") from None
+        _by_the_first(final, finish)
+    except BaseException:
+        if ranks.rank() == 0:  # half a checkpoint is of no use, and takes room that may be lacking
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
+def _by_the_first(final: Path, write: Callable[[], None]) -> None:
+    with ranks.together():
+        if ranks.rank() == 0:
+            try:
+                write()
+            except OSError as error:
+                raise GuardError(f"{final} could not be written ({reason(error)})") from None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: of what several ranks did together, on the first where it did."""
+    where = ""
+    if isinstance(error, dcp.api.CheckpointException):
+        number, (error, _) = next(iter(error.failures.items()))
+        where = f"rank {number}: "
+    text = str(error).strip()
+    return f"{where}{type(error).__name__}" + (f": {text.splitlines()[0][:200]}" if text else "")
+
+
 def read_state(path: Path) -> dict:
-    """What `save` was given as `state`, and the step. Raises UserError where the checkpoint is not whole."""
+    """What `save` was given as `state`, and the step. Raises UserError where it cannot be read."""
     try:
-        return json.loads((path / "state.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(
-            f"--resume {path} holds no complete checkpoint (state.json is missing or damaged); give a folder checkpoints/step_NNNNNN of a run"
-        ) from None
+        state = json.loads((path / "state.json").read_text())
+        if isinstance(state["step"], int) and isinstance(state["before"], dict):
+            return state
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is no whole checkpoint (state.json is missing or damaged); give another folder checkpoints/step_NNNNNN of a run")
 
 
 def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
@@ -126,7 +174,8 @@ def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
     try:
         dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
     except (dcp.api.CheckpointException, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"--resume {path} does not fit student.path or is damaged ({reason}); resume with the run's own config.toml") from None
+        raise UserError(
+            f"--resume {path} does not fit student.path or is damaged ({reason(error)}); resume with the run's own config.toml, or another checkpoint"
+        ) from None
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
     return state
