@@ -275,12 +275,13 @@ class Config(Section):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Config:
         """A Config with the sections of `update`. It is checked, and a preset in `update` expands, as in any Config."""
         given = dict(update or {})
-        objective, every = given.get("objective"), set(Objective.model_fields)
-        if isinstance(objective, Objective) and objective.preset != self.objective.preset and objective.model_fields_set == every:
-            # A copy of a whole section holds every key. Those that it changed win over the new preset, the others do not.
-            owned = {name for name in every if f"objective.{name}" in OBJECTIVES[objective.preset]}
-            kept = owned & {name for name in every if getattr(objective, name) == getattr(self.objective, name)}
-            given["objective"] = {name: getattr(objective, name) for name in every - kept}
+        objective = given.get("objective")
+        if isinstance(objective, Objective) and objective.preset != self.objective.preset:
+            owned = {name for name in Objective.model_fields if f"objective.{name}" in OBJECTIVES[objective.preset]}
+            if owned <= objective.model_fields_set:
+                # A copy of a section holds every key. Those that it changed win over the new preset, the others do not.
+                old = {name for name in owned if getattr(objective, name) == getattr(self.objective, name)}
+                given["objective"] = {name: getattr(objective, name) for name in Objective.model_fields if name not in old}
         method = _method(given)
         kept = self.model_dump()
         return Config.model_validate({**kept, **_over({name: kept[name] for name in method}, method), **given})
