@@ -113,7 +113,7 @@ NOISY = {
             n_heads=4,
             n_layers=2,
             vocab_size=61,
-            attn_config={"attn_pdrop": 0.5, "kv_n_heads": 2, "rope_theta": 1e4},
+            attn_config={"attn_pdrop": 0.5, "kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
             ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.1},
         ),
     ),
