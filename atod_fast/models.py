@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
@@ -77,7 +77,7 @@ def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) ->
     """The attention that a model of the transformers configuration `config` computes with.
 
     `auto` is flash-attn where it is installed and can run, on CUDA in 16 bits; else sdpa; else, and where sdpa would leave
-    out a softcap of the attention's scores, eager.
+    out a softcap of the attention's scores, eager. Flash attention has neither ALiBi nor every model's sinks.
 
     Raises:
         UserError: `name` is sdpa for a model whose scores have a softcap.
@@ -88,7 +88,9 @@ def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) ->
     if name != "auto":
         return name
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
-    if device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn") and model._supports_flash_attn:
+    flash = model._supports_flash_attn and "flash_attention_2" in (model._compatible_flash_implementations or ["flash_attention_2"])
+    flash = flash and not getattr(config.get_text_config(decoder=True), "alibi", False)  # it has no argument for a bias of scores
+    if flash and device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     return "sdpa" if model._supports_sdpa and not capped else "eager"
 
@@ -130,10 +132,17 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTra
     """
     config = load_config(path)
     check_quantised(path, config)
-    for part in (config, config.get_text_config(decoder=True)):
-        for name in [name for name, value in vars(part).items() if _NOISE.search(name) and type(value) in (int, float)]:
-            setattr(part, name, 0.0)
+    _still(config)
     return _load_whole(path, config=config, dtype=dtype, attn_implementation=attention)
+
+
+def _still(config: PretrainedConfig) -> None:
+    """Set every setting that makes a pass random to 0, in nested configurations too."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            _still(value)
+        elif _NOISE.search(name) and type(value) in (int, float):
+            setattr(config, name, type(value)(0))
 
 
 def check_weights(path: str) -> None:
@@ -169,7 +178,7 @@ def recurrent(model: PreTrainedModel) -> bool:
 
 
 # Settings of a configuration that make a forward pass in training mode random: probabilities of dropout, noise of a router.
-_NOISE = re.compile("drop|jitter_noise")
+_NOISE = re.compile("drop|jitter")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -246,10 +255,33 @@ def weight_shapes(config) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in skeleton(config).named_parameters(remove_duplicate=False)}
 
 
+def saved_buffers(model: PreTrainedModel) -> list[str]:
+    """Names of what its checkpoint holds that is no weight: no gradient changes it, no stream of weights holds it."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in model.state_dict() if name not in weights]
+
+
+@torch.no_grad()
+def round_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the checkpoint's buffers of an fp32 model to what `load_model` in `dtype` makes of them, which a replica computes with."""
+    kept = model._keep_in_fp32_modules_strict or ()
+    for name in saved_buffers(model):
+        buffer = model.get_buffer(name)
+        if buffer.dtype == torch.float32 and not set(kept) & set(name.split(".")):
+            buffer.data = buffer.data.to(dtype)
+
+
 def as_saved(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of `model`, which may be a skeleton, as its checkpoint holds them: transformers renames some, and keeps a layer's
     experts in one tensor. One weight may become several, and needs no other for it."""
     return revert_weight_conversion(model, weights)
+
+
+def one_as_saved(model: PreTrainedModel) -> Callable[[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """`as_saved` of one weight at a time, at no cost for those that a checkpoint holds as the model does."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    changed = {name for name, weight in weights.items() if as_saved(model, {name: weight}).get(name) is not weight}
+    return lambda name, weight: as_saved(model, {name: weight}) if name in changed else {name: weight}
 
 
 class Attention(NamedTuple):

@@ -23,6 +23,7 @@ from atod_fast.models import (
     is_here,
     load_config,
     load_tokenizer,
+    saved_buffers,
     skeleton,
     stop_ids,
 )
@@ -165,7 +166,10 @@ def _body(config: Config, role: str, path: str, shape, device: torch.device) -> 
     body = skeleton(shape, path, attention)
     if role == "student" or config.teacher_scores:
         CausalPolicy(body)
-    plays = engine_kind(config, device) == "transformers" if role == "student" else config.teacher_plays
+    kind = engine_kind(config, device)
+    if role == "student" and kind == "vllm" and (names := saved_buffers(body)):
+        raise UserError(f"rollout.engine=vllm cannot be sent {names[0]}, a buffer of a {shape.model_type} model; set rollout.engine=transformers")
+    plays = kind == "transformers" if role == "student" else config.teacher_plays
     if plays:
         TransformersEngine(body, slots=1, max_model_len=config.rollout.longest, device="meta")
     return body

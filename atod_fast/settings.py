@@ -106,15 +106,25 @@ def check_engines(config: Config, ranks: int) -> int:
 
 
 def check_model(config: Config, path: str, model: Mapping[str, Any]) -> None:
-    """UserError unless the model at `path` has a position for every token of the longest row.
+    """UserError unless the model at `path` has a position for every token of the longest row, and the same whatever else is
+    in its batch: `longrope` turns all rows by other factors where one is longer than the original positions.
 
     model: its config.json (`text_config` of one that also sees).
     """
-    positions = model.get("text_config", model).get("max_position_embeddings")
-    rollout = config.rollout
+    text, rollout = model.get("text_config", model), config.rollout
+    positions = text.get("max_position_embeddings")
     if positions is not None and rollout.longest > positions:
         size = "rollout.prompt_tokens" if rollout.context == "full" else "rollout.prompt_tokens + rollout.response_tokens"
         raise UserError(f"{size} = {rollout.longest} exceeds the {positions} positions of model {path!r}; lower rollout.prompt_tokens or take another model")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for kind in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        original = kind.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+        if (kind.get("rope_type") or kind.get("type")) == "longrope" and original and rollout.longest > original:
+            answer = 0 if rollout.context == "full" else rollout.response_tokens
+            raise UserError(
+                f"rollout.prompt_tokens = {rollout.prompt_tokens}: rows of {rollout.longest} tokens exceed the {original} original positions "
+                f"of model {path!r}, beyond which longrope changes every row of a batch; lower rollout.prompt_tokens to at most {original - answer}"
+            )
 
 
 def demo_values_warning(config: Config, parameters: int) -> str | None:

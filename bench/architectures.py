@@ -1,4 +1,4 @@
-"""What of transformers' decoder-only families can be trained, taught by and rolled out: `docs/models.md` is its output.
+"""Which of transformers' decoder-only families can be trained, taught by and rolled out: `docs/models.md` is its output.
 
 python bench/architectures.py              the table
 python bench/architectures.py NAME ...     some rows
@@ -30,16 +30,19 @@ from atod_fast.models import attention_of, load_model, skeleton
 from atod_fast.plan import shape_of
 from atod_fast.policy.export import export
 from atod_fast.policy.layout import Logits
-from atod_fast.policy.model import CausalPolicy, HeadJob
+from atod_fast.policy.model import CausalPolicy, HeadJob, build_student
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
+from atod_fast.policy.teacher import Teacher
 from atod_fast.rollout.engine import Request, Sampling
 from atod_fast.rollout.forward import AnewForward, CacheForward, SlotForward
 from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.settings import load as load_settings
 from atod_fast.trajectory import Row
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+CPU = torch.device("cpu")
 VOCABULARY, LONGEST = 67, 48
 REASON = re.compile(r".* cannot run a \S+ model \((.*)\); use.*|a model of type '\S+' (.*); use.*")
 WAYS = {SlotForward: "slot attention", CacheForward: "own cache", AnewForward: "own cache, turns anew"}
@@ -340,8 +343,14 @@ def close(what: str, found: Tensor, expected: Tensor, share: float = 1e-4) -> No
     assert apart <= share * max(scale, 1e-3), f"{what}: {apart:.1e} apart of {scale:.1e}"
 
 
+def alike(what: str, found: Tensor, expected: Tensor, least: float) -> None:
+    """What 16 bits found correlates with what 32 bits did."""
+    correlation = torch.corrcoef(torch.stack([found.detach().double(), expected.detach().double()]))[0, 1].item()
+    assert correlation >= least, f"{what} in bf16: a correlation of {correlation:.3f}"
+
+
 def teach(path: str, load: Callable[[], PreTrainedModel]) -> None:
-    """Log-probs of right-padded rows, and the exact divergence from a model of another logit scale."""
+    """Log-probs of right-padded rows, and the exact divergence from a model of another logit scale; log-probs in bf16."""
     policy, rows = CausalPolicy(load().requires_grad_(False)), batch_rows()
     batch = collate(rows, packed=False)
     with torch.no_grad():
@@ -355,11 +364,18 @@ def teach(path: str, load: Callable[[], PreTrainedModel]) -> None:
         student = type(head)(nn.Linear(16, VOCABULARY, bias=False), Logits())
         student.weight = nn.Parameter(weight)
         close("a teacher's log-probs", student(other, job).teacher_logp, expected)
+        _, mesh = ranks.start()
+        half = Teacher(load_settings(None, None, [f"teacher.path={path}", "teacher.compute_dtype=bf16"]), mesh, CPU)
+        alike("log-probs", half.logp(batch, HeadJob(batch.target, 0.7)), expected, 0.98)
+        job = job._replace(teacher_hidden=half.hidden(batch))
+        with half.head() as whole:
+            job = job._replace(teacher_weight=whole.weight, teacher_bias=whole.bias)
+            alike("a teacher's log-probs", student.bfloat16()(other.bfloat16(), job).teacher_logp, expected, 0.98)
 
 
 def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
-    """A sharded gradient, with gradient checkpointing where there is any, against plain autograd; streamed weights; an
-    export that loads."""
+    """A sharded gradient, with gradient checkpointing where there is any, against plain autograd, in bf16 too; streamed
+    weights; an export that loads."""
     rows = batch_rows()
     batch, weight = collate(rows, packed=False), torch.linspace(-1, 1, sum(len(row.ids) - 1 for row in rows))
     plain = load().train()
@@ -378,6 +394,12 @@ def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
             assert parameter.grad is None or not parameter.grad.full_tensor().abs().max(), f"a gradient of {name}"
             continue
         close(f"gradient of {name}", parameter.grad.full_tensor(), expected, 2e-3)
+    checkpoints = f"student.gradient_checkpointing={str(student.supports_gradient_checkpointing).lower()}"
+    half = load_settings(None, None, [f"student.path={path}", "student.compute_dtype=bf16", checkpoints]).student
+    half = shard(build_student(half, CPU), mesh, torch.bfloat16)
+    (half(batch, HeadJob(batch.target, 0.7)).logp * weight).sum().backward()
+    taught = [(p.grad.full_tensor(), gradients[name]) for name, p in half.named_parameters() if p.grad is not None and gradients[name] is not None]
+    alike("gradients", *(torch.cat([tensor.flatten() for tensor in side]) for side in zip(*taught, strict=True)), 0.95)
     source = dict(plain.named_parameters(remove_duplicate=False))
     sent = {name: tensor.clone() for name, tensor in stream_weights(policy)}
     assert sent.keys() == source.keys(), "names of streamed weights"
@@ -444,7 +466,7 @@ def row(family: Family) -> str:
             path = str(Path(folder) / "model")
             make(family, tied).save_pretrained(path)
             config = AutoConfig.from_pretrained(path)
-            attention = attention_of("auto", torch.device("cpu"), torch.float32, config)
+            attention = attention_of("auto", CPU, torch.float32, config)
 
             def load(path: str = path, attention: str = attention) -> PreTrainedModel:
                 return load_model(path, torch.float32, attention).eval()
@@ -459,7 +481,7 @@ def row(family: Family) -> str:
 
 
 def table(families: list[Family]) -> Iterator[str]:
-    yield f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, CPU, fp32"
+    yield f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, CPU"
     yield ""
     yield "| family | model type | engine | teacher | student |"
     yield "|---|---|---|---|---|"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from atod_fast import train
+from atod_fast import preflight, train
 from atod_fast.errors import UserError
-from atod_fast.models import DEMO_WEIGHTS, Reach, attention_of, skeleton
+from atod_fast.models import DEMO_WEIGHTS, Reach, as_saved, attention_of, load_model, one_as_saved, skeleton
 from atod_fast.plan import shape_of
-from atod_fast.policy.layout import Logits
+from atod_fast.policy.layout import Logits, find_layout, find_logits
 from atod_fast.policy.model import CausalPolicy, Head, HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.rollout import forward, tryout
@@ -34,7 +36,7 @@ from atod_fast.rollout.actor import make_engine
 from atod_fast.rollout.forward import AnewForward, CacheForward, SlotForward
 from atod_fast.rollout.transformers_engine import TransformersEngine
 from atod_fast.rollout.vllm_limits import check_experts
-from atod_fast.settings import load
+from atod_fast.settings import check_model, load
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -204,6 +206,115 @@ def test_sdpa_does_not_drop_a_softcap_of_scores_silently():
         attention_of("sdpa", CPU, torch.float32, configs["Gemma 2"])
 
 
+def test_flash_attention_is_taken_where_it_computes_all_of_the_attention(monkeypatch):
+    monkeypatch.setattr("atod_fast.models.importlib.util.find_spec", lambda name: name)
+    names = ("Gemma 2", "Falcon", "Falcon, ALiBi", "gpt-oss")
+    found = [attention_of("auto", torch.device("cuda"), torch.bfloat16, make(NAMES[name]).config) for name in names]
+    assert found == ["flash_attention_2", "flash_attention_2", "sdpa", "eager"]
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba 2", "Falcon Mamba", "MiniMax"])
+def test_students_and_teachers_compute_in_bf16(tmp_path, name):
+    """Their residual stream, or some buffers, are fp32."""
+    path = str(tmp_path / "model")
+    make(NAMES[name]).save_pretrained(path)
+    load_fp32 = lambda: load_model(path, torch.float32, "eager").eval()  # noqa: E731
+    architectures.teach(path, load_fp32)
+    architectures.learn(path, load_fp32)
+
+
+@pytest.mark.parametrize("scale", [1.02, 1.0, 3.0])
+def test_a_scale_near_one_is_found_in_16_bits(scale):
+    model = make(NAMES["Granite"])
+    model.config.logits_scaling = model.logits_scaling = scale
+    model.to(torch.bfloat16)
+    assert find_logits(model, find_layout(model)) == Logits(1 / scale)
+
+
+def test_the_attentions_temperature_is_tried_where_a_sequence_outgrows_its_first_step():
+    def llama(**options):
+        return make(replace(NAMES["Llama 4, text"], options=NAMES["Llama 4, text"].options | options))
+
+    assert chosen(llama(floor_scale=50, attn_scale=1.0), 120) is CacheForward
+    assert chosen(llama(floor_scale=8192, attn_scale=1.0), 120) is SlotForward
+
+
+def test_windows_are_narrowed_in_modules_and_configuration_alike():
+    model = make(NAMES["Gemma 2"])
+    layers = [layer.self_attn for layer in model.model.layers if layer.self_attn.sliding_window]
+    with tryout._narrowed(model, 100):
+        assert {layer.sliding_window for layer in layers} == {model.config.sliding_window} == {tryout.WINDOW}
+    assert {layer.sliding_window for layer in layers} == {model.config.sliding_window} == {8}
+
+
+def test_an_attention_that_forgets_a_window_is_found_out_in_16_bits_too(monkeypatch):
+    monkeypatch.setattr(forward, "reaches", lambda config: [Reach("full_attention")] * 2)
+    assert chosen(mistral(sliding_window=8).to(torch.bfloat16)) is CacheForward
+
+
+def test_a_cache_that_keeps_a_token_of_another_prompt_is_found_out(monkeypatch):
+    monkeypatch.setattr(tryout, "FORWARDS", (SlotForward,))
+    monkeypatch.setattr(SlotForward, "kept", lambda self, cached, shared: min(cached, shared + 1))
+    with pytest.raises(UserError, match="its log-probs differ"):
+        chosen(mistral())
+
+
+def test_a_layer_that_does_not_attend_in_slots_is_found_out():
+    model = mistral()
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **inputs: (hidden_states, None)
+    model.config._attn_implementation = "eager"
+    assert chosen(model) is not SlotForward
+
+
+def test_a_model_that_cannot_run_is_refused_with_the_reason():
+    model = mistral()
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, 5))
+    with pytest.raises(UserError, match=r"cannot run a mistral model \(RuntimeError: .*; use another model"):
+        chosen(model)
+
+
+@pytest.mark.parametrize(("context", "most"), [("full", 64), ("window", 36)])
+def test_longrope_beyond_the_original_positions_is_refused(context, most):
+    factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    config = make(replace(NAMES["Phi-3, sliding window"], options={"rope_parameters": rope, "original_max_position_embeddings": 64})).config
+    for facts in (config.to_dict(), {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}):
+        for tokens in (most, most + 1):
+            asked = [f"rollout.context={context}", f"rollout.prompt_tokens={tokens}", "rollout.response_tokens=28"]
+            if tokens == most:
+                check_model(load(None, None, asked), "m", facts)
+                continue
+            with pytest.raises(UserError, match=f"rollout.prompt_tokens = {tokens}: .* of model 'm'.*to at most {most}$"):
+                check_model(load(None, None, asked), "m", facts)
+
+
+@pytest.mark.parametrize(("name", "buffer"), [("LFM2 MoE", "expert_bias"), ("DeepSeek V3", "e_score_correction_bias"), ("Qwen3", "")])
+def test_vllm_is_not_sent_buffers_so_their_students_are_refused(name, buffer):
+    model = make(NAMES[name])
+    config = load(None, None, ["student.compute_dtype=fp32", "rollout.engine=vllm", "rollout.prompt_tokens=64", "rollout.response_tokens=8"])
+    with pytest.raises(UserError, match=f"rollout.engine=vllm .*{buffer}.*; set rollout.engine=transformers") if buffer else nullcontext():
+        preflight._body(config, "student", "m", model.config, CPU)
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3 MoE", "GPT-NeoX (Pythia)", "ERNIE 4.5 MoE"])
+def test_weights_one_by_one_are_as_saved(name):
+    """And a checkpoint's own names cost nothing."""
+    model = make(NAMES[name])
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    one, found = one_as_saved(skeleton(model.config)), {}
+    for key, weight in weights.items():
+        found |= one(key, weight)
+    expected = as_saved(model, weights)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_weights_that_keep_their_names_are_not_converted(monkeypatch):
+    one = one_as_saved(skeleton(make(NAMES["Qwen3"]).config))
+    monkeypatch.setattr("atod_fast.models.as_saved", None)
+    weight = torch.zeros(1)
+    assert one("model.norm.weight", weight)["model.norm.weight"] is weight
+
+
 @pytest.mark.parametrize("name", ["Mamba", "MiniMax"])
 def test_a_lost_state_is_found_in_16_bits_too(name):
     model = make(NAMES[name]).to(torch.bfloat16)
@@ -213,13 +324,26 @@ def test_a_lost_state_is_found_in_16_bits_too(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "packs"), [("Qwen3", True), ("Gemma 2", True), ("LFM2", False), ("Llama 4, text", False), ("Qwen3-Next", False), ("Mamba", False)]
+    ("name", "packs"),
+    [
+        ("Qwen3", True),
+        ("Qwen3 MoE", True),
+        ("Gemma 2", True),
+        ("GPT-J", False),
+        ("GPT-Neo", False),
+        ("GPT-BigCode", False),
+        ("LFM2", False),
+        ("Llama 4, text", False),
+        ("Qwen3-Next", False),
+        ("Mamba", False),
+    ],
 )
-def test_rows_of_recurrent_models_are_never_packed(name, packs):
-    policy = CausalPolicy(make(NAMES[name]))
-    assert not policy.packs
-    policy.config._attn_implementation = "flash_attention_2"
-    assert policy.packs == packs
+def test_rows_are_packed_only_where_every_attention_is_told_their_positions(name, packs):
+    assert not CausalPolicy(make(NAMES[name])).packs
+    model = make(NAMES[name])
+    model.config._attn_implementation = "flash_attention_2"
+    assert CausalPolicy(model).packs == packs
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_vllm_refuses_to_train_experts_on_a_cpu():

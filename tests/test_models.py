@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_rendering import make_tokenizer
 from tiny import save_model
 from tokenizers import AddedToken
-from transformers import MixtralConfig, MixtralForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
+from transformers import DbrxConfig, DbrxForCausalLM, MixtralConfig, MixtralForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
 from atod_fast import evaluate, models, train
 from atod_fast.errors import UserError
@@ -106,6 +106,17 @@ COMMON = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_la
 NOISY = {
     "dropout": (Starcoder2ForCausalLM, Starcoder2Config(**COMMON, attention_dropout=0.5, residual_dropout=0.5, embedding_dropout=0.5)),
     "router": (MixtralForCausalLM, MixtralConfig(**COMMON, num_local_experts=2, attention_dropout=0.5, router_jitter_noise=0.5)),
+    "nested": (
+        DbrxForCausalLM,
+        DbrxConfig(
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            vocab_size=61,
+            attn_config={"attn_pdrop": 0.5, "kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.1},
+        ),
+    ),
 }
 
 

@@ -113,11 +113,14 @@ def find_logits(model: PreTrainedModel, layout: Layout) -> Logits:
     raw = head(hidden)[0].float()
     if raw.is_meta:
         return Logits()
+    near: list[tuple[float, float]] = []  # mean error and scale: in 16 bits several may be near
     for scale in (1.0, *told, *(1 / value for value in told)):
         expected = raw * scale
         if softcap is not None:
             expected = softcap * torch.tanh(expected / softcap)
-        near = TOLERANCE.get(head.weight.dtype, 1e-4) * expected.abs().amax(-1, keepdim=True)
-        if logits.shape == raw.shape and bool(((logits - expected).abs() <= near).all()):
-            return Logits(float(scale), softcap)
+        bound = TOLERANCE.get(head.weight.dtype, 1e-4) * expected.abs().amax(-1, keepdim=True)
+        if logits.shape == raw.shape and bool(((logits - expected).abs() <= bound).all()):
+            near.append(((logits - expected).abs().mean().item(), float(scale)))
+    if near:
+        return Logits(min(near, key=lambda found: found[0])[1], softcap)
     refuse(config, "makes its logits by more than a linear head, a constant factor and a softcap")

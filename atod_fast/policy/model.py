@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from atod_kernels import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob, linear_token_loss
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from atod_fast.config import Student, Teacher
 from atod_fast.errors import UserError
-from atod_fast.models import attention_of, dtype_of, load_config, load_model, reaches, recurrent
+from atod_fast.models import attention_of, dtype_of, load_config, load_model, reaches, recurrent, round_buffers
 from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
 from atod_fast.trajectory import Batch
 
@@ -103,23 +103,46 @@ class CausalPolicy(nn.Module):
         names = self.layout
         self.parts = Parts(*map(self.get_submodule, (names.backbone, names.blocks, names.embedding, names.head)))
         self.tied = self.parts.head.weight is self.parts.embedding.weight
+        self.compute_dtype = self.parts.head.weight.dtype  # until `shard` says otherwise
         self.recurrent = recurrent(source)
         # Models without an argument for positions count them, or need none.
         self.takes_positions = "position_ids" in inspect.signature(type(self.parts.backbone).forward).parameters
-
-    @property
-    def packs(self) -> bool:
-        """Rows may lie end to end: every layer is an attention that skips, at no cost, what is not of the same row."""
         chunked = any(reach.kind == "chunked_attention" for reach in reaches(self.config))  # chunks count from a row's start
-        attends = not self.recurrent and not chunked and self.takes_positions
-        return attends and self.config._attn_implementation == "flash_attention_2"
+        # Rows may lie end to end: every layer is an attention that skips, at no cost, what is not of the same row.
+        flash = self.config._attn_implementation == "flash_attention_2"
+        self.packs = flash and not self.recurrent and not chunked and self.takes_positions and _attends_by_positions(source)
 
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
         """What the head makes of the action tokens, or with no job their final hidden states [A, H]."""
         positions = {"position_ids": batch.position_ids} if self.takes_positions else {}
         hidden = self.parts.backbone(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, batch.index)
+        # Some families keep their residual stream, and so these, in fp32.
+        hidden = hidden.flatten(0, 1).index_select(0, batch.index).to(self.compute_dtype)
         return hidden if job is None else self.parts.head(hidden, job)
+
+
+@torch.no_grad()
+def _attends_by_positions(model: PreTrainedModel) -> bool:
+    """Whether every layer's attention is told the tokens' positions, by which flash attention knows packed rows apart."""
+    if model.device.type == "meta":  # some experts are chosen by value
+        return False
+    ids, told = torch.zeros(1, 2, dtype=torch.int64, device=model.device), []
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: object, **options: object):
+        told.append(options.get("position_ids") is not None)
+        shape = query.shape[0], query.shape[2], query.shape[1], value.shape[3]
+        return query.new_zeros(shape), None
+
+    config, given = model.config, model.config._attn_implementation
+    AttentionInterface.register("atod_probe", attention)
+    config._attn_implementation = "atod_probe"
+    try:
+        model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+    except Exception:  # of the model's code, which may be anything
+        return False
+    finally:
+        config._attn_implementation = given
+    return len(told) == config.num_hidden_layers and all(told)
 
 
 def uses_liger(mode: str, device: torch.device) -> bool:
@@ -141,8 +164,9 @@ def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None
 
 def build_student(config: Student, device: torch.device) -> CausalPolicy:
     """fp32 masters whatever the checkpoint holds: AdamW at 1e-6 leaves bf16 weights unchanged."""
-    attention = attention_of(config.attention, device, dtype_of(config.compute_dtype, device), load_config(config.path))
-    model = load_model(config.path, torch.float32, attention)
+    dtype = dtype_of(config.compute_dtype, device)
+    model = load_model(config.path, torch.float32, attention_of(config.attention, device, dtype, load_config(config.path)))
+    round_buffers(model, dtype)
     apply_liger(model, config.liger, device)
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

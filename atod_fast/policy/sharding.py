@@ -19,6 +19,7 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
     Tied embedding and head stay together in the root unit. The head's unit is kept unsharded between forward and
     backward: it is used last and first. `cast_forward_inputs` is off because FSDP would round fp32 streams to bf16.
     """
+    policy.compute_dtype = compute_dtype
     parameters = sum(p.numel() for p in policy.parameters())
     options = {
         "mesh": mesh,

@@ -20,6 +20,10 @@ from atod_fast.models import reaches, recurrent
 from atod_fast.rollout.slot_attention import Slots
 
 
+class CannotRun(ValueError):
+    """A forward cannot serve this model; its text says why."""
+
+
 class Forward(Protocol):
     splits: bool  # a prompt may be fed in several passes
     slower: str | None  # why it is not as fast as could be
@@ -47,10 +51,10 @@ class SlotForward:
     slower = None
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
-        """ValueError for a model that keeps a state of another kind: with small weights it could hide in a try-out."""
+        """CannotRun for a model that keeps a state of another kind: with small weights it could hide in a try-out."""
         found = reaches(model.config)
         if recurrent(model):
-            raise ValueError(f"layers of {', '.join(sorted({reach.kind for reach in found}))}")
+            raise CannotRun(f"layers of {', '.join(sorted({reach.kind for reach in found}))}")
         self._layers = len(found)
         self._model = model
         model.set_attn_implementation("atod_slots")
@@ -71,7 +75,7 @@ class SlotForward:
             slots=self._slots,
         )
         if self._slots.layers != self._layers:
-            raise ValueError(f"{self._slots.layers} of {self._layers} layers attend through transformers' AttentionInterface")
+            raise CannotRun(f"{self._slots.layers} of {self._layers} layers attend through transformers' AttentionInterface")
         return out.logits[0]
 
     def free(self) -> None:
@@ -114,7 +118,7 @@ class CacheForward:
             out = self._model(input_ids=tokens[None], use_cache=True, **given, **self._options)
             self._caches[slot] = out.get(self._name)
             if self._caches[slot] is None:
-                raise ValueError("it hands out no cache")
+                raise CannotRun("it hands out no cache")
             if draws:
                 logits.append(out.logits[0, -1])
         return torch.stack(logits) if logits else torch.empty(0)

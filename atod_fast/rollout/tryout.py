@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from atod_fast.errors import UserError
-from atod_fast.models import reaches, recurrent
+from atod_fast.models import recurrent
 from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
-from atod_fast.rollout.forward import FORWARDS, CacheForward, MakeForward
+from atod_fast.rollout.forward import FORWARDS, CacheForward, CannotRun, MakeForward
 
 TOKENS = 36  # of the longest sequence
 WINDOW = 7  # what a sliding window or a chunk is narrowed to meanwhile
@@ -40,8 +41,11 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
     length, why = min(max_model_len, TOKENS), ""
     if model.device.type == "meta":
         return CacheForward  # without weights there is nothing to try
-    if not _finite(model):
-        return FORWARDS[0]  # nothing can be told of it; the first answer will say why
+    try:
+        if not _finite(model):
+            return FORWARDS[0]  # nothing can be told of it; the first answer will say why
+    except Exception as error:
+        _refuse(model, _line(error))
     with _narrowed(model, max_model_len), _sharp(model):
         attention = model.config._attn_implementation
         for forward in FORWARDS:
@@ -52,10 +56,22 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
                     return forward
                 why = "its log-probs differ from those of a plain forward pass"
             except Exception as error:  # of the model's code, which may be anything
-                why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(error).strip() else type(error).__name__
+                why = _line(error)
             finally:
                 model.set_attn_implementation(attention)
+    _refuse(model, why)
+
+
+def _refuse(model: PreTrainedModel, why: str) -> NoReturn:
     raise UserError(f"rollout.engine=transformers cannot run a {model.config.model_type} model ({why}); use another model, or rollout.engine=vllm")
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message, after its class where it is not one of this package's."""
+    said = str(error).strip().splitlines()
+    if isinstance(error, CannotRun):
+        return said[0]
+    return f"{type(error).__name__}: {said[0][:120]}" if said else type(error).__name__
 
 
 def _play(engine: Engine, length: int, vocabulary: int) -> Told:
@@ -115,7 +131,9 @@ def _agree(model: PreTrainedModel, told: Told) -> bool:
 
 @contextmanager
 def _sharp(model: PreTrainedModel) -> Iterator[None]:
-    """A recurrent model is fp32 for as long as the context lasts: a state that was lost may cost it no more than 16 bits do."""
+    """A recurrent model is fp32 for as long as the context lasts: a state that was lost may cost it no more than 16 bits do.
+
+    Its weights take twice the memory meanwhile, on the device that they lie on."""
     if model.dtype not in TOLERANCE or not recurrent(model):
         yield
         return
@@ -135,18 +153,15 @@ def _sharp(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _narrowed(model: PreTrainedModel, max_model_len: int) -> Iterator[None]:
-    """Sliding windows and chunks that a sequence could outgrow are small for as long as the context lasts: what lies beyond
-    them is then tried at little cost, whatever their size."""
-    sizes = [reach.size for reach in reaches(model.config) if reach.size is not None]
-    found = []
-    if sizes and min(sizes) < max_model_len:
-        places: Sequence[object] = (model.config.get_text_config(decoder=True), *model.modules())
-        found = [
-            (place, name, vars(place)[name])
-            for place in places
-            for name in ("sliding_window", "attention_chunk_size")
-            if type(vars(place).get(name)) is int and vars(place)[name] > WINDOW
-        ]
+    """Sliding windows, chunks and steps of an attention's temperature that a sequence could outgrow are small for as long as
+    the context lasts: what lies beyond them is then tried at little cost, whatever their size."""
+    places: Sequence[object] = (model.config.get_text_config(decoder=True), *model.modules())
+    found = [
+        (place, name, vars(place)[name])
+        for place in places
+        for name in ("sliding_window", "attention_chunk_size", "floor_scale")
+        if type(vars(place).get(name)) is int and WINDOW < vars(place)[name] < max_model_len
+    ]
     for place, name, _ in found:
         setattr(place, name, WINDOW)
     try:

@@ -22,7 +22,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from atod_fast import ranks
 from atod_fast.errors import EngineFailure, GuardError, UserError
-from atod_fast.models import as_saved, load_config, resolve, skeleton, weight_shapes
+from atod_fast.models import load_config, one_as_saved, resolve, skeleton, weight_shapes
 from atod_fast.rollout.engine import Completion, Request, Sampling, checked
 from atod_fast.rollout.process import unchanged
 from atod_fast.rollout.vllm_limits import BLOCK
@@ -61,7 +60,7 @@ class VllmEngine:
         shapes: Mapping[str, torch.Size],
         sleeps: bool,
         filled: bool,
-        as_saved: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+        as_saved: Callable[[str, Tensor], dict[str, Tensor]] = lambda name, weight: {name: weight},
     ) -> None:
         self._engine, self._mask, self._shapes, self._sleeps, self._filled = engine, mask, shapes, sleeps, filled
         self._as_saved = as_saved
@@ -129,7 +128,7 @@ class VllmEngine:
         if asleep:
             self._engine.wake_up(["weights"])
         # Copies: vLLM keeps what it is given until the whole layer has come, an embedding until the end.
-        copies = ((name, part.clone()) for sent, weight in checked(weights, self._shapes) for name, part in self._as_saved({sent: weight}).items())
+        copies = ((name, part.clone()) for sent, weight in checked(weights, self._shapes) for name, part in self._as_saved(sent, weight).items())
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
         if asleep:
             self._engine.wake_up(["kv_cache"])
@@ -259,7 +258,7 @@ def build(
             logging.disable(logging.NOTSET)
     if dist.get_world_size() != world:
         raise GuardError(f"vLLM left a process group of {dist.get_world_size()} ranks in place of {world}; set rollout.engine=transformers")
-    names = {"shapes": weight_shapes(config), "as_saved": partial(as_saved, skeleton(config))}
+    names = {"shapes": weight_shapes(config), "as_saved": one_as_saved(skeleton(config))}
     return VllmEngine(engine, mask, max_model_len=max_model_len, **names, sleeps=not on_cpu, filled=filled)
 
 
