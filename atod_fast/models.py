@@ -177,8 +177,7 @@ def recurrent(model: PreTrainedModel) -> bool:
     return model._is_stateful or not {reach.kind for reach in reaches(model.config)} <= attention
 
 
-# Settings of a configuration that make a forward pass in training mode random: probabilities of dropout, noise of a router.
-_NOISE = re.compile("drop|jitter")
+_NOISE = re.compile("drop")  # names of a configuration's probabilities of dropout
 
 
 def _some(names: Sequence[str]) -> str:

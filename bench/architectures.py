@@ -378,13 +378,13 @@ def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
     weights; an export that loads."""
     rows = batch_rows()
     batch, weight = collate(rows, packed=False), torch.linspace(-1, 1, sum(len(row.ids) - 1 for row in rows))
-    plain = load().train()
+    plain = load()  # in evaluation: without noise
     (plain_logp(plain, rows, 0.7) * weight).sum().backward()
     _, mesh = ranks.start()
-    student = load().train()
+    student = load()
     if student.supports_gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = shard(CausalPolicy(student), mesh, torch.float32)
+    policy = shard(CausalPolicy(student).train(), mesh, torch.float32)
     (policy(batch, HeadJob(batch.target, 0.7)).logp * weight).sum().backward()
     gradients = {name: p.grad for name, p in plain.named_parameters()}
     assert gradients.keys() == dict(policy.named_parameters()).keys(), "names of parameters"
@@ -396,7 +396,7 @@ def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
         close(f"gradient of {name}", parameter.grad.full_tensor(), expected, 2e-3)
     checkpoints = f"student.gradient_checkpointing={str(student.supports_gradient_checkpointing).lower()}"
     half = load_settings(None, None, [f"student.path={path}", "student.compute_dtype=bf16", checkpoints]).student
-    half = shard(build_student(half, CPU), mesh, torch.bfloat16)
+    half = shard(build_student(half, CPU).train(), mesh, torch.bfloat16)
     (half(batch, HeadJob(batch.target, 0.7)).logp * weight).sum().backward()
     taught = [(p.grad.full_tensor(), gradients[name]) for name, p in half.named_parameters() if p.grad is not None and gradients[name] is not None]
     alike("gradients", *(torch.cat([tensor.flatten() for tensor in side]) for side in zip(*taught, strict=True)), 0.95)

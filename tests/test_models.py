@@ -12,10 +12,20 @@ from safetensors.torch import load_file, save_file
 from test_rendering import make_tokenizer
 from tiny import save_model
 from tokenizers import AddedToken
-from transformers import DbrxConfig, DbrxForCausalLM, MixtralConfig, MixtralForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
+from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 
 from atod_fast import evaluate, models, train
 from atod_fast.errors import UserError
+from atod_fast.policy.model import CausalPolicy
 
 
 def rewrite(folder: str, change) -> None:
@@ -106,6 +116,7 @@ COMMON = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_la
 NOISY = {
     "dropout": (Starcoder2ForCausalLM, Starcoder2Config(**COMMON, attention_dropout=0.5, residual_dropout=0.5, embedding_dropout=0.5)),
     "router": (MixtralForCausalLM, MixtralConfig(**COMMON, num_local_experts=2, attention_dropout=0.5, router_jitter_noise=0.5)),
+    "sampled experts": (PhimoeForCausalLM, PhimoeConfig(**COMMON, num_local_experts=4, router_jitter_noise=10.0)),
     "nested": (
         DbrxForCausalLM,
         DbrxConfig(
@@ -130,7 +141,10 @@ def test_a_forward_pass_in_training_mode_has_no_noise(tmp_path, kind):
     assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
     loaded = models.load_model(str(tmp_path), torch.float32)
     quiet = loaded.eval()(ids).logits
-    assert torch.equal(loaded.train()(ids).logits, quiet)
+    loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = CausalPolicy(loaded).train()
+    assert torch.equal(policy.parts.backbone(input_ids=ids, use_cache=False).last_hidden_state @ policy.parts.head.weight.T, quiet)
+    assert any(module.training for module in policy.modules()), "blocks recompute their activations"
 
 
 def test_stop_ids_are_those_of_the_generation_config(tmp_path):

@@ -112,6 +112,16 @@ class CausalPolicy(nn.Module):
         flash = self.config._attn_implementation == "flash_attention_2"
         self.packs = flash and not self.recurrent and not chunked and self.takes_positions and _attends_by_positions(source)
 
+    def train(self, mode: bool = True) -> CausalPolicy:
+        """Scoring and update compute alike: without dropout, noise of routers or whatever else a model does in training
+        mode. Only what recomputes activations in the backward pass is told that it trains.
+        """
+        super().train(False)
+        for module in self.modules():
+            if mode and getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        return self
+
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
         """What the head makes of the action tokens, or with no job their final hidden states [A, H]."""
         positions = {"position_ids": batch.position_ids} if self.takes_positions else {}
@@ -172,7 +182,6 @@ def build_student(config: Student, device: torch.device) -> CausalPolicy:
         if not model.supports_gradient_checkpointing:
             refuse(model.config, "has no gradient checkpointing (set student.gradient_checkpointing=false)")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
     return CausalPolicy(model)
 
 
