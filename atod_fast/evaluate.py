@@ -56,6 +56,7 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
     ranks.be_patient(limit(config, engines, instant=actor.heldout.instant))
     engine = make_engine(config, model, device, say=console.say)
     ranks.doing("evaluating")
+    console.say(f"{model}: {config.eval.tasks} tasks of {config.env.name}")
     return player.play(partial(actor.evaluate, engine), "evaluating", config, console, interrupt)
 
 

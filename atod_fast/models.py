@@ -51,7 +51,9 @@ def resolve(path: str) -> str:
     if local and not Path(path).expanduser().exists():
         raise NotHere(f"model path {path!r} does not exist here; give a Hugging Face model folder or a hub name")
     if local and not (Path(path).expanduser() / "config.json").is_file():
-        raise UserError(f"model path {path!r} holds no config.json; give a Hugging Face model folder or a hub name")
+        run = (Path(path).expanduser() / "checkpoints").is_dir()
+        hint = f"a run's model is {path}/hf, or what python -m atod_fast.export {path} makes" if run else "give a Hugging Face model folder or a hub name"
+        raise UserError(f"model path {path!r} holds no config.json; {hint}")
     folder = str(Path(path).expanduser()) if path.startswith("~") else path
     if not Path(folder).is_dir() and not _HUB_NAME.fullmatch(folder):
         raise UserError(f"model path {path!r} is neither a folder with a config.json nor a hub name")

@@ -71,6 +71,8 @@ class Run:
         self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
         if finished:
             raise rundir.Finished(f"{self.run_dir} is finished: {config.train.steps} steps, model {self.run_dir / 'hf'}; give more train.steps to go on")
+        if options.resume == "auto" and not resume:
+            self.console.say(f"--resume auto: {self.run_dir} holds no checkpoint; this is a new run")
         self.advice = Advice(config)
         with ranks.together():
             models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened

@@ -45,11 +45,23 @@ TOKENIZER = make_tokenizer()
 @pytest.fixture
 def page(tmp_path, monkeypatch) -> ModuleType:
     """The module that the page writes."""
-    (source,) = BLOCKS["python"]
+    source, _ = BLOCKS["python"]
     (tmp_path / "guess.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "guess", raising=False)
     return __import__("guess")
+
+
+def test_the_page_s_own_prompt_words_messages_and_reads_answers():
+    from atod_fast.rollout.prompts import MEMBERS
+
+    names: dict = {}
+    exec(BLOCKS["python"][1], names)
+    prompt = names["BarePrompt"]()
+    assert all(callable(getattr(prompt, member)) for member in MEMBERS)
+    turn = Turn([], [], [], "Which?", "I say 7.", "7", True)
+    assert prompt.message("Which?", [turn], "Higher.", []) == "Which? You said 7. Higher. Answer with a number."
+    assert prompt.project("I say 12!") == ("12", True) and prompt.project("dunno") == ("dunno", False)
 
 
 class Guesser:

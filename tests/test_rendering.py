@@ -212,3 +212,13 @@ def test_a_template_may_join_lines():
     joined = CHATML.replace("message.content }}", "message.content.split('\\n') | select | join('\\n') }}")
     assert joined != CHATML
     make_renderer("full", tokenizer=make_tokenizer(joined))
+
+
+def test_a_prompt_that_is_cut_is_warned_of_once(caplog):
+    renderer = make_renderer(prompt_tokens=200)
+    for _ in range(2):
+        renderer.prompt([], "Long " * 200, ADMISSIBLE)
+    assert len(caplog.records) == 1 and "rollout.prompt_tokens=200: a prompt of" in caplog.text
+    caplog.clear()
+    make_renderer().prompt([], "Long " * 200, ADMISSIBLE)
+    assert not caplog.records

@@ -156,9 +156,9 @@ def check_failures(trajectories: list[Trajectory], limit: float, label: str) -> 
     """EnvironmentsLost where all environments failed, or a larger share than `limit`: what the others did stands for nothing then."""
     failures = [t.failure for t in trajectories if t.failure is not None]
     if failures and (len(failures) > limit * len(trajectories) or len(failures) == len(trajectories)):
+        more = "" if len(failures) == len(trajectories) else ", or raise guard.failed_environments"
         raise EnvironmentsLost(
-            f"{label}: {len(failures)} of {len(trajectories)} environments failed, first with: {failures[0]}; "
-            "mend what env.* points to, or raise guard.failed_environments"
+            f"{label}: {len(failures)} of {len(trajectories)} environments failed, first with: {failures[0]}; mend what env.* points to{more}"
         )
 
 

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from logging import getLogger
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from atod_fast.trajectory import Turn
 if TYPE_CHECKING:
     from atod_fast.rollout.prompts import Prompt
 
+logger = getLogger(__name__)
 CUT = " [... cut ...] "  # stands where text was left out to fit rollout.prompt_tokens
 
 
@@ -81,6 +83,7 @@ class ChatRenderer:
         day: date | None = None,
     ) -> None:
         self._tokenizer, self._words, self._context, self._limit = tokenizer, prompt, context, prompt_tokens
+        self._cut_told = False
         self._template = ChatTemplate(tokenizer, thinking=thinking, day=day or date.today(), continues=context == "full")
         self._opened = "<think>" if self._template.opening.rstrip().endswith("<think>") else ""
         ends = dict.fromkeys(i for i in (self._template.end, tokenizer.eos_token_id, *stop_ids) if i is not None)
@@ -123,6 +126,14 @@ class ChatRenderer:
 
         ids = prompt(0)
         if len(ids) > self._limit:
+            if not self._cut_told:
+                self._cut_told = True
+                logger.warning(
+                    "rollout.prompt_tokens=%d: a prompt of %d tokens is cut, its history first and then the middle of the observation; "
+                    "raise it where the model must see more (transcripts show what it saw)",
+                    self._limit,
+                    len(ids),
+                )
             most = len(turns) + len(observation)
             ids = prompt(bisect_left(range(most), True, key=lambda cuts: len(prompt(cuts)) <= self._limit))
         return ids
