@@ -203,7 +203,14 @@ def look(config, kappa: float, rho: float, trajectories, student: list[Tensor], 
     return Step(old, [entropy(a) for a in student], taught, d, h, weight, rl, advantage, imitation, importance)
 
 
-def loss_of(objective, step: Step, logp: list[Tensor], teacher: list[Tensor] | None, sampled: list[Tensor], weight: dict[int, float]) -> Tensor:
+def loss_of(
+    objective,
+    step: Step,
+    logp: list[Tensor],
+    teacher: list[Tensor] | None,
+    sampled: list[Tensor],
+    weight: dict[int, float],
+) -> Tensor:
     """The loss of a mini-batch of the turns that `weight` names, by the distributions `logp` of the present weights."""
     o, total = objective, torch.zeros((), dtype=torch.float64)
     for k, share in weight.items():

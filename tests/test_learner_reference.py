@@ -35,8 +35,18 @@ CASES = {
     "window": ["objective.divergence=k1", "objective.log_ratio_clip=0", "objective.baseline=rows"],
     "full": ["objective.divergence=k1", "objective.log_ratio_clip=1.5", "objective.aggregation=turn", *EXACT],
     "window, jsd": ["objective.divergence=jsd", "objective.aggregation=trajectory", *EXACT],
-    "full, jsd": ["objective.divergence=jsd", "objective.advantage=gigpo", "objective.gigpo_omega=0.7", *EXACT, "train.epochs=2"],
-    "window, skew": ["objective.divergence=skew_forward_kl", "turns.uncertainty=exact", "objective.baseline=trajectory"],
+    "full, jsd": [
+        "objective.divergence=jsd",
+        "objective.advantage=gigpo",
+        "objective.gigpo_omega=0.7",
+        *EXACT,
+        "train.epochs=2",
+    ],
+    "window, skew": [
+        "objective.divergence=skew_forward_kl",
+        "turns.uncertainty=exact",
+        "objective.baseline=trajectory",
+    ],
     "full, reverse": ["objective.divergence=reverse_kl", "turns.disagreement=exact", "train.microbatch_tokens=16"],
     "window, k3": ["objective.divergence=k3", "objective.normalise_std=false", "train.minibatch_rows=0"],
     "full, reward alone": ["objective.preset=grpo", "objective.dual_clip=1.1", "objective.clip=0.05", "train.epochs=2"],
@@ -74,7 +84,13 @@ def make_trajectories(context: str, model) -> list[Trajectory]:
 
 
 def close(found, expected, message, rtol=1e-5, atol=2e-5):
-    torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(expected).double(), rtol=rtol, atol=atol, msg=lambda text: f"{message}: {text}")
+    torch.testing.assert_close(
+        torch.as_tensor(found).double(),
+        torch.as_tensor(expected).double(),
+        rtol=rtol,
+        atol=atol,
+        msg=lambda text: f"{message}: {text}",
+    )
 
 
 def same_tensors(found, expected, bound, what):
@@ -90,7 +106,7 @@ def whole(learner):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_steps_of_the_learner_are_those_of_plain_transformers_in_fp64(setting, case):
+def test_two_steps_are_those_of_plain_transformers(setting, case):
     student, teacher, device, mesh = setting
     context = case.split(",")[0]
     batches = ["train.minibatch_rows=8", "train.microbatch_tokens=40"] if context == "window" else ["train.minibatch_rows=4", "train.microbatch_tokens=70"]
@@ -112,6 +128,7 @@ def test_two_steps_of_the_learner_are_those_of_plain_transformers_in_fp64(settin
     with torch.no_grad():
         taught = reference.distributions(reference.model_of(teacher), trajectories, TEMPERATURE, COLUMNS) if kappa else None
 
+    orders = []
     for number in (1, 2):
         # --- the product
         minibatches, members = learner.plan(sequences, number)
@@ -153,6 +170,7 @@ def test_two_steps_of_the_learner_are_those_of_plain_transformers_in_fp64(settin
         close(gap, [apart.mean(), apart.max()], "gap between rollout and trainer")
 
         assert sorted(turn for part in parts for turn in part) == list(range(len(turns)))
+        orders.append([sorted(part) for part in parts])
         assert how.minibatch_rows == 0 or len(minibatches) > 1
         assert max(len(minibatch) for minibatch in minibatches) > 1, "several micro-batches"
         for minibatch, part, wanted in zip(minibatches, parts, streams, strict=True):
@@ -183,7 +201,13 @@ def test_two_steps_of_the_learner_are_those_of_plain_transformers_in_fp64(settin
             assert said["clip_fraction"] > 0, "the surrogate's clip was in use"
         start = reference.model_of(student).state_dict()
         moved = {name: weight.double() - start[name] for name, weight in whole(learner).items()}
-        same_tensors(moved, {name: p.detach() - start[name] for name, p in adam.parameters.items()}, 1e-3, f"step {number}: the change")
+        same_tensors(
+            moved,
+            {name: p.detach() - start[name] for name, p in adam.parameters.items()},
+            1e-3,
+            f"step {number}: the change",
+        )
+    assert len(parts) == 1 or orders[0] != orders[1], "each step has mini-batches of its own"
 
 
 def compare_streams(scored, stream, step, order, share, o):

@@ -79,8 +79,8 @@ def watched(request, tmp_path_factory):
     """A run of two steps: its configuration, metrics, what was played by label, what each step's update got, and the weights at the end."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "flaky.py").write_text(FLAKY)
-    played, updates, seen = {}, [], {}
-    play, update = train.Run.play, Learner.update
+    played, updates, draws, seen = {}, [], [], {}
+    play, update, weigh_turns = train.Run.play, Learner.update, train.objective.weigh_turns
 
     def weights(learner):
         learner.make_room()  # what a forward pass has gathered goes back into shards
@@ -96,11 +96,17 @@ def watched(request, tmp_path_factory):
         seen.update(config=learner.config, weights=weights(learner))
         return said
 
+    def watched_weigh_turns(table, config, generator):
+        draws.append(generator.initial_seed())
+        return weigh_turns(table, config, generator)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(train.Run, "play", watched_play)
         patch.setattr(Learner, "update", watched_update)
+        patch.setattr(train.objective, "weigh_turns", watched_weigh_turns)
         assert train.main([*SETTINGS, *CASES[request.param], "--run-dir", str(folder / "run")]) == 0
+    assert len(set(draws)) == STEPS, "turns.fuse=shuffled draws anew each step"
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return seen["config"], metrics, played, updates, seen["weights"]
 
@@ -112,7 +118,7 @@ def columns():
     return torch.tensor(sorted(set(vocabulary.values()) - {vocabulary[token] for token in (PAD, ACT, BOS, UNK, CUT)}))
 
 
-def test_a_step_plays_groups_of_tasks_that_do_not_repeat_and_marks_what_failed(watched):
+def test_groups_share_a_task_and_failures_are_marked(watched):
     _, metrics, played, _, _ = watched
     tasks = []
     for number in range(1, STEPS + 1):
@@ -155,7 +161,13 @@ def test_both_steps_are_the_methods(watched, columns):
             logp, taught = (reference.distributions(m, trajectories, TEMPERATURE, columns) for m in (model, teacher))
         step = reference.look(config, kappa, rho, trajectories, logp, taught, columns)
         for turn, expected in zip(turns, step.old, strict=True):
-            torch.testing.assert_close(torch.tensor(turn.logprobs).double(), expected, atol=1e-4, rtol=1e-4, msg="the engine's temperature and weights")
+            torch.testing.assert_close(
+                torch.tensor(turn.logprobs).double(),
+                expected,
+                atol=1e-4,
+                rtol=1e-4,
+                msg="the engine's temperature and weights",
+            )
         assert len(set(step.weight)) > 10 and min(step.weight) < 0.1, "T-DUR tells turns apart"
         assert len(set(step.rl)) > 2 and not all(turn.valid for turn in turns)
 
@@ -167,14 +179,25 @@ def test_both_steps_are_the_methods(watched, columns):
             for scored, stream in zip(minibatch, wanted, strict=True):
                 order = torch.unique_consecutive(scored.batch.turn).tolist()
                 assert scored.batch.target.tolist() == [i for k in order for i in turns[k].action]
-                expected = {"advantage": step.advantage, "old_logp": step.old, "policy_weight": step.importance, "weight": share}
+                expected = {
+                    "advantage": step.advantage,
+                    "old_logp": step.old,
+                    "policy_weight": step.importance,
+                    "weight": share,
+                }
                 if step.imitation is not None:
                     expected["divergence_weight"] = step.imitation
                 found = stream.tensors()
                 assert ("divergence_weight" in found) == (step.imitation is not None)
                 for name, values in expected.items():
                     tokens = torch.cat([torch.as_tensor(values[k], dtype=torch.float64).expand(len(step.old[k])) for k in order])
-                    torch.testing.assert_close(found[name].double(), tokens, atol=2e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+                    torch.testing.assert_close(
+                        found[name].double(),
+                        tokens,
+                        atol=2e-4,
+                        rtol=1e-4,
+                        msg=lambda text, name=name: f"{name}: {text}",
+                    )
         assert sorted(k for part in parts for k in part) == list(range(len(turns))), "all of what did not fail, and nothing else"
         rows = [sum(1 for k in part if k in firsts(trajectories)) for part in parts]
         assert max(rows) <= how.minibatch_rows and len(rows) > 1
