@@ -4,9 +4,9 @@
     python bench/mutants.py --list
     python bench/mutants.py --only warm-up-late
 
-Each mutant is a change of one place in atod_fast/. It is made in a temporary copy of the tree, where the test files nearest to
-it run until one fails. A mutant whose place is not found once is an error, as are tests that fail without any mutant: the list
-stays true. Exit 1 where a mutant lives and the list does not say why.
+Each mutant is a change of one place in atod_fast/. It is made in a temporary copy of the tree, where the test files
+nearest to it run until one fails. A mutant whose place is not found once is an error, as are tests that fail without
+any mutant: the list stays true. Exit 1 where a mutant lives and the list does not say why.
 """
 
 from __future__ import annotations
@@ -354,7 +354,8 @@ def mutated(file: str, mutant: Mutant) -> str:
     """The file's text with the mutant in it. SystemExit where its place is not found once."""
     text = (ROOT / "atod_fast" / file).read_text(encoding="utf-8")
     if (found := text.count(mutant.old)) != 1:
-        raise SystemExit(f"mutant {mutant.name}: {mutant.old!r} occurs {found} times in atod_fast/{file}; bring the list up to date")
+        where = f"{mutant.old!r} occurs {found} times in atod_fast/{file}"
+        raise SystemExit(f"mutant {mutant.name}: {where}; bring the list up to date")
     return text.replace(mutant.old, mutant.new)
 
 
@@ -412,18 +413,20 @@ def report(found: list[Verdict]) -> str:
     import torch
 
     lived = [one.mutant for one in found if not one.killer]
+    minutes = sum(one.seconds for one in found) / 60
+    survivors = [f"- `{mutant.name}` ({mutant.meaning}): {mutant.why or '**not explained**'}" for mutant in lived]
     lines = [
         "# Do the tests notice?",
         "",
         "`python bench/mutants.py`: faults put into the method one at a time, and the first test that fails for each.",
         "A mutant that no test notices lives.",
         "",
-        f"{len(found)} mutants: {len(found) - len(lived)} noticed, {len(lived)} live. {sum(one.seconds for one in found) / 60:.0f} minutes, "
-        f"one after the other; Python {platform.python_version()}, torch {torch.__version__}.",
+        f"{len(found)} mutants: {len(found) - len(lived)} noticed, {len(lived)} live. "
+        f"{minutes:.0f} minutes, one after the other; Python {platform.python_version()}, torch {torch.__version__}.",
         "",
         "## Survivors",
         "",
-        *([f"- `{mutant.name}` ({mutant.meaning}): {mutant.why or '**not explained**'}" for mutant in lived] or ["None."]),
+        *(survivors or ["None."]),
         "",
         "## All",
         "",
@@ -431,7 +434,8 @@ def report(found: list[Verdict]) -> str:
         "|---|---|---|---|---|",
     ]
     for file, mutant, killer, seconds in found:
-        lines.append(f"| {file} | `{mutant.name}` | {mutant.meaning} | {f'`{killer}`' if killer else '**lives**'} | {seconds:.0f} |")
+        by = f"`{killer}`" if killer else "**lives**"
+        lines.append(f"| {file} | `{mutant.name}` | {mutant.meaning} | {by} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -447,13 +451,14 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     everyone = [(file, mutant) for file, mutants in MUTANTS.items() for mutant in mutants]
+    chosen = [(file, mutant) for file, mutant in everyone if not args.only or mutant.name in args.only]
     if unknown := set(args.only) - {mutant.name for _, mutant in everyone}:
         raise SystemExit(f"no mutant by the name of {', '.join(sorted(unknown))}; see --list")
     if args.list:
         for file, mutant in everyone:
             print(f"{mutant.name:26}{file:26}{mutant.meaning}")
         return 0
-    chosen = [(file, mutant, mutated(file, mutant)) for file, mutant in everyone if not args.only or mutant.name in args.only]
+    texts = [mutated(file, mutant) for file, mutant in chosen]
 
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"}
     sys.dont_write_bytecode = True  # a mutant of the same size and second would be taken for the one before
@@ -462,12 +467,13 @@ def main() -> int:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", "results", "runs", ".hypothesis"))
-        for name in dict.fromkeys(name for file, _, _ in chosen for name in TESTS[file]):
+        left_out = shutil.ignore_patterns(".git", "__pycache__", "results", "runs", ".hypothesis")
+        shutil.copytree(ROOT, tree, ignore=left_out)
+        for name in dict.fromkeys(name for file, _ in chosen for name in TESTS[file]):
             code, failed = run(tree, (name,))
             if code != LIVES:
                 raise SystemExit(f"without any mutant: {failed or f'pytest ends with {code} in {name}'}")
-        for file, mutant, text in chosen:
+        for (file, mutant), text in zip(chosen, texts, strict=True):
             start, path = time.time(), tree / "atod_fast" / file
             path.write_text(text, encoding="utf-8")
             code, killer = run(tree, TESTS[file])

@@ -25,12 +25,21 @@ def model_of(path: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
 
 
-def distributions(model, trajectories, temperature: float, columns: Tensor, part: Collection[int] | None = None) -> list[Tensor | None]:
+Turns = list[Tensor | None]  # an entry a turn
+
+
+def distributions(
+    model,
+    trajectories,
+    temperature: float,
+    columns: Tensor,
+    part: Collection[int] | None = None,
+) -> Turns:
     """log softmax(logits / temperature) over the token ids `columns`, of each action's tokens: [L, C] a turn, in order.
 
     With a `part` of the turns, nothing of the others.
     """
-    found: list[Tensor | None] = []
+    found: Turns = []
     for trajectory in trajectories:
         ids: list[int] = []
         spans: list[tuple[list[int], int, int]] = []  # what the model reads, and where in it the action is
@@ -51,11 +60,11 @@ def distributions(model, trajectories, temperature: float, columns: Tensor, part
     return found
 
 
-def of_actions(logp: Sequence[Tensor | None], trajectories, columns: Tensor) -> list[Tensor | None]:
+def of_actions(logp: Turns, trajectories, columns: Tensor) -> Turns:
     """Log-probs of the tokens that were sampled: [L] a turn."""
     place = {column: i for i, column in enumerate(columns.tolist())}
-    actions = [turn.action for trajectory in trajectories for turn in trajectory.turns]
-    return [None if lines is None else lines[range(len(ids)), [place[i] for i in ids]] for lines, ids in zip(logp, actions, strict=True)]
+    actions = [[place[i] for i in turn.action] for trajectory in trajectories for turn in trajectory.turns]
+    return [None if lines is None else lines[range(len(ids)), ids] for lines, ids in zip(logp, actions, strict=True)]
 
 
 def entropy(logp: Tensor) -> Tensor:
@@ -105,8 +114,8 @@ def turn_weights(d: Sequence[float], h: Sequence[float], sizes: Sequence[int]) -
 
 
 def advantages(episodes: Episodes, objective) -> list[float]:
-    """A_RL of every turn: its reward, less a penalty where it is invalid, against those of its group; GiGPO's equations 3
-    and 5 to 8 (arXiv 2505.10978) on top."""
+    """A_RL of every turn: its reward, less a penalty where it is invalid, against those of its group; GiGPO's equations
+    3 and 5 to 8 (arXiv 2505.10978) on top."""
 
     def score(value: float, values: Sequence[float]) -> float:
         if not objective.normalise_std:
@@ -120,7 +129,9 @@ def advantages(episodes: Episodes, objective) -> list[float]:
         for k, (_, valid, seen) in enumerate(turns):
             penalty = 0.0 if valid else objective.invalid_penalty
             later = math.fsum(objective.gigpo_gamma**j * turns[k + j][0] for j in range(len(turns) - k))
-            rows.append(SimpleNamespace(group=group, of=number, total=total, reward=total - penalty, later=later - penalty, seen=seen))
+            row = SimpleNamespace(group=group, of=number, total=total, seen=seen)
+            row.reward, row.later = total - penalty, later - penalty
+            rows.append(row)
     found = []
     for me in rows:
         group = [row for row in rows if row.group == me.group]
@@ -176,7 +187,7 @@ class Step:
 
 
 @torch.no_grad()
-def look(config, kappa: float, rho: float, trajectories, student: list[Tensor], teacher: list[Tensor] | None, columns: Tensor) -> Step:
+def look(config, kappa: float, rho: float, trajectories, student: Turns, teacher: Turns | None, columns: Tensor) -> Step:
     """The facts of a step from its distributions."""
     o, turns = config.objective, [turn for trajectory in trajectories for turn in trajectory.turns]
     old = of_actions(student, trajectories, columns)
@@ -196,9 +207,12 @@ def look(config, kappa: float, rho: float, trajectories, student: list[Tensor], 
     advantage = [torch.full_like(a, rho * r) for a, r in zip(old, rl, strict=True)]
     if taught is not None and o.divergence == "k1":
         bound = o.log_ratio_clip or math.inf
-        advantage = [a + kappa * w * (t - p).clamp(-bound, bound) for a, w, t, p in zip(advantage, weight, taught, old, strict=True)]
+        bracket = [(t - p).clamp(-bound, bound) for t, p in zip(taught, old, strict=True)]
+        advantage = [a + kappa * w * b for a, w, b in zip(advantage, weight, bracket, strict=True)]
     played = [torch.tensor(turn.logprobs, dtype=torch.float64) for turn in turns]
-    importance = [(a - b).exp().clamp(max=o.tis_cap) if o.tis_cap else torch.ones_like(a) for a, b in zip(old, played, strict=True)]
+    importance = [(a - b).exp().clamp(max=o.tis_cap) for a, b in zip(old, played, strict=True)]
+    if not o.tis_cap:
+        importance = [torch.ones_like(a) for a in old]
     imitation = [kappa * w for w in weight] if taught is not None and o.divergence != "k1" else None
     return Step(old, [entropy(a) for a in student], taught, d, h, weight, rl, advantage, imitation, importance)
 
@@ -251,5 +265,6 @@ class AdamW:
             square.mul_(self.betas[1]).add_((1 - self.betas[1]) * g**2)
             p = self.parameters[name]
             p -= learning_rate * self.decay * p
-            p -= learning_rate * (mean / (1 - self.betas[0] ** self.steps)) / ((square / (1 - self.betas[1] ** self.steps)).sqrt() + self.eps)
+            mean, square = (m / (1 - beta**self.steps) for m, beta in zip((mean, square), self.betas, strict=True))
+            p -= learning_rate * mean / (square.sqrt() + self.eps)
         return norm, gradients

@@ -26,12 +26,14 @@ def ask(monkeypatch):
 
     def ask(function, *settings, rank=0, ranks=1):
         asked = []
-        monkeypatch.setattr(
-            actor,
-            "rollout",
-            lambda engine, env, renderer, episodes, config, **how: asked.append((len(env), episodes, how["temperature"])) or [],
-        )
-        function(actor.Actor(load(None, None, [*SETTINGS, *settings]), tokenizer, len(tokenizer), rank=rank, ranks=ranks))
+
+        def rollout(engine, env, renderer, episodes, config, *, temperature, progress):
+            asked.append((len(env), episodes, temperature))
+            return []
+
+        monkeypatch.setattr(actor, "rollout", rollout)
+        config = load(None, None, [*SETTINGS, *settings])
+        function(actor.Actor(config, tokenizer, len(tokenizer), rank=rank, ranks=ranks))
         return asked
 
     return ask

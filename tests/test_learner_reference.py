@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import reference
@@ -73,8 +75,8 @@ def make_trajectories(context: str, model) -> list[Trajectory]:
             action = rng.choice(COLUMNS.numpy(), int(rng.integers(1, 6))).tolist()
             prompt = rng.integers(0, VOCABULARY, int(rng.integers(2, 7))).tolist()
             reward = 0.5 * (k == 1) * (n % 2) + 10.0 * (k == size - 1) * (n in (0, 4))
-            turn = Turn(prompt, action, [], f"seen {rng.integers(0, 2)}", "", "", bool(rng.random() > 0.3), float(reward))
-            trajectory.turns.append(turn)
+            seen, valid = f"seen {rng.integers(0, 2)}", bool(rng.random() > 0.3)
+            trajectory.turns.append(Turn(prompt, action, [], seen, "", "", valid, float(reward)))
         made.append(trajectory)
     with torch.no_grad():
         logp = reference.of_actions(reference.distributions(model, made, TEMPERATURE, COLUMNS), made, COLUMNS)
@@ -109,7 +111,8 @@ def whole(learner):
 def test_two_steps_are_those_of_plain_transformers(setting, case):
     student, teacher, device, mesh = setting
     context = case.split(",")[0]
-    batches = ["train.minibatch_rows=8", "train.microbatch_tokens=40"] if context == "window" else ["train.minibatch_rows=4", "train.microbatch_tokens=70"]
+    sizes = {"window": (8, 40), "full": (4, 70)}[context]
+    batches = [f"train.minibatch_rows={sizes[0]}", f"train.microbatch_tokens={sizes[1]}"]
     own = [f"student.path={student}", f"teacher.path={teacher}", f"rollout.context={context}"]
     config = load(None, None, [*own, *batches, *COMMON, *CASES[case]])
     kappa = 0.0 if config.objective.preset == "grpo" else KAPPA
@@ -117,7 +120,12 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
     valid = torch.zeros(VOCABULARY, dtype=torch.bool).index_fill(0, COLUMNS, True)
     learner = Learner(config, mesh, device, valid)
     clipped = []  # the gradients that AdamW gets
-    learner.optimizer.register_step_pre_hook(lambda *_: clipped.append({name: p.grad.full_tensor().clone() for name, p in learner.student.named_parameters()}))
+
+    def watch(*_):
+        parameters = learner.student.named_parameters()
+        clipped.append({name: parameter.grad.full_tensor().clone() for name, parameter in parameters})
+
+    learner.optimizer.register_step_pre_hook(watch)
 
     model = reference.model_of(student)
     how = config.train
@@ -125,8 +133,10 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
     trajectories = make_trajectories(context, model)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     sequences = rows(trajectories)
-    with torch.no_grad():
-        taught = reference.distributions(reference.model_of(teacher), trajectories, TEMPERATURE, COLUMNS) if kappa else None
+    taught = None
+    if kappa:
+        with torch.no_grad():
+            taught = reference.distributions(reference.model_of(teacher), trajectories, TEMPERATURE, COLUMNS)
 
     orders = []
     for number in (1, 2):
@@ -140,16 +150,11 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
         weights = objective.weigh_turns(table, config.turns).weight
         rl = objective.rl_advantages(table, config.objective).turn
         parts = [[turn for row in part for turn in sequences[row].turns] for part in members]
-        token = [
-            [objective.token_weights(config.objective.aggregation, scored.batch.turn, table, torch.tensor(part)) for scored in minibatch]
-            for minibatch, part in zip(minibatches, parts, strict=True)
-        ]
+        hybrid = partial(objective.make_streams, config.objective, kappa, RHO, turn_weight=weights, rl_advantage=rl)
+        mean = partial(objective.token_weights, config.objective.aggregation, table=table)
         streams = [
-            [
-                objective.make_streams(config.objective, kappa, RHO, *scored.facts, turn_weight=weights, rl_advantage=rl, token_weight=mean)
-                for scored, mean in zip(minibatch, means, strict=True)
-            ]
-            for minibatch, means in zip(minibatches, token, strict=True)
+            [hybrid(*s.facts, token_weight=mean(s.batch.turn, minibatch_turns=torch.tensor(part))) for s in minibatch]
+            for minibatch, part in zip(minibatches, parts, strict=True)
         ]
         gap = learner.logprob_gap(minibatches)
         before = len(clipped)
@@ -192,7 +197,8 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
             losses.append(loss.item())
             norm, gradients = adam.update(loss, rate)
             norms.append(norm)
-            same_tensors(clipped[before + len(norms) - 1], gradients, 1e-4, f"step {number}, update {len(norms)}: the gradient")
+            where = f"step {number}, update {len(norms)}"
+            same_tensors(clipped[before + len(norms) - 1], gradients, 1e-4, f"{where}: the gradient")
         assert len(clipped) - before == len(norms)
         assert min(norms) > how.grad_clip, "every gradient was clipped"
         close(said["loss"], np.mean(losses), "loss", rtol=1e-4)
