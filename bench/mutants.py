@@ -41,7 +41,7 @@ TESTS = {  # nearest first
     "rollout/actor.py": ("test_actor.py", *LOOP),
     "rollout/agent.py": ("test_rollout.py", *LOOP),
     "train.py": LOOP,
-    "trajectory.py": (*LOOP, "test_rollout.py"),
+    "trajectory.py": (*LOOP, "test_learner_reference.py"),
     "envs/alfworld/env.py": LOOP,
 }
 
