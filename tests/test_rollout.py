@@ -17,7 +17,9 @@ from worlds import CLOSE, STOP, VOCABULARY, Corridor, Letters, Slow
 
 from atod_fast.config import Config
 from atod_fast.errors import UserError
+from atod_fast.rollout import agent
 from atod_fast.rollout.agent import Episode, rollout
+from atod_fast.rollout.engine import Request
 from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.transformers_engine import TransformersEngine
 from atod_fast.trajectory import Trajectory, rows
@@ -96,6 +98,13 @@ def test_equal_seeds_repeat_bit_for_bit():
     assert play(Corridor()) == play(Corridor())
     shifted = [Episode(e.task, e.group, e.member, e.seed + 1, e.env_seed) for e in episodes(range(10))]
     assert [t.turns for t in play(Corridor(), shifted)] != [t.turns for t in play(Corridor())]
+
+
+def test_every_turn_draws_from_a_stream_of_its_own(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(agent, "Request", lambda key, prompt, seed: seeds.append(seed) or Request(key, prompt, seed))
+    played = play(Corridor())
+    assert len(set(seeds)) == len(seeds) == sum(len(trajectory.turns) for trajectory in played)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
