@@ -16,10 +16,10 @@ from atod_fast.policy.learner import Learner
 
 TEMPERATURE = 0.7
 STEPS, TASKS, GROUP = 2, 3, 4
-FLAKY = """
+FAILING = """
 from atod_fast.envs.alfworld.env import AlfWorld
 
-class Flaky(AlfWorld):
+class Failing(AlfWorld):
     def __init__(self, *, fails=False, **options):
         super().__init__(**options)
         self.fails, self.episodes = fails, [0]  # those of all clones together
@@ -36,7 +36,7 @@ class Flaky(AlfWorld):
         return super().step(action)
 """
 SETTINGS = [
-    "env.name=flaky:Flaky",
+    "env.name=failing:Failing",
     "env.train={generate=200, seed=0, fails=true}",
     "env.eval={generate=12, seed=1}",
     "env.max_turns=9",
@@ -79,7 +79,7 @@ def watched(request, tmp_path_factory):
     """A run of two steps: its configuration, metrics, what was played by label, what each step's update got, and the
     weights at the end."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "flaky.py").write_text(FLAKY)
+    (folder / "failing.py").write_text(FAILING)
     played, updates, draws, seen = {}, [], [], {}
     play, update, weigh_turns = train.Run.play, Learner.update, train.objective.weigh_turns
 

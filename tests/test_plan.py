@@ -234,7 +234,7 @@ def test_a_hub_name_without_its_config_is_planned_without_parameters(tiny):
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("teacher.path=./absent", "'./absent' holds no config.json"),
+        ("teacher.path=.", "'.' holds no config.json"),
         ("teacher.path=some/other/folder", "neither a folder with a config.json nor a hub name"),
         ("rollout.prompt_tokens=2000", "exceeds the 1024 positions"),
         ("train.tasks_per_step=7", "cannot be divided by 2 ranks"),

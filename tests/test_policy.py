@@ -300,7 +300,7 @@ def save_and_load(path, run):
     policy, optimizer = make()
     step(policy, optimizer)
     for number in (1, 2, 3):
-        saved = checkpoint.save(run, number, policy, optimizer, {"note": number}, keep=2)
+        saved = checkpoint.save(run, number, policy, optimizer, {"before": {"eval/success": number}}, keep=2)
     left = sorted(p.name for p in saved.parent.iterdir())
     step(policy, optimizer)
     other, other_optimizer = make()
@@ -319,7 +319,7 @@ def save_and_load(path, run):
 def test_a_saved_run_goes_on_bit_for_bit_and_its_export_loads_with_transformers(folder, tmp_path, model):
     found = run_ranks(2, save_and_load, str(folder / model), tmp_path)
     for line in found:
-        assert line["left"] == ["step_000002", "step_000003"] and line["state"] == {"step": 3, "note": 3} and line["same"]
+        assert line["left"] == ["step_000002", "step_000003"] and line["state"] == {"step": 3, "before": {"eval/success": 3}} and line["same"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert sum(p.double().sum().item() for p in exported.parameters()) == pytest.approx(found[0]["sum"], rel=1e-5)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from atod_fast.envs import make
 from atod_fast.errors import UserError
 from atod_fast.rollout.prompts import AlfWorldPrompt, SearchPrompt, WebShopPrompt, prompt_for
+from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.trajectory import Turn
 
 INTRO = "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room.\n\nYour task is to: put a mug in desk."
@@ -281,9 +282,10 @@ def test_a_well_formed_search_or_answer_is_one_the_world_takes(text):
 def test_a_world_brings_its_own_prompt_or_has_one_here():
     class Own:
         def prompt(self, thinking, history):
-            return "mine", thinking, history
+            return PlainPrompt(thinking, history, "mine")
 
-    assert prompt_for("x:Own", Own(), thinking=True, history=3) == ("mine", True, 3)
+    own = prompt_for("x:Own", Own(), thinking=True, history=3)
+    assert (own.instructions, own.thinking, own.history) == ("mine", True, 3)
     found = prompt_for("alfworld", make("alfworld", generate=1), thinking=True, history=3)
     assert isinstance(found, AlfWorldPrompt) and found.thinking and found.history == 3
     pytest.importorskip("bm25s")
