@@ -22,10 +22,9 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from atod_fast import ranks
+from atod_fast import files, ranks
 from atod_fast.config import Config
 from atod_fast.errors import UserError
 from atod_fast.interrupt import Interrupt, Interrupted
@@ -98,7 +97,9 @@ def make_place(option: str, path: Path) -> None:
 
 @record
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input, 3 the model's log-probs are not finite, the engine broke down, or too many environments failed."""
+    """Returns the exit code: 0 done, 1 an unexpected error, 2 bad usage or input, 3 a guard stopped it (log-probs that are not
+    finite, an engine that broke down, too many failed environments, a missing rank), 130 interrupted.
+    """
     speaks, started = ranks.rank() == 0, False
     with Interrupt() as interrupt:
         try:
@@ -118,15 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         except (Exception, SystemExit) as error:
             if not started and isinstance(error, SystemExit):  # --help
                 raise
-            stopped = ranks.understood(error)
-            told = isinstance(error, Interrupted) or getattr(stopped, "told", False) or not dist.is_initialized()
+            stopped, line = ranks.ending(error)
         finally:
             ranks.stop()
-        line = " ".join(str(stopped).split()) or "interrupted"
         if speaks:
-            print(f"atod_fast: {line}", file=sys.stderr)
-        elif not told:
-            ranks.speak_alone(line)
+            print(f"atod_fast: {line or 'interrupted'}", file=sys.stderr)
         return stopped.exit_code
 
 
@@ -141,7 +138,7 @@ def report(arguments: argparse.Namespace, config: Config, trajectories: list[Tra
     try:
         if arguments.out:
             facts = {"model": arguments.model, "temperature": config.eval.temperature, "env": config.env.model_dump(mode="json")}
-            arguments.out.write_text(json.dumps(facts | found, indent=1) + "\n")
+            files.write(arguments.out, json.dumps(facts | found, indent=1) + "\n")
         if arguments.transcripts:
             transcripts.write(arguments.transcripts, trajectories, load_tokenizer(arguments.model))
     except OSError as error:

@@ -127,23 +127,23 @@ def load_tokenizer(path: str, *, offline: bool = False) -> PreTrainedTokenizerBa
 
 
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """The checkpoint's CausalLM on the CPU, every weight in `dtype`, without dropout or other noise of training.
+    """The checkpoint's CausalLM on the CPU, every weight in `dtype`, without dropout.
 
     Raises:
         UserError: the model cannot be loaded, is quantised, or its checkpoint lacks a weight.
     """
     config = load_config(path)
     check_quantised(path, config)
-    _still(config)
+    _without_dropout(config)
     return _load_whole(path, config=config, dtype=dtype, attn_implementation=attention)
 
 
-def _still(config: PretrainedConfig) -> None:
-    """Set every setting that makes a pass random to 0, in nested configurations too."""
+def _without_dropout(config: PretrainedConfig) -> None:
+    """Set every probability of dropout in `config` to 0, in nested configurations too."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
-            _still(value)
-        elif _NOISE.search(name) and type(value) in (int, float):
+            _without_dropout(value)
+        elif _DROPOUT.search(name) and type(value) in (int, float):
             setattr(config, name, type(value)(0))
 
 
@@ -179,7 +179,7 @@ def recurrent(model: PreTrainedModel) -> bool:
     return model._is_stateful or not {reach.kind for reach in reaches(model.config)} <= attention
 
 
-_NOISE = re.compile("drop")  # names of a configuration's probabilities of dropout
+_DROPOUT = re.compile("drop")  # names of a configuration's probabilities of dropout
 
 
 def _some(names: Sequence[str]) -> str:

@@ -142,6 +142,18 @@ def understood(error: BaseException) -> Exception:
     return Unexpected(f"{type(error).__name__}: {first}" if world_size() == 1 else f"rank {rank()}: {type(error).__name__}: {first}")
 
 
+def ending(error: BaseException) -> tuple[Exception, str]:
+    """What ends this process: `error` as `understood`, and its message on one line.
+
+    A rank other than the first prints that line itself where the first may never hear of the error. Call it before `stop`.
+    """
+    stopped = understood(error)
+    line = " ".join(str(stopped).split())
+    if dist.is_initialized() and not isinstance(stopped, Interrupted) and not getattr(stopped, "told", False):
+        speak_alone(line)
+    return stopped, line
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """What is raised inside on one rank is raised on all of them, at the end of the block. Nothing collective inside."""

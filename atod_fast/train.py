@@ -30,7 +30,6 @@ from contextlib import nullcontext, redirect_stdout
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -469,14 +468,10 @@ def main(argv: list[str] | None = None) -> int:
         except (Exception, SystemExit) as error:
             if not started and isinstance(error, SystemExit):  # --help
                 raise
-            stopped = ranks.understood(error)
-            told = isinstance(error, Interrupted) or getattr(stopped, "told", False) or not dist.is_initialized()
+            stopped, line = ranks.ending(error)
         finally:
             ranks.stop()
         notes = getattr(stopped, "__notes__", [])
-        line = " ".join(str(stopped).split())
-        if not told:  # the first rank may never hear of it
-            ranks.speak_alone(line)
         if speaks:
             if not isinstance(stopped, Interrupted):
                 print(f"atod_fast: {line}", file=sys.stderr, flush=True)
