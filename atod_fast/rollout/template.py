@@ -24,7 +24,8 @@ RESERVED = re.compile("[\ufdd0-\ufdef]")
 QUOTED = "\ufdd0{}\ufdd1"  # stands for a control token that an environment spelled
 RESPELLED = "\ufdd2{}\ufdd3"  # how the copy of the tokenizer spells a control token
 # A mark as it is, and as `repr` or JSON in a prompt of the user's own write it; then what is left of one that was cut in two.
-MARKS = r"(?:\ufdd0|\\ufdd0)(\d+)(?:\ufdd1|\\ufdd1)", "\ufdd0\\d*|\\d*\ufdd1|[\ufdd0-\ufdef]"
+# At most nine digits: without a bound, a long number in a text would take quadratic time.
+MARKS = r"(?:\ufdd0|\\ufdd0)(\d{1,9})(?:\ufdd1|\\ufdd1)", "\ufdd0\\d{0,9}|\\d{0,9}\ufdd1|[\ufdd0-\ufdef]"
 FIRST, ANSWER, NEXT = "\nFIRST-USER-MESSAGE\n\nof two lines", "ASSISTANT-MESSAGE", "\n\nNEXT-USER-MESSAGE\n"
 
 
