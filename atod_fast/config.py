@@ -135,22 +135,28 @@ class Objective(Section):
         "the others: over the full vocabulary, as a loss",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="mixture weight of jsd and the skewed divergences")
-    log_ratio_clip: float = Field(10.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)")
+    log_ratio_clip: float = Field(0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)")
     advantage: Literal["grpo", "rloo", "gigpo"] = Field("grpo", description="reinforcement-learning advantage")
     normalise_std: bool = Field(True, description="divide by the group's standard deviation")
     std_epsilon: float = Field(1e-6, gt=0, description="added to that standard deviation")
     baseline: Literal["trajectory", "rows"] = Field(
-        "rows", description="group statistics over trajectories or over their turns' rewards after the invalid-action penalty (verl-agent)"
+        "rows",
+        description="group statistics over trajectories, or over their turns' rewards after the invalid-action penalty (verl-agent); rloo: trajectory",
     )
     gigpo_omega: float = Field(1.0, ge=0, description="weight of GiGPO's step-level advantage")
     gigpo_gamma: float = Field(0.95, gt=0, le=1, description="discount of GiGPO's step returns")
     invalid_penalty: float = Field(0.0, ge=0, description="taken from the reward of a turn whose action is invalid")
+    invalid: Literal["form", "accepted"] = Field(
+        "form", description="what makes an action invalid: form, a response without the required form (paper); accepted, that or an action the world refuses"
+    )
     clip: float = Field(0.2, gt=0, description="PPO clip range")
     dual_clip: float = Field(3.0, ge=0, description="dual clip bound for negative advantages; 0 = off")
     entropy_bonus: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
     aggregation: Literal["token", "trajectory", "turn"] = Field("token", description="what the loss is a mean over; trajectory and turn: of their token means")
     tis_cap: float = Field(
-        2.0, ge=0, description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine), which is 1 where the two agree; 0 = off"
+        0.0,
+        ge=0,
+        description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine), which is 1 where the two agree; 0 = no such weight (paper)",
     )
 
     @model_validator(mode="after")
@@ -162,6 +168,11 @@ class Objective(Section):
             )
         if self.divergence.startswith("skew") and self.alpha == 1:
             raise ValueError(f"objective.alpha=1 makes objective.divergence={self.divergence} 0 everywhere; use a value below 1")
+        if self.advantage == "rloo" and self.baseline == "rows":
+            raise ValueError(
+                "objective.advantage=rloo leaves one trajectory out, which objective.baseline=rows cannot: the trajectory's "
+                "other turns would stay in; set objective.baseline=trajectory"
+            )
         for key in ("dual_clip", "tis_cap"):
             if 0 < getattr(self, key) < 1:
                 raise ValueError(f"objective.{key}={getattr(self, key):g} would cut tokens on which nothing has changed; use 1 or more, or 0 for none")

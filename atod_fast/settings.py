@@ -28,11 +28,12 @@ from atod_fast.methods import OBJECTIVES, Level, nest
 LARGEST_TINY = 10_000_000  # parameters of a model that the demo's values may fit
 FOLDER = Path(__file__).with_name("presets")
 
-# A preset is one or more files laid over each other: the paper's common settings, its task, its models.
+# A preset is one or more files laid over each other: the paper's common settings, its task, its models, and what belongs to that pair alone.
 PRESETS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("demo", "demo-searchqa", "demo-webshop")},
     "own": ("paper", "own"),
     **{f"{task}-{size}": ("paper", task, size) for task in ("alfworld", "webshop", "searchqa") for size in ("0.6b", "1.7b", "4b")},
+    "alfworld-1.7b": ("paper", "alfworld", "1.7b", "alfworld-1.7b"),
 }
 
 

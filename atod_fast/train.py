@@ -400,6 +400,7 @@ def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[st
         "rollout/turns": float(sizes.double().mean()),
         "rollout/response_tokens": float(table.length.double().mean()),
         "rollout/invalid_actions": float((~table.valid).double().mean()),
+        "rollout/malformed_actions": float((~table.well_formed).double().mean()),
         "rollout/cut_off": 1 - sum(turn.stopped for turn in turns) / len(turns) if turns else float("nan"),
     }
 

@@ -23,9 +23,14 @@ class Turn:
     observation: str  # text shown before this action
     text: str  # decoded action
     command: str  # what was sent to the environment
-    valid: bool  # the response had the required form and the environment accepted it
+    well_formed: bool  # the response had the form that the prompt asks for
+    accepted: bool = True  # the environment took the command for an action
     reward: float = 0.0
     stopped: bool = True  # by a stop token; False: cut off at rollout.response_tokens
+
+    @property
+    def valid(self) -> bool:
+        return self.well_formed and self.accepted
 
 
 @dataclass(slots=True)
@@ -67,7 +72,8 @@ class TurnTable:
     disagreement: Tensor  # [K] fp32, d_k
     uncertainty: Tensor  # [K] fp32, h_k
     length: Tensor  # [K] int64, action tokens
-    valid: Tensor  # [K] bool
+    well_formed: Tensor  # [K] bool, the response had the required form
+    valid: Tensor  # [K] bool, well formed and accepted by the environment
     turn_reward: Tensor  # [K] fp32
     anchor: Tensor  # [K] int64, equal iff the observations before the action are equal (step-level groups of GiGPO)
     offsets: Tensor  # [N+1] int64, turns of trajectory n are offsets[n]:offsets[n+1]
@@ -83,6 +89,7 @@ def turn_table(trajectories: Sequence[Trajectory], disagreement: Tensor, uncerta
         disagreement=disagreement,
         uncertainty=uncertainty,
         length=torch.tensor([len(turn.action) for turn in turns]),
+        well_formed=torch.tensor([turn.well_formed for turn in turns]),
         valid=torch.tensor([turn.valid for turn in turns]),
         turn_reward=torch.tensor([turn.reward for turn in turns], dtype=torch.float32),
         anchor=torch.tensor([_anchor(turn.observation) for turn in turns]),

@@ -86,7 +86,8 @@ MUTANTS = {  # by file below atod_fast/
         ),
     ],
     "objective/advantage.py": [
-        Mutant("valid-punished", "the penalty falls on valid turns", "(~table.valid)", "table.valid"),
+        Mutant("valid-punished", "the penalty falls on valid turns", "(~right)", "right"),
+        Mutant("invalid-ignored", "form alone is looked at", 'if objective.invalid == "form" else table.valid', ""),
         Mutant("biased-std", "std divides by n", "(square / (count - 1).clamp(min=1))", "(square / count.clamp(min=1))"),
         Mutant("std-ignored", "normalise_std is ignored", "if not objective.normalise_std:", "if False:"),
         Mutant(
@@ -246,7 +247,8 @@ MUTANTS = {  # by file below atod_fast/
             "how.temperature if temperature is None else temperature",
             "1.0",
         ),
-        Mutant("form-ignored", "a malformed answer is valid", "bool(well_formed)", "True"),
+        Mutant("form-ignored", "a malformed answer is well formed", "bool(well_formed)", "True"),
+        Mutant("refusal-ignored", "a refused action is accepted", 'answer.info.get("is_action_valid", True)', "True"),
         Mutant(
             "one-stream",
             "every turn draws the same numbers",

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-# (group, [(reward of the turn, whether it is valid, what its observation is recognised by), ...]) of each trajectory
-Episodes = Sequence[tuple[int, Sequence[tuple[float, bool, object]]]]
+# (group, [(reward of the turn, "valid", "refused" or "malformed", what its observation is recognised by), ...]) of each trajectory
+Episodes = Sequence[tuple[int, Sequence[tuple[float, str, object]]]]
+INVALID = {"form": ["malformed"], "accepted": ["malformed", "refused"]}  # by objective.invalid
 
 
 def model_of(path: str) -> torch.nn.Module:
@@ -126,8 +127,8 @@ def advantages(episodes: Episodes, objective) -> list[float]:
     rows = []
     for number, (group, turns) in enumerate(episodes):
         total = math.fsum(reward for reward, _, _ in turns)
-        for k, (_, valid, seen) in enumerate(turns):
-            penalty = 0.0 if valid else objective.invalid_penalty
+        for k, (_, verdict, seen) in enumerate(turns):
+            penalty = objective.invalid_penalty if verdict in INVALID[objective.invalid] else 0.0
             later = math.fsum(objective.gigpo_gamma**j * turns[k + j][0] for j in range(len(turns) - k))
             row = SimpleNamespace(group=group, of=number, total=total, seen=seen)
             row.reward, row.later = total - penalty, later - penalty
@@ -153,7 +154,10 @@ def advantages(episodes: Episodes, objective) -> list[float]:
 
 
 def episodes_of(trajectories) -> Episodes:
-    return [(t.group, [(turn.reward, turn.valid, turn.observation) for turn in t.turns]) for t in trajectories]
+    def verdict(turn) -> str:
+        return "malformed" if not turn.well_formed else "valid" if turn.accepted else "refused"
+
+    return [(t.group, [(turn.reward, verdict(turn), turn.observation) for turn in t.turns]) for t in trajectories]
 
 
 def token_weights(aggregation: str, trajectories, part: Sequence[int]) -> dict[int, float]:

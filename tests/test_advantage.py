@@ -15,14 +15,15 @@ from atod_fast.trajectory import TurnTable
 
 
 def make_table(episodes):
-    """episodes: per trajectory (group, [(turn reward, valid, anchor), ...]); every turn has three tokens."""
+    """episodes: per trajectory (group, [(turn reward, verdict, anchor), ...]); every turn has three tokens."""
     turns = [turn for _, turns in episodes for turn in turns]
     count = len(turns)
     return TurnTable(
         disagreement=torch.zeros(count),
         uncertainty=torch.zeros(count),
         length=torch.full((count,), 3),
-        valid=torch.tensor([valid for _, valid, _ in turns], dtype=torch.bool),
+        well_formed=torch.tensor([verdict != "malformed" for _, verdict, _ in turns], dtype=torch.bool),
+        valid=torch.tensor([verdict == "valid" for _, verdict, _ in turns], dtype=torch.bool),
         turn_reward=torch.tensor([reward for reward, _, _ in turns], dtype=torch.float32),
         anchor=torch.tensor([anchor for _, _, anchor in turns], dtype=torch.int64),
         offsets=torch.tensor([0, *[len(t) for _, t in episodes]]).cumsum(0),
@@ -37,25 +38,33 @@ def random_episodes(seed):
     rng = np.random.default_rng(seed)
 
     def turn():
-        return float(rng.choice([0.0, 0.5, 10.0])), bool(rng.random() < 0.6), int(rng.integers(0, 4))
+        return float(rng.choice([0.0, 0.5, 10.0])), str(rng.choice(["valid", "valid", "refused", "malformed"])), int(rng.integers(0, 4))
 
     return [(int(rng.integers(0, 3)), [turn() for _ in range(rng.integers(1, 5))]) for _ in range(rng.integers(1, 11))]
 
 
-FLAT = [(0, [(1.0, True, 0)]), (0, [(1.0, False, 0)]), (1, [(0.0, True, 0), (0.0, True, 1)]), (2, [(0.5, False, 2)])]
+FLAT = [
+    (0, [(1.0, "valid", 0)]),
+    (0, [(1.0, "malformed", 0)]),
+    (1, [(0.0, "valid", 0), (0.0, "refused", 1)]),
+    (2, [(0.5, "malformed", 2)]),
+]
 BATCHES = [*(random_episodes(seed) for seed in range(12)), FLAT]
 OPTIONS = {
     "advantage": ["grpo", "rloo", "gigpo"],
     "normalise_std": [True, False],
     "baseline": ["rows", "trajectory"],
     "invalid_penalty": [0.0, 0.1],
+    "invalid": ["form", "accepted"],
     "gigpo_omega": [0.0, 0.7, 1.0],
     "gigpo_gamma": [0.5, 0.95, 1.0],
 }
 
 
-@pytest.mark.parametrize("advantage", OPTIONS["advantage"])
-@pytest.mark.parametrize("baseline", OPTIONS["baseline"])
+@pytest.mark.parametrize(
+    ("advantage", "baseline"),
+    [pair for pair in product(OPTIONS["advantage"], OPTIONS["baseline"]) if pair != ("rloo", "rows")],
+)
 def test_every_combination_of_options_equals_a_slow_reading_of_its_formula(advantage, baseline):
     """One turn at a time, from the formulas in advantage.py and GiGPO's equations 3 and 5 to 8."""
     for values in product([advantage], OPTIONS["normalise_std"], [baseline], *list(OPTIONS.values())[3:]):
@@ -66,9 +75,9 @@ def test_every_combination_of_options_equals_a_slow_reading_of_its_formula(advan
             assert found.tolist() == pytest.approx(expected, rel=2e-5, abs=2e-5), (values, number)
 
 
-def outcome(group, reward, turns=1, valid=True):
+def outcome(group, reward, turns=1, verdict="valid"):
     """A trajectory rewarded at its end."""
-    return group, [(0.0, valid, k) for k in range(turns - 1)] + [(reward, valid, turns - 1)]
+    return group, [(0.0, verdict, k) for k in range(turns - 1)] + [(reward, verdict, turns - 1)]
 
 
 def test_grpo_uses_the_unbiased_standard_deviation_as_verl_does():
@@ -100,7 +109,7 @@ def test_rounding_is_no_variance():
 @pytest.mark.parametrize("advantage", ["grpo", "gigpo"])
 @pytest.mark.parametrize("baseline", ["rows", "trajectory"])
 def test_an_invalid_action_in_a_group_that_always_succeeds_never_explodes(baseline, advantage):
-    table = make_table([outcome(0, 1.0), outcome(0, 1.0, valid=False), outcome(0, 1.0)])
+    table = make_table([outcome(0, 1.0), outcome(0, 1.0, verdict="malformed"), outcome(0, 1.0)])
     result = rl_advantages(table, Objective(baseline=baseline, advantage=advantage, gigpo_omega=0.0, invalid_penalty=0.1))
     assert result.turn.abs().max() < 10
     assert result.flat_groups == (1.0 if baseline == "trajectory" else 0.0)
@@ -108,7 +117,8 @@ def test_an_invalid_action_in_a_group_that_always_succeeds_never_explodes(baseli
 
 def test_a_group_of_one_has_nothing_to_be_compared_with():
     for advantage in ("grpo", "rloo", "gigpo"):
-        assert rl_advantages(make_table([outcome(0, 1.0)]), Objective(advantage=advantage)).turn.tolist() == [0.0]
+        objective = Objective(advantage=advantage, baseline="trajectory")
+        assert rl_advantages(make_table([outcome(0, 1.0)]), objective).turn.tolist() == [0.0]
 
 
 def test_rows_weigh_a_long_trajectory_more_than_trajectory_statistics_do():
@@ -120,11 +130,18 @@ def test_rows_weigh_a_long_trajectory_more_than_trajectory_statistics_do():
 
 
 def test_the_penalty_reaches_the_invalid_turn_alone():
-    good = (0, [(0.0, True, 0), (1.0, True, 1)])
-    slip = (0, [(0.0, False, 0), (1.0, True, 1)])
-    bad = (0, [(0.0, True, 0), (0.0, True, 1)])
-    advantage = rl_advantages(make_table([good, slip, bad]), Objective(baseline="trajectory", normalise_std=False, invalid_penalty=0.1)).turn
-    assert advantage.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3 - 0.1, 1 / 3, -2 / 3, -2 / 3])
+    good = (0, [(0.0, "valid", 0), (1.0, "valid", 1)])
+    slip = (0, [(0.0, "malformed", 0), (1.0, "valid", 1)])
+    bad = (0, [(0.0, "valid", 0), (0.0, "refused", 1)])
+    advantages = {
+        invalid: rl_advantages(
+            make_table([good, slip, bad]),
+            Objective(baseline="trajectory", normalise_std=False, invalid_penalty=0.1, invalid=invalid),
+        ).turn.tolist()
+        for invalid in ("form", "accepted")
+    }
+    assert advantages["form"] == pytest.approx([1 / 3, 1 / 3, 1 / 3 - 0.1, 1 / 3, -2 / 3, -2 / 3])
+    assert advantages["accepted"] == pytest.approx([1 / 3, 1 / 3, 1 / 3 - 0.1, 1 / 3, -2 / 3, -2 / 3 - 0.1])
 
 
 def test_a_turn_without_tokens_is_no_row():
@@ -145,7 +162,7 @@ def test_a_trajectory_without_turns_counts_by_its_reward_alone():
 
 def test_group_numbers_may_have_gaps():
     table = make_table([outcome(7, 1.0), outcome(7, 0.0), outcome(3, 1.0), outcome(3, 0.0)])
-    assert rl_advantages(table, Objective(advantage="rloo")).turn.tolist() == [1.0, -1.0, 1.0, -1.0]
+    assert rl_advantages(table, Objective(advantage="rloo", baseline="trajectory")).turn.tolist() == [1.0, -1.0, 1.0, -1.0]
 
 
 def test_discounted_returns_stop_at_trajectory_borders():
@@ -155,8 +172,8 @@ def test_discounted_returns_stop_at_trajectory_borders():
 
 def test_gigpo_tells_apart_turns_that_saw_the_same_but_did_differently():
     """Same reward for both trajectories, but from the common first observation one took a longer way."""
-    short = (0, [(1.0, True, 5)])
-    long = (0, [(0.0, True, 5), (0.0, True, 6), (1.0, True, 7)])
+    short = (0, [(1.0, "valid", 5)])
+    long = (0, [(0.0, "valid", 5), (0.0, "valid", 6), (1.0, "valid", 7)])
     counts = defaultdict(int)
     for gamma in (0.5, 1.0):
         advantage = rl_advantages(make_table([short, long]), Objective(advantage="gigpo", gigpo_gamma=gamma)).turn
@@ -167,5 +184,5 @@ def test_gigpo_tells_apart_turns_that_saw_the_same_but_did_differently():
 
 def test_step_groups_do_not_cross_tasks():
     """The same observation in another task's group is another state."""
-    alone = [(0, [(1.0, True, 5)]), (1, [(0.0, True, 5)])]
+    alone = [(0, [(1.0, "valid", 5)]), (1, [(0.0, "valid", 5)])]
     assert rl_advantages(make_table(alone), Objective(advantage="gigpo")).turn.tolist() == [0.0, 0.0]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -18,6 +21,7 @@ from atod_fast.config import Config, Env, Objective, Schedule, Slide, Student, T
 from atod_fast.errors import UserError
 from atod_fast.settings import (
     FIELDS,
+    FOLDER,
     OBJECTIVES,
     PRESETS,
     TABLES,
@@ -33,6 +37,7 @@ from atod_fast.settings import (
 )
 
 OWN = ["student.path=/models/mine", "teacher.path=/models/larger", "env.name=guess:Guess"]  # what preset `own` asks for
+ROOT = Path(__file__).parents[1]
 KEYS = [key for key, field in FIELDS.items() if not is_section(field)]
 
 
@@ -147,6 +152,8 @@ def test_the_family_of_objectives():
     assert ends("fixed") == [("constant", 1, 1), ("constant", 1, 1)]
     assert ends("sequential") == [("step", 1, 0), ("step", 0, 1)]
     exact = load(overrides=["objective.preset=exact"])
+    correction = {name: load(overrides=[f"objective.preset={name}"]).objective.tis_cap for name in OBJECTIVES}
+    assert correction == dict.fromkeys(OBJECTIVES, 2.0) | {"paper": 0.0}
     assert (exact.objective.divergence, exact.turns.disagreement, exact.turns.uncertainty, exact.turns.budget) == ("reverse_kl", "exact", "exact", "mean1")
 
 
@@ -238,16 +245,53 @@ COMMON = {
 }
 
 
+SCRIPTS = {  # where a launch script of the public implementation differs from the other tasks' and sizes'
+    "searchqa": {"train.warmup_steps": 15, "eval.every": 15, "eval.temperature": 0.0},
+    "alfworld-1.7b": {"schedule.kappa.horizon": 150, "schedule.rho.horizon": 150},
+}
+
+
 @pytest.mark.parametrize("task", PAPER)
 @pytest.mark.parametrize("size", MODELS)
 def test_presets_hold_the_papers_settings(task, size):
     config = load(f"{task}-{size}")
     found = values(config)
+    common = COMMON | SCRIPTS.get(task, {}) | SCRIPTS.get(f"{task}-{size}", {})
     assert tuple(found[key] for key in SETTINGS) == PAPER[task]
-    assert {key: found[key] for key in COMMON} == COMMON
+    assert {key: found[key] for key in common} == common
     assert (config.student.path, config.teacher.path) == MODELS[size]
     assert config.env.name == task
     assert "generate" not in config.env.train
+
+
+def sources() -> dict[str, dict[str, Any]]:
+    """{part of a preset: {key: value}} of the tables in docs/paper.md; every row names a source."""
+    tables: dict[str, dict[str, Any]] = {}
+    part = ""
+    for line in (ROOT / "docs" / "paper.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            part = next(iter(re.findall(r"`([^`]+)`$", line)), "").removesuffix(".toml")
+        if row := re.fullmatch(r"\| (?:(\S+) \| )?`(\w+\.[\w.]+)` \| `(.+?)` \| (.+) \|", line):
+            assert re.match(r"(paper|script|default|code|ours|as |your file)", row[4]), line
+            tables.setdefault(row[1] or part, {})[row[2]] = tomllib.loads(f"value = {row[3]}")["value"]
+    return tables
+
+
+def test_the_docs_name_a_source_for_every_key_of_the_papers_presets():
+    found = sources()
+    parts = {part for name in PRESETS if name.split("-")[-1] in MODELS for part in PRESETS[name]}
+    assert found.keys() == {"objective.preset=paper", *parts}
+    assert found.pop("objective.preset=paper") == OBJECTIVES["paper"]
+    for part, keys in found.items():
+        assert keys == flatten(tomllib.loads((FOLDER / f"{part}.toml").read_text(encoding="utf-8"))), part
+
+
+def flatten(table: dict, prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for name, value in table.items():
+        key = prefix + name
+        out |= {key: value} if key in TABLES or not isinstance(value, dict) else flatten(value, f"{key}.")
+    return out
 
 
 # What depends on the machine, on taste, or is not in use with preset `paper`.
@@ -441,6 +485,7 @@ def test_bad_usage_is_one_line_that_names_the_remedy(argv, parts):
         (["objective.divergence=jsd", "objective.alpha=1"], ["objective.alpha=1", "jsd"]),
         (["objective.divergence=skew_reverse_kl", "objective.alpha=1"], ["objective.alpha=1", "skew_reverse_kl"]),
         (["objective.dual_clip=0.5"], ["objective.dual_clip=0.5"]),
+        (["objective.advantage=rloo"], ["objective.advantage=rloo", "set objective.baseline=trajectory"]),
         (["train.group_size=1"], ["train.group_size=1", "opd"]),
         (["rollout.tensor_parallel=2"], ["rollout.tensor_parallel=2", "rollout.engine=vllm"]),
         (["rollout.context=full", "rollout.prompt_tokens=100", "rollout.response_tokens=100"], ["rollout.response_tokens=100", "rollout.prompt_tokens"]),
@@ -619,9 +664,9 @@ def test_an_evaluation_of_ones_own_needs_no_other_model_than_its_own():
 
 
 def test_a_copied_section_with_another_preset_is_that_preset():
-    config = Config(objective={"clip": 0.3})
+    config = Config(objective={"entropy_bonus": 0.3})
     copied = config.model_copy(update={"objective": config.objective.model_copy(update={"preset": "exact"})})
-    assert values(copied) == values(Config(objective={"preset": "exact", "clip": 0.3}))
+    assert values(copied) == values(Config(objective={"preset": "exact", "entropy_bonus": 0.3}))
 
 
 def test_a_date_is_written_in_one_way():

@@ -41,6 +41,7 @@ CASES = {
         "objective.divergence=jsd",
         "objective.advantage=gigpo",
         "objective.gigpo_omega=0.7",
+        "objective.invalid=accepted",
         *EXACT,
         "train.epochs=2",
     ],
@@ -75,8 +76,8 @@ def make_trajectories(context: str, model) -> list[Trajectory]:
             action = rng.choice(COLUMNS.numpy(), int(rng.integers(1, 6))).tolist()
             prompt = rng.integers(0, VOCABULARY, int(rng.integers(2, 7))).tolist()
             reward = 0.5 * (k == 1) * (n % 2) + 10.0 * (k == size - 1) * (n in (0, 4))
-            seen, valid = f"seen {rng.integers(0, 2)}", bool(rng.random() > 0.3)
-            trajectory.turns.append(Turn(prompt, action, [], seen, "", "", valid, float(reward)))
+            seen, well_formed, accepted = f"seen {rng.integers(0, 2)}", bool(rng.random() > 0.3), k != 1
+            trajectory.turns.append(Turn(prompt, action, [], seen, "", "", well_formed, accepted, float(reward)))
         made.append(trajectory)
     with torch.no_grad():
         logp = reference.of_actions(reference.distributions(model, made, TEMPERATURE, COLUMNS), made, COLUMNS)

@@ -66,6 +66,7 @@ CASES = {
     "exact": [
         "objective.divergence=jsd",
         "objective.advantage=gigpo",
+        "objective.invalid=accepted",
         "objective.baseline=trajectory",
         "objective.aggregation=trajectory",
         "turns.disagreement=exact",

@@ -39,7 +39,8 @@ def make_table(sizes, lengths=None, seed=0, group_size=2, **columns):
         disagreement=rand() + 0.05,
         uncertainty=rand(),
         length=torch.tensor(lengths) if lengths is not None else torch.randint(1, 6, (count,), generator=generator),
-        valid=rand() > 0.3,
+        well_formed=(formed := rand() > 0.3),
+        valid=formed & (rand() > 0.3),
         turn_reward=reward,
         anchor=torch.randint(0, 3, (count,), generator=generator),
         offsets=offsets,
@@ -381,7 +382,7 @@ def test_the_entropy_bonus_is_subtracted():
 
 def test_diagnostics_are_the_minibatch_means():
     table = make_table([3, 3])
-    tokens, objective, entropy = tokens_of(table), Objective(), torch.rand(int(table.length.sum()))
+    tokens, objective, entropy = tokens_of(table), Objective(tis_cap=2.0), torch.rand(int(table.length.sum()))
     streams = streams_of(table, tokens, objective)
     seen = diagnostics(statistics(tokens.logp, entropy), streams, objective)
     log_ratio = tokens.logp - tokens.old_logp
@@ -473,7 +474,7 @@ def test_the_head_that_forms_the_gradient_in_its_forward_learns_the_same(diverge
 # ---- every switch does something ------------------------------------------------------------------------------------
 
 BASE = {
-    "objective": Objective(advantage="gigpo", tis_cap=1.5, log_ratio_clip=2.5, entropy_bonus=0.01),
+    "objective": Objective(advantage="gigpo", tis_cap=1.5, log_ratio_clip=2.5, entropy_bonus=0.01, invalid_penalty=0.2),
     "turns": Turns(budget="raw"),
     "kappa": Slide(start=1.0, end=0.1, horizon=80),
     "rho": Slide(start=1.0, end=2.0, horizon=80),
@@ -482,13 +483,14 @@ SWITCHES = {
     "objective": {
         "divergence": ["k2", "k3", "reverse_kl"],
         "log_ratio_clip": [0.5],
-        "advantage": ["grpo", "rloo"],
+        "advantage": ["grpo"],
         "normalise_std": [False],
         "std_epsilon": [0.5],
         "baseline": ["trajectory"],
         "gigpo_omega": [0.3],
         "gigpo_gamma": [0.5],
         "invalid_penalty": [0.4],
+        "invalid": ["accepted"],
         "clip": [0.05],
         "dual_clip": [1.5],
         "entropy_bonus": [0.2],

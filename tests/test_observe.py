@@ -73,7 +73,7 @@ def test_remedies_fit_the_case():
 def test_each_thing_is_told_once_after_three_steps_in_a_row():
     advice, wrong = Advice(load()), HEALTHY | FAULTS["invalid"][0]
     episode = Trajectory(0, 0, 0, "full", [make_turn(START, "fly")])
-    episode.turns[0].valid = False
+    episode.turns[0].well_formed = False
     steps = [wrong, wrong, HEALTHY, wrong, wrong, wrong, wrong, wrong | FAULTS["flat"][0]]
     lines = [advice.after(step, [episode]) for step in steps]
     assert [len(found) for found in lines] == [0, 0, 0, 0, 0, 1, 0, 0] and "<action>fly</action>" in lines[5][0]
@@ -81,7 +81,7 @@ def test_each_thing_is_told_once_after_three_steps_in_a_row():
 
 def test_an_example_is_an_invalid_response_and_short():
     good, bad = make_turn(START, "look"), make_turn(START, "x" * 500)
-    bad.valid = False
+    bad.well_formed = False
     assert invalid_response([Trajectory(0, 0, 0, "full", [good])]) == ""
     found = invalid_response([Trajectory(0, 0, 0, "full", [good, bad])])
     assert found.startswith("<action>xxx") and len(found) < 150

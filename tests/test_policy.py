@@ -137,6 +137,7 @@ def update(student, teacher, *settings):
         disagreement=d,
         uncertainty=h,
         length=torch.tensor([b - a for row in rows for a, b in row.spans]),
+        well_formed=torch.ones(turns, dtype=torch.bool),
         valid=torch.ones(turns, dtype=torch.bool),
         turn_reward=torch.zeros(turns),
         anchor=torch.zeros(turns, dtype=torch.int64),

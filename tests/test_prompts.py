@@ -49,7 +49,7 @@ You should choose an admissible action for current step and present it within <a
 
 
 def turn(n: int) -> Turn:
-    return Turn([], [], [], observation=f"seen {n}", text="", command=f"did {n}", valid=True)
+    return Turn([], [], [], observation=f"seen {n}", text="", command=f"did {n}", well_formed=True)
 
 
 def test_first_message_has_no_history_and_leaves_help_out():
@@ -152,7 +152,7 @@ You should choose an admissible action for current step and present it within <a
 
 
 def shopped(observation: str, command: str) -> Turn:
-    return Turn([], [], [], observation=observation, text="", command=command, valid=True)
+    return Turn([], [], [], observation=observation, text="", command=command, well_formed=True)
 
 
 def test_a_shop_is_told_as_verl_agent_tells_it():

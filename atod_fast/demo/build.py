@@ -54,7 +54,7 @@ def encode(steps: Sequence[Step], renderer: CompactRenderer) -> Example:
     weight: list[float] = []
     for step in steps:
         prompt, action = renderer.prompt(turns, step.observation, {}), renderer.action(step.command)
-        turns.append(Turn(prompt, action, [], step.observation, step.command, step.command, valid=not step.junk))
+        turns.append(Turn(prompt, action, [], step.observation, step.command, step.command, well_formed=not step.junk))
         ids += prompt + action
         weight += [OBSERVATION_WEIGHT] * len(prompt) + [0.0 if step.junk else 1.0] * len(action)
     return Example(ids, weight)

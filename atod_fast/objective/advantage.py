@@ -1,13 +1,13 @@
 """Reinforcement-learning advantages: what a turn's reward is worth against those of its group.
 
 A turn (verl-agent: a row) earns its trajectory's reward less a penalty if its action is invalid,
-r_k = R_n - penalty * invalid_k. The group's statistics are taken over
+r_k = R_n - penalty * invalid_k; what is invalid `objective.invalid` says. The group's statistics are taken over
 
     rows        the r_k of all its turns, so a long trajectory counts more often (verl-agent's default)
     trajectory  the R_n of its trajectories, each once and without penalty
 
     grpo    (r_k - mean) / (std + eps), or without the division (Dr. GRPO)
-    rloo    r_k - mean of the others (the other rows; the other trajectories)
+    rloo    r_k - mean of the other trajectories' R (baseline `trajectory` alone: a turn's other rows hold its own R)
     gigpo   grpo + omega * the same score of the discounted return, penalty included, among the turns of the group that
             saw the same observation (arXiv 2505.10978, eq. 3 and 5 to 8; verl-agent gigpo/core_gigpo.py)
 
@@ -40,7 +40,8 @@ def rl_advantages(table: TurnTable, objective: Objective) -> Advantages:
     group = torch.unique(table.group, return_inverse=True)[1]  # [N]
     turn_group = group[trajectory]  # [K]
     is_row = table.length > 0
-    penalty = objective.invalid_penalty * (~table.valid).double()
+    right = table.well_formed if objective.invalid == "form" else table.valid
+    penalty = objective.invalid_penalty * (~right).double()
     reward = table.reward.double()[trajectory] - penalty
 
     if objective.baseline == "rows":

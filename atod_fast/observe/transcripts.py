@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast.trajectory import Trajectory
 
 FACTS = ("task", "group", "member", "task_id", "task_type", "reward", "success", "score", "truncated", "failure")
-TURN = ("observation", "text", "command", "valid", "stopped", "reward", "action")
+TURN = ("observation", "text", "command", "well_formed", "accepted", "valid", "stopped", "reward", "action")
 NONE: Mapping[str, Tensor] = {}
 
 

@@ -131,7 +131,7 @@ class _Play:
             trajectory.failure = answer.failure
         if turns:
             turns[-1].reward = answer.reward
-            turns[-1].valid &= answer.failure is None and answer.info.get("is_action_valid", True)
+            turns[-1].accepted = answer.failure is None and bool(answer.info.get("is_action_valid", True))
         else:
             trajectory.task_id, trajectory.task_type = answer.info.get("task_id", ""), answer.info.get("task_type", "")
         trajectory.success = answer.info.get("won", False)
