@@ -281,7 +281,9 @@ def main() -> None:
     head, changed = commit(*MEASURED)
     if changed and not arguments.dirty:
         sys.exit(f"demo_study: not as in HEAD: {', '.join(changed)}; commit, or give --dirty")
-    work = (arguments.work or ROOT / "runs" / f"study-{head[:9]}{'-dirty' if changed else ''}").resolve()
+    trial = arguments.steps is not None or arguments.games != GAMES
+    name = f"study-{head[:9]}" + "-trial" * trial + "-dirty" * bool(changed)
+    work = (arguments.work or ROOT / "runs" / name).resolve()
     claim(work, {"commit": head, "changed": changed, "steps": arguments.steps, "games": arguments.games})
 
     os.environ["OMP_NUM_THREADS"] = "1"
