@@ -1,136 +1,334 @@
-"""The embedded default, method against method: ATOD, OPD and GRPO, each tuned for itself, three seeds each.
+"""The embedded default, method against method: ATOD, two variants of its turn weights, a fixed mixture, OPD and GRPO.
 
-    python bench/demo_study.py [--seeds 0 1 2] [--jobs 2] [--work runs/study]
+    python bench/demo_study.py [--seeds 0 1 2] [--jobs 2]
+    python bench/demo_study.py --seeds 0 --steps 2 --games 40 --out /tmp/study      # whether it runs, in minutes
 
-Every run is the main job's command in one process with one thread. The final models and the teacher then play the same
-2,000 held-out games, with the same seeds, at temperature 1, at 0.5 and greedily. Differences to the teacher are paired
-game by game over all seeds (clustered by game); intervals are 95%. Writes bench/results/demo_study.json, .md and .png.
+Every run is the main job's command in one process with one thread. The final models, the student before and the teacher
+then play the same 2,000 held-out games, with the same seeds, at temperature 1, at 0.5 and greedily. Intervals are 95%
+percentiles of a bootstrap over seeds and games at once: a draw takes games with replacement, the same ones for all
+models, so that differences are paired by game, and for each method as many of its seeds with replacement. With three
+seeds that part is coarse: there are ten different draws of them, and a draw shows two thirds of the variance between
+seeds. Teacher and student before are one model each.
+
+Writes demo_study.json, .md (whose first table is the README's) and .png. All of it is of one commit: changes that are
+not committed are refused without --dirty, and so is a work folder made at another commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from machine import processor
+from machine import ROOT, commit, environment, processor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-RESULTS = Path(__file__).resolve().parent / "results"
-GAMES = 2000
-HELD_OUT = f"env.eval={{generate={GAMES}, seed=3}}"  # an odd seed shares no game with training; no setting was chosen on these
-TEMPERATURES = {"T=1": 1.0, "T=0.5": 0.5, "greedy": 0.0}
-# Beyond the demo's settings: what a search over learning rates (bench/results/demo_tuning.md) found best for each by itself.
+RESULTS = ROOT / "bench" / "results"
+MEASURED = "atod_fast", "kernels", "bench/demo_study.py"
+GAMES, DURING = 2000, 400  # held-out games of the table, and of each evaluation during training
+TEMPERATURES = {"T = 1": 1.0, "T = 0.5": 0.5, "greedy": 0.0}
+DRAWS = 10_000
+# Beyond the demo's settings. The learning rates are what a search (bench/results/demo_tuning.md) found best for each.
 METHODS: dict[str, list[str]] = {
-    "ATOD": ["objective.preset=paper"],
     "OPD": ["objective.preset=opd", "train.learning_rate=1e-3"],
     "GRPO": ["objective.preset=grpo", "train.learning_rate=5e-4"],
+    "fixed": ["objective.preset=fixed"],
+    "ATOD uniform": ["objective.preset=paper", "turns.fuse=uniform"],
+    "ATOD mean1": ["objective.preset=paper", "turns.budget=mean1"],
+    "ATOD": ["objective.preset=paper"],
 }
+COLOURS = dict(zip(METHODS, ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:cyan", "tab:blue"), strict=True))
+SEEDS_SHOWN = "ATOD", "OPD", "GRPO"
+UNTRAINED = {"start": "demo:student", "teacher": "demo:teacher"}
+COMMON = ["eval.teacher=false", "checkpoint.every=0"]
 
 
-def command(module: str, *arguments: str) -> float:
-    """Run to the end; seconds taken."""
-    start = time.time()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=environment, stdout=subprocess.DEVNULL)
-    return time.time() - start
+def run_name(method: str, seed: int) -> str:
+    return f"{method.lower().replace(' ', '-')}-{seed}"
 
 
-def train(work: Path, method: str, seed: int) -> Path:
-    run = work / f"{method.lower()}-{seed}"
-    if not (run / "hf" / "config.json").exists():
-        seconds = command("atod_fast.train", *METHODS[method], f"train.seed={seed}", "eval.teacher=false", "checkpoint.every=0", "--run-dir", str(run))
-        print(f"{run.name}: {seconds:.0f} s", flush=True)
-    return run
+def train(work: Path, method: str, seed: int, more: list[str]) -> float:
+    """Train to the end, unless that is done; returns the seconds it took. What was cut off half way begins anew."""
+    run = work / run_name(method, seed)
+    done = run.with_suffix(".json")
+    if not done.exists():
+        shutil.rmtree(run, ignore_errors=True)
+        settings = [*METHODS[method], f"train.seed={seed}", *COMMON, *more]
+        start = time.time()
+        words = [sys.executable, "-m", "atod_fast.train", *settings, "--run-dir", str(run)]
+        subprocess.run(words, check=True, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+        done.write_text(json.dumps({"settings": settings, "seconds": round(time.time() - start)}) + "\n")
+        print(done.stem, done.read_text(), end="", flush=True)
+    return json.loads(done.read_text())["seconds"]
 
 
-def play(work: Path, name: str, model: str) -> dict[str, np.ndarray]:
-    """Outcomes [GAMES] of 0 and 1 by temperature."""
+def play(work: Path, name: str, model: str, games: int) -> dict[str, np.ndarray]:
+    """Outcomes [games] of 0 and 1 by temperature. Runs in a worker: three evaluations for one start of torch."""
+    from atod_fast.evaluate import main as evaluate
+
+    # An odd seed shares no game with training; no setting was chosen on these.
+    held_out = [f"env.eval={{generate={games}, seed=3}}", f"eval.tasks={games}"]
     out = {}
     for label, temperature in TEMPERATURES.items():
         path = work / "evaluations" / f"{name}-{temperature:g}.json"
-        if not path.exists():
-            command("atod_fast.evaluate", model, HELD_OUT, f"eval.tasks={GAMES}", f"eval.temperature={temperature}", "--out", str(path))
+        if not path.exists() or not path.stat().st_size:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                code = evaluate([model, *held_out, f"eval.temperature={temperature}", "--out", str(path)])
+            if code:
+                raise RuntimeError(f"the evaluation of {name} ended with exit code {code}")
         out[label] = np.array([int(c) for c in json.loads(path.read_text())["outcomes"]])
     print(name, {label: round(float(v.mean()), 4) for label, v in out.items()}, flush=True)
     return out
 
 
-def paired(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float, float]:
-    """Mean difference and its 95% interval over games, each game's outcome averaged over seeds first."""
-    difference = np.mean(ours, axis=0) - np.mean(theirs, axis=0)
-    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
-    return float(difference.mean()), float(difference.mean() - half), float(difference.mean() + half)
+def bootstrap(outcomes: Mapping[str, np.ndarray], draws: int = DRAWS) -> dict[str, np.ndarray]:
+    """Mean success of each model in each draw: {name: [seeds, games]} to {name: [draws]}.
+
+    A draw takes games with replacement, the same for all models, and of each model's seeds as many as there are, with
+    replacement.
+    """
+    rng = np.random.default_rng(0)
+    rows = np.concatenate(list(outcomes.values())).astype(float)  # [models and seeds, games]
+    games = rows.shape[1]
+    times = (rng.multinomial(games, np.full(games, 1 / games)) for _ in range(draws))  # how often each game is drawn
+    means = np.stack([rows @ drawn for drawn in times]) / games
+    out, first = {}, 0
+    for name, each in outcomes.items():
+        seeds = len(each)
+        share = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+        out[name] = (means[:, first : first + seeds] * share).sum(1)
+        first += seeds
+    return out
+
+
+def estimate(mean: float, drawn: np.ndarray) -> dict[str, float]:
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {key: round(float(value), 5) for key, value in (("mean", mean), ("low", low), ("high", high))}
+
+
+def compare(outcomes: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    """Success of each model of {name: [seeds, games]}, its difference to the teacher, and ATOD's difference to each."""
+    drawn, means = bootstrap(outcomes), {name: float(each.mean()) for name, each in outcomes.items()}
+
+    def minus(one: str, other: str) -> dict[str, float]:
+        return estimate(means[one] - means[other], drawn[one] - drawn[other])
+
+    return {
+        "success": {n: estimate(means[n], drawn[n]) | {"seeds": each.mean(1).tolist()} for n, each in outcomes.items()},
+        "minus_teacher": {name: minus(name, "teacher") for name in outcomes if name != "teacher"},
+        "atod_minus": {name: minus("ATOD", name) for name in outcomes if name != "ATOD"},
+    }
+
+
+def share(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
+
+
+def success_cell(found: dict[str, float]) -> str:
+    return f"{share(found['mean'])} [{share(found['low'])}, {share(found['high'])}]"
+
+
+def points_cell(found: dict[str, float]) -> str:
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def label(name: str) -> str:
+    return {"start": "student before", "ATOD": "**ATOD**"}.get(name, name)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    first, *others = ("| " + " | ".join(row) + " |" for row in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(head), *others])
+
+
+def readme_table(result: dict) -> str:
+    """The README's table."""
+    comparisons = result["comparisons"]
+    leads = {name: points_cell(found) for name, found in comparisons["T = 1"]["atod_minus"].items()}
+    rows = []
+    for name in (*UNTRAINED, *METHODS):
+        settings = f", `{' '.join(METHODS[name])}`" if name in METHODS else ""
+        cells = [success_cell(comparisons[t]["success"][name]) for t in TEMPERATURES]
+        rows.append([label(name) + settings, *cells, leads.get(name, "")])
+    return markdown(["", *TEMPERATURES, "ATOD minus it, T = 1, points"], rows)
+
+
+def differences(result: dict, which: str) -> str:
+    of = {t: result["comparisons"][t][which] for t in TEMPERATURES}
+    rows = [[label(name), *(points_cell(of[t][name]) for t in TEMPERATURES)] for name in of["T = 1"]]
+    return markdown(["", *TEMPERATURES], rows)
+
+
+def each_seed(result: dict) -> str:
+    of = {t: result["comparisons"][t]["success"] for t in TEMPERATURES}
+    rows = []
+    for name in METHODS:
+        cells = [", ".join(share(value) for value in of[t][name]["seeds"]) for t in TEMPERATURES]
+        rows.append([label(name), *cells, ", ".join(map(str, result["seconds"][name]))])
+    return markdown(["", *TEMPERATURES, "seconds of training"], rows)
+
+
+def report(result: dict) -> str:
+    """The result as markdown."""
+    sizes, machine = result["parameters"], result["machine"]
+    dirty = f", with changes in {', '.join(result['changed'])}" if result["changed"] else ""
+    seeds = ", ".join(map(str, result["seeds"]))
+    if sizes["teacher"] == sizes["student"]:
+        size = f"the student's own size, {sizes['student']:,} parameters"
+    else:
+        size = f"{sizes['teacher']:,} parameters, the student {sizes['student']:,}"
+    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    return f"""\
+# ATOD, its variants, OPD and GRPO on the embedded default
+
+`{result["command"]}` at commit {result["commit"]}{dirty}.
+{machine["cpu"]}, {machine["cores"]} cores, one thread a run; {versions}.
+
+The teacher has {size}. It was made weak on purpose, by little supervised training. Each run takes
+{result["steps"]} steps. The learning rates of ATOD, OPD and GRPO were [chosen for each by itself](demo_tuning.md); the
+other rows have ATOD's.
+
+Success on {result["games"]:,} held-out games that no setting was chosen on, the same for all: mean over seeds {seeds},
+and 95% interval of a bootstrap over seeds and games at once ({result["draws"]:,} draws); differences are paired by
+game. With three seeds the part of the seeds is coarse: there are ten different draws of three, and a draw shows two
+thirds of the variance between seeds, so that intervals are somewhat too narrow. Teacher and student before are one
+model each.
+
+{readme_table(result)}
+
+## Minus the teacher, points
+
+{differences(result, "minus_teacher")}
+
+## ATOD minus the others, points
+
+{differences(result, "atod_minus")}
+
+## Each seed
+
+{each_seed(result)}
+"""
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """(step, held-out success) of the evaluations during a run."""
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(p["step"], p["eval/success"]) for p in points if p.get("eval/success") is not None]
+
+
+def draw(result: dict, path: Path) -> None:
+    """Mean curves with their names at their ends; the seeds of the three methods faint."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.8), constrained_layout=True)
+    teacher = result["comparisons"]["T = 1"]["success"]["teacher"]["mean"]
+    axis.axhline(teacher, color="black", linestyle="--", linewidth=1)
+    ends = [(teacher, "teacher", "black")]
+    for method, color in COLOURS.items():
+        curves = result["curves"][method]
+        steps = [step for step, _ in curves[0]]
+        mean = np.mean([[value for _, value in one] for one in curves], axis=0)
+        if method in SEEDS_SHOWN:
+            for one in curves:
+                axis.plot(*zip(*one, strict=True), color=color, alpha=0.25, linewidth=1)
+        axis.plot(steps, mean, color=color, linewidth=2.4)
+        ends.append((mean[-1], method, color))
+    height = -1.0
+    for end, name, color in sorted(ends):
+        height = max(end, height + 0.04)  # names do not overlap
+        axis.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), color=color, va="center")
+    title = "{games_during_training:,} games during training; teacher on the {games:,} of the table".format(**result)
+    axis.set_title(f"{title}; mean of {len(curves)} seeds", fontsize=10)
+    axis.set(xlabel="step", ylabel="held-out success, T = 1", ylim=(0, 1), xlim=(0, steps[-1]))
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def claim(work: Path, made: dict) -> None:
+    """Note in the work folder what it is made of. Exits where it was made of something else, or of changes, before."""
+    note = work / "study.json"
+    if work.exists() and (made["changed"] or not note.is_file() or json.loads(note.read_text()) != made):
+        sys.exit(f"demo_study: --work {work} is of another commit, of changes or of other options; give a new folder")
+    work.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(made) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="run folders; what is there already is not done again")
+    parser.add_argument("--steps", type=int, help="of a run; default: the demo's")
+    parser.add_argument("--games", type=int, default=GAMES, help="held-out games; the result's have 2000")
+    parser.add_argument("--work", type=Path, help="run folders; what is done is kept; default: runs/study-COMMIT")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--dirty", action="store_true", help="run although files differ from HEAD")
     arguments = parser.parse_args()
+    head, changed = commit(*MEASURED)
+    if changed and not arguments.dirty:
+        sys.exit(f"demo_study: not as in HEAD: {', '.join(changed)}; commit, or give --dirty")
+    trial = arguments.steps is not None or arguments.games != GAMES
+    name = f"study-{head[:9]}" + "-trial" * trial + "-dirty" * bool(changed)
+    work = (arguments.work or ROOT / "runs" / name).resolve()
+    claim(work, {"commit": head, "changed": changed, "steps": arguments.steps, "games": arguments.games})
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # this commit's, whatever is installed; workers get it too
+    seeds, during = arguments.seeds, min(DURING, arguments.games)
+    more = [f"eval.tasks={during}"] + ([f"train.steps={arguments.steps}"] if arguments.steps else [])
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = {(m, s): pool.submit(train, arguments.work, m, s) for s in arguments.seeds for m in METHODS}
-        runs = {key: future.result() for key, future in runs.items()}
-        jobs = {key: pool.submit(play, arguments.work, run.name, str(run / "hf")) for key, run in runs.items()}
-        jobs |= {
-            ("start", 0): pool.submit(play, arguments.work, "start", "demo:student"),
-            ("teacher", 0): pool.submit(play, arguments.work, "teacher", "demo:teacher"),
-        }
-        outcomes = {key: future.result() for key, future in jobs.items()}
-    report(arguments.seeds, runs, outcomes)
+        runs = {m: [pool.submit(train, work, m, s, more) for s in seeds] for m in METHODS}
+        seconds = {method: [run.result() for run in each] for method, each in runs.items()}
+    models = {name: [(name, path)] for name, path in UNTRAINED.items()}
+    models |= {m: [(run_name(m, s), str(work / run_name(m, s) / "hf")) for s in seeds] for m in METHODS}
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        jobs = {n: [pool.submit(play, work, *model, arguments.games) for model in each] for n, each in models.items()}
+        outcomes = {name: [job.result() for job in each] for name, each in jobs.items()}
 
+    from transformers import AutoModelForCausalLM
 
-def report(seeds: list[int], runs: dict, outcomes: dict) -> None:
-    import torch
-    import transformers
+    from atod_fast.models import DEMO_WEIGHTS
+    from atod_fast.observe.provenance import versions
 
-    table: dict = {"machine": {"cpu": processor(), "cores": os.cpu_count()}}
-    table["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    table |= {"games": GAMES, "seeds": seeds, "settings": METHODS, "success": {}, "minus_teacher": {}, "curves": {}}
-    lines = ["| model | " + " | ".join(TEMPERATURES) + " |", "|---|" + "---|" * len(TEMPERATURES)]
-    for name in ("teacher", "start"):
-        table["success"][name] = {t: float(outcomes[name, 0][t].mean()) for t in TEMPERATURES}
-        lines.append(f"| {name} | " + " | ".join(f"{v:.3f}" for v in table["success"][name].values()) + " |")
-    for method in METHODS:
-        cells = []
-        table["success"][method], table["minus_teacher"][method] = {}, {}
-        for t in TEMPERATURES:
-            each = [outcomes[method, s][t] for s in seeds]
-            mean, low, high = paired(each, [outcomes["teacher", 0][t]])
-            table["success"][method][t] = [float(e.mean()) for e in each]
-            table["minus_teacher"][method][t] = {"mean": mean, "low": low, "high": high}
-            cells.append(f"{np.mean(each):.3f} ({', '.join(f'{e.mean():.3f}' for e in each)}); {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    for color, method in zip(("C0", "C1", "C2"), METHODS, strict=True):
-        curves = []
-        for seed in seeds:
-            points = [json.loads(line) for line in (runs[method, seed] / "metrics.jsonl").read_text().splitlines()]
-            curves.append([(p["step"], p["eval/success"]) for p in points if p.get("eval/success") is not None])
-            axis.plot(*zip(*curves[-1], strict=True), color=color, alpha=0.3, linewidth=1)
-        table["curves"][method] = curves
-        axis.plot([s for s, _ in curves[0]], np.mean([[v for _, v in c] for c in curves], axis=0), color=color, label=f"{method}, mean of {len(seeds)} seeds")
-    axis.axhline(table["success"]["teacher"]["T=1"], color="black", linestyle="--", linewidth=1, label="teacher")
-    axis.set(xlabel="step", ylabel="held-out success, T = 1", ylim=(0, 1), title="400 games during training; teacher on the 2,000 of the table")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "demo_study.png", dpi=120)
-    (RESULTS / "demo_study.json").write_text(json.dumps(table, indent=1) + "\n")
-    note = f"Success on {GAMES} held-out games; per method the mean (each seed); difference to the teacher [95% interval, paired by game].\n\n"
-    (RESULTS / "demo_study.md").write_text(note + "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    curves = {method: [curve(work / run_name(method, seed)) for seed in seeds] for method in METHODS}
+    weights = {name: AutoModelForCausalLM.from_pretrained(DEMO_WEIGHTS / name) for name in ("student", "teacher")}
+    by_temperature = {t: {n: np.stack([one[t] for one in each]) for n, each in outcomes.items()} for t in TEMPERATURES}
+    result = {
+        "command": shlex.join(["python", "bench/demo_study.py", *sys.argv[1:]]),
+        "commit": head,
+        "changed": changed,
+        "machine": {"cpu": processor(), "cores": os.cpu_count()},
+        "versions": versions(),
+        "parameters": {name: model.num_parameters() for name, model in weights.items()},
+        "games": arguments.games,
+        "games_during_training": during,
+        "steps": curves["ATOD"][0][-1][0],
+        "seeds": seeds,
+        "draws": DRAWS,
+        "settings": {method: [*settings, *COMMON, *more] for method, settings in METHODS.items()},
+        "seconds": seconds,
+        "comparisons": {t: compare(outcomes) for t, outcomes in by_temperature.items()},
+        "curves": curves,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "demo_study.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.out / "demo_study.md").write_text(report(result))
+    draw(result, arguments.out / "demo_study.png")
+    print(readme_table(result))
 
 
 if __name__ == "__main__":
