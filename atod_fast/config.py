@@ -50,9 +50,15 @@ class Teacher(Section):
 class Env(Section):
     name: str = Field("alfworld", description="alfworld, webshop, searchqa, gymnasium, openenv, an entry point of group atod_fast.envs, or module:Class")
     max_turns: int = Field(12, ge=1, description="turns after which an episode is cut off")
-    options: dict[str, Any] = Field({}, description="options of both splits, passed to atod_fast.envs.make")
+    options: dict[str, Any] = Field({}, description="options of all splits, passed to atod_fast.envs.make")
     train: dict[str, Any] = Field({"generate": 1500, "seed": 0}, description="options of the training tasks")
-    eval: dict[str, Any] = Field({"generate": 2400, "seed": 1}, description="options of the held-out tasks")
+    eval: dict[str, Any] = Field({"generate": 2400, "seed": 1}, description="options of the held-out tasks, the reported")
+    # Odd seeds share no game with training; of this one's games none is among those of eval's either.
+    dev: dict[str, Any] = Field(
+        {"generate": 2400, "seed": 5},
+        description="options of the tasks that choose: schedule.kappa.kind=adaptive and checkpoint.keep_best look at "
+        "success on them; without either they are not opened",
+    )
     workers: int = Field(8, ge=1, description="threads for environments that do not answer at once")
     step_timeout: float = Field(60.0, gt=0, description="seconds an environment may take for one step; then its trajectory ends as failed")
 
@@ -103,7 +109,7 @@ class Rollout(Section):
 
 class Eval(Section):
     every: int = Field(20, ge=0, description="steps between evaluations; 0 = only first and last")
-    tasks: int = Field(400, ge=1, description="held-out tasks, one episode each")
+    tasks: int = Field(400, ge=1, description="held-out tasks, one episode each; and of env.dev, where something chooses")
     temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy")
     teacher: bool = Field(True, description="also evaluate the teacher, once, before training (with transformers); schedule.kappa.kind=adaptive needs it")
 
@@ -181,7 +187,8 @@ class Objective(Section):
 
 class Slide(Section):
     kind: Literal["linear", "cosine", "exponential", "step", "constant", "adaptive"] = Field(
-        "linear", description="shape; adaptive (kappa only): start * (1 - success of student / teacher), never rising"
+        "linear",
+        description="shape; adaptive (kappa only): start * (1 - success of student / teacher on env.dev), never rising",
     )
     start: float = Field(1.0, ge=0, description="value before the slide")
     end: float = Field(0.1, ge=0, description="value after it; constant and adaptive do not use it")
@@ -224,7 +231,7 @@ class Turns(Section):
 class Checkpoint(Section):
     every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end or when interrupted")
     keep: int = Field(2, ge=1, description="checkpoints kept")
-    keep_best: bool = Field(False, description="also keep the checkpoint of the best held-out success, which checkpoints/best.json names")
+    keep_best: bool = Field(False, description="also keep the checkpoint of the best success on env.dev, which checkpoints/best.json names")
 
 
 class Observe(Section):
@@ -307,6 +314,20 @@ class Config(Section):
         """Whether the teacher is evaluated before training."""
         return self.eval.teacher and bool(self.teacher.path)
 
+    @property
+    def choosers(self) -> list[str]:
+        """The settings that choose by success on env.dev as the run goes. Without one it is neither opened nor played."""
+        settings = {
+            "schedule.kappa.kind=adaptive": self.schedule.kappa.kind == "adaptive",
+            "checkpoint.keep_best=true": self.checkpoint.keep_best,
+        }
+        return [setting for setting, given in settings.items() if given]
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The splits whose tasks are played at each evaluation."""
+        return ("eval", "dev") if self.choosers else ("eval",)
+
     @model_validator(mode="after")
     def _belongs_together(self) -> Config:
         taught = self.teacher.path or not self.teacher_scores
@@ -319,13 +340,17 @@ class Config(Section):
             )
         if empty:
             raise ValueError(f"{', '.join(empty)}: empty; name your own: {' '.join(f'{key}=...' for key in empty)} (docs/environments.md)")
-        if self.schedule.kappa.kind == "adaptive" and self.eval.every == 0:
-            raise ValueError("schedule.kappa.kind=adaptive follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
+        for setting in self.choosers:
+            if self.eval.every == 0:
+                raise ValueError(f"{setting} follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
+            if not self.env.dev:
+                raise ValueError(
+                    f"{setting} chooses by success on env.dev, which is empty; "
+                    "give it tasks apart from those of env.eval, which are reported: env.dev='{...}'"
+                )
         if self.schedule.kappa.kind == "adaptive" and not self.teacher_plays:
             without = 'teacher.path="" does not name; name one' if self.eval.teacher else "eval.teacher=false leaves out; set it to true"
             raise ValueError(f"schedule.kappa.kind=adaptive measures the student against the teacher, which {without}")
-        if self.checkpoint.keep_best and self.eval.every == 0:
-            raise ValueError("checkpoint.keep_best=true follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
         if self.train.group_size == 1 and not self.schedule.rho.always_zero:
             raise ValueError("train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd")
         return self

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from atod_fast.rollout import player
 from atod_fast.rollout.actor import Actor, dated, make_engine
 from atod_fast.rollout.duration import limit
 from atod_fast.settings import check_engines, check_env, check_model
-from atod_fast.trajectory import Trajectory, outcomes
+from atod_fast.trajectory import Trajectory, outcomes, success_by_type
 
 EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
 
@@ -52,7 +51,7 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
     with ranks.together():
         columns = shape.get_text_config().vocab_size
         actor = Actor(config, tokenizer, columns, stop_ids(model), rank=ranks.rank(), ranks=ranks.world_size())
-    ranks.be_patient(limit(config, engines, instant=actor.heldout.instant))
+    ranks.be_patient(limit(config, engines, instant=actor.world("eval").instant))
     engine = make_engine(config, model, device, say=console.say)
     ranks.doing("evaluating")
     console.say(f"{model}: {config.eval.tasks} tasks of {config.env.name}")
@@ -63,23 +62,15 @@ def summary(trajectories: list[Trajectory]) -> dict:
     """Success overall and by task type, the world's mean score where it has one, mean turns, share of invalid actions; each
     episode in task order, and the outcomes as one text of 0 and 1.
     """
-    kinds: dict[str, list[bool]] = defaultdict(list)
-    for trajectory in trajectories:
-        kinds[trajectory.task_type].append(trajectory.success)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     return {
         "tasks": len(trajectories),
         **outcomes(trajectories),
-        "success_by_type": {kind: _mean(solved) for kind, solved in sorted(kinds.items())},
-        "turns": len(turns) / len(trajectories),
-        "invalid_actions": _mean([not turn.valid for turn in turns]),
+        "success_by_type": success_by_type(trajectories),
+        "invalid_actions": sum(not turn.valid for turn in turns) / len(turns) if turns else 0.0,
         "outcomes": "".join("1" if t.success else "0" for t in trajectories),
         "episodes": [{key: getattr(t, key) for key in EPISODE} | {"turns": len(t.turns)} for t in trajectories],
     }
-
-
-def _mean(values: list[bool]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def make_place(option: str, path: Path) -> None:

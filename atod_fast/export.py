@@ -1,7 +1,7 @@
 """A model for transformers out of a checkpoint, on one CPU.
 
 python -m atod_fast.export runs/demo --out model                                the newest checkpoint of a run
-python -m atod_fast.export runs/demo --best --out model                         the best, where checkpoint.keep_best=true
+python -m atod_fast.export runs/demo --best --out model                         the best on env.dev, where checkpoint.keep_best=true
 python -m atod_fast.export runs/demo/checkpoints/step_000050 --out model
 """
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("atod_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run for its newest")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the model; it must not hold anything yet")
-    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best held-out success")
+    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best success on env.dev")
     parser.add_argument("--student", metavar="PATH", help="where the model that was trained is now (default: student.path of the run)")
     try:
         arguments = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy.layout import find_layout
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
 from atod_fast.rollout.actor import engine_kind
-from atod_fast.settings import SAME_TASKS, demo_values_warning, to_toml
+from atod_fast.settings import demo_values_warning, same_tasks, to_toml
 
 PHASES = ("teacher's eval", "rollout", "score", "update")
 
@@ -89,8 +89,7 @@ def describe(config: Config, ranks: int) -> str:
     lines += ["", "not checked:", *(f"  {line}" for line in found.unchecked), "  the weights themselves: a dry run reads none"]
     if "student" in shapes and (warning := demo_values_warning(config, shapes["student"].parameters)):
         lines = [warning, *lines]
-    if config.env.train == config.env.eval:
-        lines = [SAME_TASKS, *lines]
+    lines = [*same_tasks(config), *lines]
     return to_toml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 

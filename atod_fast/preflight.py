@@ -30,7 +30,7 @@ from atod_fast.models import (
 from atod_fast.policy.model import CausalPolicy, uses_liger
 from atod_fast.published import CONFIGS
 from atod_fast.rollout import vllm_limits
-from atod_fast.rollout.actor import engine_kind, make_renderer, open_heldout, open_training
+from atod_fast.rollout.actor import engine_kind, make_renderer, open_split
 from atod_fast.rollout.transformers_engine import TransformersEngine
 from atod_fast.settings import check_env, check_model, check_world
 
@@ -105,18 +105,15 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
 
 
 def look_at_tasks(config: Config, found: Found) -> None:
-    """What a run asks of its environments before it plays: opens both splits, and words their prompts for the student."""
+    """What a run asks of its environments before it plays: opens the splits in use, and words the prompts for the student."""
     student = found.models.get("student")
-    with _noting(found, "env.eval"):
-        env = open_heldout(config)
-        if student and student.tokenizer is not None:
-            make_renderer(config, student.tokenizer, student.columns, env, stop_ids(student.path, offline=True))
-        with suppress(Exception):
-            env.close()
-    with _noting(found, "env.train"):
-        env = open_training(config)
-        with suppress(Exception):
-            env.close()
+    for split in (*config.evaluated, "train"):
+        with _noting(found, f"env.{split}"):
+            env = open_split(config, split)
+            if split == "eval" and student and student.tokenizer is not None:
+                make_renderer(config, student.tokenizer, student.columns, env, stop_ids(student.path, offline=True))
+            with suppress(Exception):
+                env.close()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from atod_fast.policy import checkpoint
 from atod_fast.settings import load, read_toml
 
 ROOT = Path("runs")
-_TRAJECTORIES = re.compile(r"(?:step|eval)_(\d{6,})(?:_teacher)?\.(?:jsonl|unfinished)(?:\.partial)?")
+_TRAJECTORIES = re.compile(r"(?:step|eval|dev)_(\d{6,})(?:_teacher)?\.(?:jsonl|unfinished)(?:\.partial)?")
 
 
 class Finished(Exception):
@@ -150,7 +150,7 @@ def _find(options: Options) -> Place:
             f"--resume {path}: the run has gone on to step {newest}; add --set-aside to move what came after step {step} "
             f"into {_free(run)}, or --run-dir NEW for a run of its own"
         )
-    if config.schedule.kappa.kind == "adaptive" and (state.get("adaptive") is None or "eval/teacher_success" not in state["before"]):
+    if config.schedule.kappa.kind == "adaptive" and (state.get("adaptive") is None or "dev/teacher_success" not in state["before"]):
         raise UserError(f"schedule.kappa.kind=adaptive: the run of {path} did not follow its evaluations; start a run of its own")
     return Place(run_dir, path, finished=here and step == newest == steps and (run / "hf" / "config.json").is_file())
 

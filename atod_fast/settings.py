@@ -89,13 +89,27 @@ def check_world(config: Config, ranks: int) -> None:
         raise UserError(f"train.tasks_per_step={tasks} cannot be divided by {share}; use {near}, or another number of ranks")
 
 
-SAME_TASKS = "env.train and env.eval are the same: held-out success will be that of training tasks"
+SAME_TASKS = {
+    ("train", "eval"): "held-out success will be that of training tasks",
+    ("train", "dev"): "what chooses will look at training tasks",
+    ("eval", "dev"): "held-out success will be that of the tasks that chose",
+}
+
+
+def same_tasks(config: Config) -> list[str]:
+    """A line for every two splits in use that have the same options."""
+    used = ("train", *config.evaluated)
+    return [
+        f"env.{one} and env.{other} are the same: {meaning}"
+        for (one, other), meaning in SAME_TASKS.items()
+        if other in used and getattr(config.env, one) == getattr(config.env, other)
+    ]
 
 
 def check_env(config: Config) -> None:
     """UserError unless there is such a world with such options. It is not opened."""
-    for split in (config.env.train, config.env.eval):
-        check(config.env.name, config.env.options | split)
+    for split in ("train", *config.evaluated):
+        check(config.env.name, config.env.options | getattr(config.env, split))
 
 
 def check_engines(config: Config, ranks: int) -> int:

@@ -25,6 +25,7 @@ import io
 import json
 import resource
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
@@ -50,11 +51,14 @@ from atod_fast.rollout import player
 from atod_fast.rollout.actor import Actor, dated, engine_kind, make_engine
 from atod_fast.rollout.duration import limit
 from atod_fast.rollout.engine import Engine
-from atod_fast.settings import SAME_TASKS, check_engines, demo_values_warning, to_toml
-from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, turn_table
+from atod_fast.settings import check_engines, demo_values_warning, same_tasks, to_toml
+from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, success_by_type, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
 LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# Task types whose success metrics.jsonl tells apart; where there are more, a type is the name of a task or two.
+MOST_TYPES = 20
+FEW_ACTIONS = 32  # of which most may be the same by chance
 
 
 class Run:
@@ -77,8 +81,8 @@ class Run:
             models = preflight.look(config, ranks.world_size(), self.device).models  # before anything is loaded or opened
         torch.manual_seed(config.train.seed)
 
-        if config.env.train == config.env.eval:
-            self.console.say(SAME_TASKS)
+        for line in same_tasks(config):
+            self.console.say(line)
         student = models["student"]
         if warning := demo_values_warning(config, student.parameters):
             self.console.say(warning, style="bold yellow")
@@ -86,16 +90,17 @@ class Run:
         with ranks.together():  # its files may be missing on one machine alone
             stops = stop_ids(config.student.path)
             self.actor = Actor(config, self.tokenizer, student.columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
-            _ = self.actor.training  # opened here: what is wrong with it is said before anything is played
+            for split in (*config.evaluated, "train"):  # what is wrong with one is said before anything is played
+                self.actor.world(split)
         engines = check_engines(config, ranks.world_size())
-        ranks.be_patient(limit(config, engines, instant=self.actor.heldout.instant))
+        ranks.be_patient(limit(config, engines, instant=self.actor.world("eval").instant))
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the first sync.
         self.engine = make_engine(config, config.student.path, self.device, filled=False, say=self.console.say)
         with ranks.together():
             self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
 
         self.done = 0  # steps
-        self.before: dict[str, float] = {}  # held-out success before training: the student's, and the teacher's
+        self.before: dict[str, float] = {}  # evaluations before training: the student's, and the teacher's
         self.after: float | None = None  # the student's, when all steps are done
         self.adaptive: objective.AdaptiveKappa | None = None
         state = checkpoint.load(resume, self.learner.student, self.learner.optimizer) if resume else {}
@@ -116,7 +121,7 @@ class Run:
             self.before = self.evaluate_before()
             self.write({"step": 0, **self.before})
         if config.schedule.kappa.kind == "adaptive":
-            self.adaptive = objective.AdaptiveKappa(config.schedule.kappa, self.before["eval/teacher_success"])
+            self.adaptive = objective.AdaptiveKappa(config.schedule.kappa, self.before["dev/teacher_success"])
             if resume:
                 self.adaptive.load_state_dict(state["adaptive"])
 
@@ -250,28 +255,38 @@ class Run:
         except EngineFailure as failure:
             raise GuardError(f"{label}: the rollout engine broke down twice ({failure})") from failure
 
-    def evaluate(self, engine: Engine, label: str, teacher: bool = False) -> dict[str, float]:
-        """What comes of the held-out tasks at `eval.temperature`, with the student (or the teacher) in `engine`."""
+    def evaluate(self, engine: Engine, label: str, split: str = "eval", teacher: bool = False) -> dict[str, float]:
+        """What comes of the tasks of env.`split` at `eval.temperature`, with the student (or the teacher) in `engine`."""
+        label += " on env.dev" * (split == "dev")
         ranks.doing(label)
-        everyone = self.play(label, partial(self.actor.evaluate, engine))
+        everyone = self.play(label, partial(self.actor.evaluate, engine, split))
         with ranks.together():
-            self.record(f"eval_{self.done:06d}" + "_teacher" * teacher, everyone)
-        prefix, found = "eval/" + "teacher_" * teacher, outcomes(everyone)
+            self.record(f"{split}_{self.done:06d}" + "_teacher" * teacher, everyone)
+        prefix, found = f"{split}/" + "teacher_" * teacher, outcomes(everyone)
+        types = {kind: success for kind, success in success_by_type(everyone).items() if kind}
+        if 1 < len(types) <= MOST_TYPES:
+            found |= {f"success/{kind}": success for kind, success in types.items()}
         if lost := found["failed_environments"]:
             self.console.say(f"{label}: {lost} of {self.config.eval.tasks} environments failed, and count as not solved")
         return {prefix + key: value for key, value in found.items()}
 
     def evaluate_before(self) -> dict[str, float]:
-        """The student's and, with eval.teacher and a teacher, the teacher's outcomes on the held-out tasks before any training."""
-        found = self.evaluate(self.engine, "evaluating the student")
+        """The student's and, with eval.teacher and a teacher, the teacher's outcomes before any training: on the held-out
+        tasks, and on those of env.dev where something looks at them.
+        """
+        found: dict[str, float] = {}
+        for split in self.config.evaluated:
+            found |= self.evaluate(self.engine, "evaluating the student", split)
         if self.config.teacher_plays:
             # With transformers: a second vLLM in the process could not be taken down without the first one's process groups.
             self.engine.sleep()
             teacher = make_engine(self.config, self.config.teacher.path, self.device, "transformers", say=self.console.say)
-            found |= self.evaluate(teacher, "evaluating the teacher", teacher=True)
+            for split in self.config.evaluated if self.config.schedule.kappa.kind == "adaptive" else ("eval",):
+                found |= self.evaluate(teacher, "evaluating the teacher", split, teacher=True)
             del teacher
             self.resync()
-        self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in found.items() if key.endswith("success")))
+        overall = {key: value for key, value in found.items() if key.endswith(("/success", "/teacher_success"))}
+        self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in overall.items()))
         return found
 
     def resync(self) -> int:
@@ -310,13 +325,15 @@ class Run:
         better = False
         if last or (config.eval.every and step % config.eval.every == 0):
             try:
-                metrics |= self.evaluate(self.engine, "evaluating")
-                success = metrics["eval/success"]
-                self.after = success if last else None
+                for split in config.evaluated:
+                    metrics |= self.evaluate(self.engine, "evaluating", split)
+                self.after = metrics["eval/success"] if last else None
                 if self.adaptive:
-                    self.adaptive.observe(success)
-                better = config.checkpoint.keep_best and (self.best is None or success > self.best.success)
-                self.best = checkpoint.Best(step, success) if better else self.best
+                    self.adaptive.observe(metrics["dev/success"])
+                if config.checkpoint.keep_best:
+                    success = metrics["dev/success"]
+                    better = self.best is None or success > self.best.success
+                    self.best = checkpoint.Best(step, success) if better else self.best
             except RankLost:
                 raise
             except Exception as stop:
@@ -364,7 +381,7 @@ class Run:
         self.console.say(f"held-out success at temperature {self.config.eval.temperature:g} on {self.config.eval.tasks} tasks: " + ", ".join(words))
         if self.best:
             kept = checkpoint.folder(self.run_dir, self.best.step)
-            self.console.say(f"best held-out success {self.best.success:.1%} after step {self.best.step}, kept in {kept}")
+            self.console.say(f"best success on env.dev {self.best.success:.1%} after step {self.best.step}, kept in {kept}")
         self.console.say(f"model {self.run_dir / 'hf'}" + (f", curves {self.run_dir / 'curves.png'}" if self.draw() else ""))
 
     def draw(self) -> bool:
@@ -399,10 +416,16 @@ def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[st
         "rollout/truncated": sum(t.truncated for t in everyone) / len(everyone),
         "rollout/turns": float(sizes.double().mean()),
         "rollout/response_tokens": float(table.length.double().mean()),
+        "rollout/same_action": same_action([turn.command for turn in turns]),
         "rollout/invalid_actions": float((~table.valid).double().mean()),
         "rollout/malformed_actions": float((~table.well_formed).double().mean()),
         "rollout/cut_off": 1 - sum(turn.stopped for turn in turns) / len(turns) if turns else float("nan"),
     }
+
+
+def same_action(commands: Sequence[str]) -> float:
+    """Share of the most frequent one; NaN where there are too few to tell."""
+    return Counter(commands).most_common(1)[0][1] / len(commands) if len(commands) >= FEW_ACTIONS else float("nan")
 
 
 def policy_metrics(learned: dict[str, float]) -> dict[str, float]:

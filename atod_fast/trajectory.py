@@ -56,10 +56,24 @@ class Trajectory:
 
 
 def outcomes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of them that succeeded, those whose environment failed among them, whose number follows; the mean of the world's score, where it has one."""
+    """Share of them that succeeded, those whose environment failed among them, whose number follows; mean turns; the
+    world's mean score, where it has one.
+    """
     scores = [t.score for t in trajectories if t.score is not None and t.failure is None]
-    found = {"success": sum(t.success for t in trajectories) / len(trajectories), "failed_environments": sum(t.failure is not None for t in trajectories)}
-    return found | ({"score": sum(scores) / len(scores)} if scores else {})
+    return {
+        "success": sum(t.success for t in trajectories) / len(trajectories),
+        "failed_environments": sum(t.failure is not None for t in trajectories),
+        "turns": sum(len(t.turns) for t in trajectories) / len(trajectories),
+        **({"score": sum(scores) / len(scores)} if scores else {}),
+    }
+
+
+def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Share that succeeded by task type, in alphabetical order. Those without a name count as one type, ""."""
+    solved: dict[str, list[bool]] = {}
+    for trajectory in trajectories:
+        solved.setdefault(trajectory.task_type, []).append(trajectory.success)
+    return {kind: sum(of_kind) / len(of_kind) for kind, of_kind in sorted(solved.items())}
 
 
 @dataclass(frozen=True, slots=True)

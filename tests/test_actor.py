@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
+from atod_fast.errors import UserError
 from atod_fast.models import resolve
 from atod_fast.rollout import actor
 from atod_fast.settings import load
@@ -11,6 +12,7 @@ TASKS, STEPS = 5, 5  # two groups a step: two epochs
 SETTINGS = [
     f"env.train={{generate={TASKS}, seed=0}}",
     "env.eval={generate=12, seed=1}",
+    "env.dev={generate=12, seed=5}",
     "train.tasks_per_step=2",
     "train.group_size=3",
     "eval.tasks=6",
@@ -81,3 +83,12 @@ def test_every_evaluation_of_every_run_plays_the_same_held_out_episodes(ask):
     assert len({e.task for e in episodes}) == len({e.seed for e in episodes}) == 6
     assert ask(lambda one: one.evaluate(None)) == [again[0]]
     assert len({e.env_seed for e in episodes}) == 6 and {e.member for e in episodes} == {0}
+
+
+def test_the_tasks_that_choose_are_drawn_by_themselves_the_same_in_every_run(ask):
+    (held_out,), (dev,) = ask(lambda one: one.evaluate(None)), ask(lambda one: one.evaluate(None, "dev"))
+    assert [dev] == ask(lambda one: one.evaluate(None, "dev"), "train.seed=1")
+    assert dev[0] == 12 and dev[2] == 0.4 and len({e.task for e in dev[1]}) == 6
+    assert not {e.seed for e in dev[1]} & {e.seed for e in held_out[1]}
+    with pytest.raises(UserError, match="eval.tasks=13 exceeds the 12 tasks of env.dev"):
+        ask(lambda one: one.evaluate(None, "dev"), "env.eval.generate=13", "eval.tasks=13")

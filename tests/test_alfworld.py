@@ -10,6 +10,7 @@ import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
+from itertools import combinations
 from pathlib import Path
 from random import Random
 
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import atod_fast.envs
+from atod_fast.config import Env
 from atod_fast.envs import make
 from atod_fast.envs.alfworld.engine import NOTHING_HAPPENS, FastAlfWorld
 from atod_fast.envs.alfworld.env import AlfWorld
@@ -208,9 +210,11 @@ def content(data: dict) -> tuple:
 
 def test_training_and_evaluation_games_share_nothing():
     """Also the harder statement: no two of them are one game in another place."""
-    train, held_out = ([generate(Spec(seed, SMALL_TASK_TYPES), i)[1] for i in range(count)] for seed, count in ((0, 1500), (1, 2400)))
-    assert len({data["pddl_problem"] for data in (*train, *held_out)}) == 3900
-    assert not set(map(content, train)) & set(map(content, held_out))
+    splits = [Env().train, Env().eval, Env().dev, {"generate": 2000, "seed": 3}]  # the last: those of bench/demo_study.py
+    games = [[generate(Spec(at["seed"], SMALL_TASK_TYPES), i)[1] for i in range(at["generate"])] for at in splits]
+    assert len({data["pddl_problem"] for split in games for data in split}) == sum(map(len, games)) == 8300
+    for one, other in combinations([set(map(content, split)) for split in games], 2):
+        assert not one & other
 
 
 def test_a_game_depends_on_seed_index_and_options_alone():

@@ -33,6 +33,7 @@ from atod_fast.settings import (
     load,
     override_level,
     preset_level,
+    same_tasks,
     to_toml,
 )
 
@@ -322,7 +323,8 @@ def test_the_demo_of_another_world_differs_in_the_world_its_models_and_the_size_
     changed = {key for key in found if found[key] != demo[key]}
     assert {"env.name", "student.path", "teacher.path"} <= changed
     assert all(key.startswith(("env.", "student.path", "teacher.path", "train.", "rollout.concurrency", "schedule.")) for key in changed), changed
-    assert found["env.name"] == world and found["env.train"]["seed"] != found["env.eval"]["seed"]
+    seeds = {found[f"env.{split}"]["seed"] for split in ("train", "eval", "dev")}
+    assert found["env.name"] == world and len(seeds) == 3
 
 
 # --- one's own model and environment
@@ -343,7 +345,7 @@ def test_the_preset_of_ones_own_needs_no_teacher_where_none_scores():
 
 def test_the_preset_of_ones_own_holds_nothing_of_the_demo():
     found, demo = values(load("own", None, OWN)), values(Config())
-    assert (found["env.options"], found["env.train"], found["env.eval"]) == ({}, {}, {})
+    assert all(found[f"env.{name}"] == {} for name in ("options", "train", "eval", "dev"))
     assert {key: found[key] for key in COMMON if key not in ("rollout.response_tokens", "eval.temperature")} == {
         key: COMMON[key] for key in COMMON if key not in ("rollout.response_tokens", "eval.temperature")
     }
@@ -378,7 +380,16 @@ def test_a_table_in_a_file_replaces_and_a_dotted_option_adds(write):
 
 def test_another_environment_drops_the_options_of_the_one_before():
     env = parse(["env.name=my_worlds:World", "env.options.level=3"]).config.env
-    assert (env.options, env.train, env.eval) == ({"level": 3}, {}, {})
+    assert (env.options, env.train, env.eval, env.dev) == ({"level": 3}, {}, {}, {})
+
+
+@pytest.mark.parametrize(("one", "other"), [("train", "eval"), ("train", "dev"), ("eval", "dev")])
+def test_equal_splits_are_said_where_both_are_used(one, other):
+    same = [f"env.{one}={{seed=9}}", f"env.{other}={{seed=9}}"]
+    lines = same_tasks(parse([*same, "checkpoint.keep_best=true"]).config)
+    assert len(lines) == 1 and lines[0].startswith(f"env.{one} and env.{other} are the same: ")
+    assert len(same_tasks(parse(same).config)) == (other != "dev")
+    assert same_tasks(parse(["checkpoint.keep_best=true"]).config) == []
 
 
 # --- values
@@ -482,6 +493,8 @@ def test_bad_usage_is_one_line_that_names_the_remedy(argv, parts):
         (["schedule.kappa.kind=exponential", "schedule.kappa.end=0"], ["schedule.kappa", "cosine"]),
         (["schedule.kappa.kind=adaptive", "eval.every=0"], ["eval.every"]),
         (["schedule.kappa.kind=adaptive", "eval.teacher=false"], ["eval.teacher"]),
+        (["schedule.kappa.kind=adaptive", "env.dev={}"], ["schedule.kappa.kind=adaptive", "env.dev, which is empty", "env.dev='{...}'"]),
+        (["checkpoint.keep_best=true", "env.name=guess:Guess"], ["checkpoint.keep_best=true", "env.dev, which is empty"]),
         (["objective.divergence=jsd", "objective.alpha=1"], ["objective.alpha=1", "jsd"]),
         (["objective.divergence=skew_reverse_kl", "objective.alpha=1"], ["objective.alpha=1", "skew_reverse_kl"]),
         (["objective.dual_clip=0.5"], ["objective.dual_clip=0.5"]),
@@ -501,6 +514,8 @@ def test_settings_that_contradict_each_other_are_refused(argv, parts):
     "argv",
     [
         ["schedule.kappa.kind=adaptive"],
+        ["env.dev={}"],
+        ["checkpoint.keep_best=true", "env.name=guess:Guess", "env.dev.seed=2"],
         ["schedule.kappa.kind=exponential"],
         ["objective.divergence=skew_reverse_kl", "objective.alpha=0"],
         ["objective.dual_clip=0", "objective.tis_cap=1"],

@@ -31,6 +31,7 @@ pytest.importorskip("rapidfuzz")
 
 BEYOND = [world for world in WORLDS.values() if world.name != "alfworld"]
 each_world = pytest.mark.parametrize("world", BEYOND, ids=[world.name for world in BEYOND])
+SPLITS = ("train", "eval", "dev")
 each_model = pytest.mark.parametrize("name", ["teacher", "student"])
 
 
@@ -211,8 +212,19 @@ def test_the_models_are_never_taught_in_the_held_out_world(world: World, monkeyp
     opened, real = [], build.training_tasks
     monkeypatch.setattr(build, "training_tasks", lambda settings, seed: opened.append(seed) or real(settings, seed=seed))
     env = load(world.preset).env
-    build.examples(world, env, 1, renderer(world.name), replace(world.recipes["student"], worlds=4))
-    assert opened[0] == env.train["seed"] and len(set(opened)) == 4 and env.eval["seed"] not in opened
+    build.examples(world, env, 1, renderer(world.name), replace(world.recipes["student"], worlds=12))
+    assert opened[0] == env.train["seed"] and len(set(opened)) == 12
+    assert not {env.eval["seed"], env.dev["seed"]} & set(opened)
+    assert all(recipe.worlds < env.dev["seed"] for recipe in world.recipes.values()), "the shipped ones' worlds come before"
+
+
+def test_the_tasks_that_choose_are_in_no_other_split():
+    shops = [{goal.product.title for goal in map(tasks("webshop", split).shop.goals.__getitem__, range(1000))} for split in SPLITS]
+    assert not shops[2] & shops[0] and not shops[2] & shops[1]
+    asked = [{question.text: question.answers for question in tasks("searchqa", split)._questions} for split in SPLITS]
+    assert not asked[2].keys() & asked[0].keys()
+    both = asked[2].keys() & asked[1].keys()  # of one thing in two worlds, whose answers are alike by chance
+    assert sum(asked[2][text] == asked[1][text] for text in both) < 0.05 * len(both)
 
 
 @pytest.mark.parametrize(("preset", "other"), [("demo-searchqa", "demo"), ("demo", "demo-searchqa"), ("demo-webshop", "demo-searchqa")])

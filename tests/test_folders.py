@@ -151,7 +151,7 @@ def test_a_checkpoint_that_was_copied_elsewhere_needs_a_run_folder(run_dir, tmp_
 
 
 def test_files_of_others_are_not_set_aside(run_dir):
-    ours = ["step_000004.jsonl", "eval_000004.jsonl", "eval_000004_teacher.jsonl", "step_000005.unfinished"]
+    ours = ["step_000004.jsonl", "eval_000004.jsonl", "eval_000004_teacher.jsonl", "dev_000004.jsonl", "step_000005.unfinished"]
     others = ["20260101_notes.txt", "step_000004.txt", "mystep_000004.jsonl", "step_000003.jsonl"]
     (run_dir / "trajectories").mkdir()
     for name in [*ours, *others]:

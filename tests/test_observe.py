@@ -16,6 +16,7 @@ from atod_fast.trajectory import Trajectory
 HEALTHY = {
     "rollout/invalid_actions": 0.4,
     "rollout/cut_off": 0.1,
+    "rollout/same_action": 0.2,
     "rollout/turns": 6.0,
     "turns/flat_groups": 0.5,
     "train/success": 0.3,
@@ -28,13 +29,15 @@ FAULTS = {
     "invalid": ({"rollout/invalid_actions": 0.97}, ["97%", "invalid", "'take the mug'"]),
     "cut off": ({"rollout/cut_off": 0.8, "rollout/invalid_actions": 0.97}, ["80%", "rollout.response_tokens=9"]),
     "flat": ({"turns/flat_groups": 1.0, "train/success": 0.0}, ["success 0%", "easier tasks", "imitation alone", "train.group_size=8"]),
+    "collapse": ({"rollout/same_action": 0.96, "train/success": 0.1}, ["96%", "20% at first", "30%, now 10%", "learning_rate=0.0007"]),
     "unweighted": ({"profile/weight": [1.0], "rollout/turns": 1.0}, ["turns.min_turns=3", "1.0 turns", "turns.scope=batch", "turns.fuse=uniform"]),
 }
 
 
-def told(*changes, settings=()):
-    """{cause: line} of steps that differ from a healthy one as said."""
-    return dict(advise([HEALTHY | change for change in changes], load(overrides=settings), "take the mug"))
+def told(*changes, settings=(), first=()):
+    """{cause: line} of steps that differ from a healthy one as said, as the run's first may."""
+    steps = [HEALTHY | change for change in changes]
+    return dict(advise(steps, load(overrides=settings), "take the mug", HEALTHY | dict(first)))
 
 
 @pytest.mark.parametrize("cause", FAULTS)
@@ -46,7 +49,13 @@ def test_what_cannot_teach_is_told_with_cause_and_remedy(cause):
 
 
 def test_thresholds_are_passed_not_met():
-    for change in ({"rollout/invalid_actions": 0.9}, {"rollout/cut_off": 0.5}, {"turns/flat_groups": 0.99}, {"profile/weight": [1.0] * 3}):
+    for change in (
+        {"rollout/invalid_actions": 0.9},
+        {"rollout/cut_off": 0.5},
+        {"rollout/same_action": 0.9},
+        {"turns/flat_groups": 0.99},
+        {"profile/weight": [1.0] * 3},
+    ):
         assert told(*[change] * STEPS) == {}, change
 
 
@@ -61,6 +70,21 @@ def test_thresholds_are_passed_not_met():
 )
 def test_what_is_meant_is_not_told(cause, change, settings):
     assert told(*[FAULTS[cause][0] | change] * STEPS, settings=settings) == {}
+
+
+def test_one_action_is_no_collapse_where_it_is_right_or_the_only_one():
+    same = {"rollout/same_action": 0.97}
+    assert told(*[same] * STEPS).keys() == {"collapse"}
+    assert told(*[same | {"train/success": 0.4}] * STEPS) == {}, "it is right more often than not"
+    assert told(*[same] * STEPS, first=same) == {}, "nothing else was ever said"
+    assert told(*[{"rollout/same_action": float("nan")}] * STEPS) == {}, "too few to tell"
+
+
+def test_a_collapse_is_told_by_the_run_s_first_step():
+    advice, fallen = Advice(load()), HEALTHY | FAULTS["collapse"][0]
+    assert [len(advice.after(step, [])) for step in (HEALTHY, fallen, fallen, fallen, fallen)] == [0, 0, 0, 1, 0]
+    always = Advice(load())
+    assert not any(always.after(fallen, []) for _ in range(5))
 
 
 def test_remedies_fit_the_case():

@@ -84,7 +84,9 @@ def refusal(capsys, tmp_path, *given: str) -> str:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("env.eval.generate=9", "eval.tasks=10 exceeds the 9 held-out tasks"),
+        ("env.eval.generate=9", "eval.tasks=10 exceeds the 9 tasks of env.eval"),
+        ("checkpoint.keep_best=true env.dev.generate=9", "eval.tasks=10 exceeds the 9 tasks of env.dev"),
+        ("checkpoint.keep_best=true env.dev.sead=9", "has no option 'sead'; did you mean seed?"),
         ("env.train={generate='many'}", "generate='many' must be a whole number"),
         ("env.name=counted:Counted env.options={tasks='many'}", "env.name='counted:Counted': tasks='many' must be a whole number; correct env.options"),
         ("env.name=counted:Counted env.eval={tasks=10, fail='value'}", "fail='value': ValueError: no luck (counted.py:7)"),

@@ -97,11 +97,11 @@ def test_whatever_stops_a_rollout_is_saved_before(tmp_path, monkeypatch, capfd, 
 def test_a_stopped_evaluation_loses_itself_only(tmp_path, monkeypatch, capfd):
     real, calls = Actor.evaluate, []
 
-    def evaluate(self, engine, progress=None):
+    def evaluate(self, engine, split, progress=None):
         calls.append(1)
         if len(calls) == 2:
             raise OSError("the disk is gone")
-        return real(self, engine, progress)
+        return real(self, engine, split, progress)
 
     monkeypatch.setattr(Actor, "evaluate", evaluate)
     assert train.main([*QUICK, "train.steps=2", "eval.every=1", "--run-dir", str(tmp_path / "run")]) == 1
@@ -375,24 +375,32 @@ def test_the_best_checkpoint_stays_and_is_named(tmp_path, empty):
     save(tmp_path, 1)
     save(tmp_path, 2, 3, 4, 5, best=checkpoint.Best(2, 0.75))
     assert checkpoints(tmp_path) == [2, 4, 5] and checkpoint.best(tmp_path) == (2, 0.75)
-    assert json.loads((tmp_path / "checkpoints/best.json").read_text()) == {"step": 2, "eval/success": 0.75}
+    assert json.loads((tmp_path / "checkpoints/best.json").read_text()) == {"step": 2, "dev/success": 0.75}
     save(tmp_path, 6, best=checkpoint.Best(6, 0.8))
     assert checkpoints(tmp_path) == [5, 6] and checkpoint.best(tmp_path) == (6, 0.8)
+    (tmp_path / "checkpoints/best.json").write_text('{"step": 5, "eval/success": 0.5}')
+    assert checkpoint.best(tmp_path) == (5, 0.5), "of a run whose held-out tasks chose"
 
 
 def scripted(monkeypatch, *successes):
-    """Have the evaluations find these, the first before training."""
-    left = list(successes)
-    monkeypatch.setattr(train.Run, "evaluate", lambda self, engine, label, prefix="eval/": {f"{prefix}success": left.pop(0)})
+    """Have the evaluations on env.dev find these, the first before training. On env.eval each is better than the last."""
+    left, held_out = list(successes), iter(range(99))
+
+    def evaluate(self, engine, label, split="eval"):
+        return {f"{split}/success": left.pop(0) if split == "dev" else next(held_out) / 100}
+
+    monkeypatch.setattr(train.Run, "evaluate", evaluate)
 
 
-def test_the_step_of_the_best_held_out_success_is_kept(tmp_path, monkeypatch, capsys):
+def test_the_step_of_the_best_success_on_dev_is_kept(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     settings = [*QUICK, "eval.every=1", "checkpoint.every=0", "checkpoint.keep=1", "checkpoint.keep_best=true", "--run-dir", str(folder)]
     scripted(monkeypatch, 0.9, 0.2, 0.5, 0.5, 0.4)
     assert train.main([*settings, "train.steps=4"]) == 0
     assert checkpoints(folder) == [2, 4], "the first of equal ones, and the newest"
-    assert f"best held-out success 50.0% after step 2, kept in {folder}/checkpoints/step_000002" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"best success on env.dev 50.0% after step 2, kept in {folder}/checkpoints/step_000002" in out
+    assert "student before 0.0%, student after 4.0%" in out, "what is reported is held out still"
     assert export.main([str(folder), "--best", "--out", str(tmp_path / "best")]) == 0
     assert "step_000002" in capsys.readouterr().out
 
@@ -408,7 +416,7 @@ def test_without_keep_best_only_the_newest_are_kept(tmp_path, monkeypatch, capsy
     settings = "eval.every=1", "checkpoint.every=1", "checkpoint.keep=1", "train.steps=3"
     assert train.main([*QUICK, *settings, "--run-dir", str(tmp_path / "run")]) == 0
     assert checkpoints(tmp_path / "run") == [3] and not (tmp_path / "run/checkpoints/best.json").exists()
-    assert "best held-out success" not in capsys.readouterr().out
+    assert "env.dev" not in capsys.readouterr().out
 
 
 def test_the_best_needs_evaluations():

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from atod_fast import evaluate, ranks, train
 from atod_fast.errors import UserError
 from atod_fast.models import resolve
 from atod_fast.policy.learner import Learner
-from atod_fast.rollout import vllm_limits
+from atod_fast.rollout import actor, vllm_limits
 
 CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty turns/weight_mean loss/total policy/kl
 policy/entropy policy/clip_fraction sync/logprob_gap time/rollout time/teacher time/train time/resync perf/tokens_per_second memory/peak_gib""".split()
@@ -170,6 +171,8 @@ def test_equal_splits_are_told(tmp_path, capsys):
     same = "{generate=20, seed=0}"
     run(tmp_path / "same", f"env.train={same}", f"env.eval={same}", "train.steps=1")
     assert "env.train and env.eval are the same" in capsys.readouterr().out
+    run(tmp_path / "dev", "env.dev={generate=2400, seed=1}", "checkpoint.keep_best=true", "train.steps=1")
+    assert "env.eval and env.dev are the same: held-out success will be that of" in capsys.readouterr().out
 
 
 def test_a_training_split_that_is_wrong_is_told_before_anything_is_played(tmp_path, capsys):
@@ -209,8 +212,60 @@ def test_each_method_runs_from_the_same_command(tmp_path, settings):
 def test_an_adaptive_kappa_follows_the_gap_to_the_teacher(tmp_path):
     keys = ["schedule.kappa.kind=adaptive", "eval.every=1", "eval.tasks=30", "train.steps=2"]
     lines = run(tmp_path / "run", *keys)
-    ratio = lines[1]["eval/success"] / lines[0]["eval/teacher_success"]
+    ratio = lines[1]["dev/success"] / lines[0]["dev/teacher_success"]
     assert lines[1]["schedule/kappa"] == 1 and lines[2]["schedule/kappa"] == pytest.approx(min(1, max(1 - ratio, 0)))
+    assert ratio != lines[1]["eval/success"] / lines[0]["eval/teacher_success"], "by other tasks than the reported"
+
+
+def test_what_chooses_plays_tasks_of_its_own_and_nothing_else_opens_them(tmp_path, monkeypatch, capsys):
+    opened, real = [], actor.open_split
+    monkeypatch.setattr(actor, "open_split", lambda config, split: opened.append(split) or real(config, split))
+    lines = run(tmp_path / "best", "train.steps=2", "checkpoint.keep_best=true")
+    assert sorted(opened) == ["dev", "eval", "train"]
+    names = {path.name for path in (tmp_path / "best/trajectories").glob("dev_*")}
+    assert names == {"dev_000000.jsonl", "dev_000002.jsonl"}, "no teacher is asked where none is measured against"
+    played = [json.loads(line) for line in (tmp_path / "best/trajectories/dev_000002.jsonl").read_text().splitlines()]
+    assert len(played) == 10 and all("/5-" in episode["task_id"] for episode in played), "of seed 5"
+    success = sum(episode["success"] for episode in played) / 10
+    assert lines[2]["dev/success"] == success and {"dev/turns", "dev/failed_environments"} <= lines[0].keys()
+    assert json.loads((tmp_path / "best/checkpoints/best.json").read_text()) == {"step": 2, "dev/success": success}
+    assert f"best success on env.dev {success:.1%} after step 2" in capsys.readouterr().out
+
+    opened.clear()
+    plain = run(tmp_path / "plain", "train.steps=2", "env.dev={generate=1}")
+    assert sorted(opened) == ["eval", "train"] and not any(key.startswith("dev/") for line in plain for key in line)
+    without_dev = [{key: value for key, value in line.items() if not key.startswith("dev/")} for line in untimed(lines)]
+    assert untimed(plain) == without_dev, "to watch changes nothing"
+
+
+def test_a_run_that_watches_goes_on_as_if_never_stopped(tmp_path):
+    keys = "schedule.kappa.kind=adaptive", "checkpoint.keep_best=true", "eval.every=1", "checkpoint.every=1"
+    whole = run(tmp_path / "run", *keys, "train.steps=3", "checkpoint.keep=3")
+    copied = shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    assert train.main(["--resume", str(copied / "checkpoints/step_000001"), "--set-aside", "train.steps=3"]) == 0
+    assert untimed(read(copied)) == untimed(whole)
+    assert (copied / "checkpoints/best.json").read_text() == (tmp_path / "run/checkpoints/best.json").read_text()
+    assert {f"dev_00000{step}.jsonl" for step in (2, 3)} <= {p.name for p in (copied / "set-aside-1/trajectories").iterdir()}
+
+
+def test_evaluations_tell_turns_and_success_by_type_where_types_are_few(three_steps, tmp_path, monkeypatch):
+    folder, lines = three_steps
+    played = [json.loads(line) for line in (folder / "trajectories/eval_000002.jsonl").read_text().splitlines()]
+    assert lines[2]["eval/turns"] == pytest.approx(sum(len(episode["turns"]) for episode in played) / 10)
+    kinds = {episode["task_type"] for episode in played}
+    assert len(kinds) > 1 and set().union(*lines) >= {f"eval/{who}success/{kind}" for kind in kinds for who in ("", "teacher_")}
+    for kind in kinds:
+        won = [episode["success"] for episode in played if episode["task_type"] == kind]
+        assert lines[2][f"eval/success/{kind}"] == pytest.approx(sum(won) / len(won), abs=1e-8)
+    one = run(tmp_path / "one", "train.steps=1", "eval.teacher=false", 'env.eval.task_types=["pick_and_place_simple"]')
+    monkeypatch.setattr(train, "MOST_TYPES", 1)
+    many = run(tmp_path / "many", "train.steps=1", "eval.teacher=false")
+    assert not [key for line in one + many for key in line if key.startswith("eval/success/")]
+
+
+def test_the_most_frequent_action_is_told_of_enough_actions():
+    assert train.same_action(["look"] * 24 + ["go"] * 8) == 0.75
+    assert math.isnan(train.same_action(["look"] * 31))
 
 
 def test_two_ranks_do_what_one_does(three_steps, tmp_path):

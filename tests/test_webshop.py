@@ -28,7 +28,7 @@ from atod_fast.envs.webshop import nouns, reading
 from atod_fast.envs.webshop.catalogue import CUT, Catalogue, Facts, Instruction, parse_product
 from atod_fast.envs.webshop.env import WebShop
 from atod_fast.envs.webshop.generator import generate_files
-from atod_fast.envs.webshop.goals import Goals
+from atod_fast.envs.webshop.goals import SPLITS, Goals
 from atod_fast.envs.webshop.pages import LONGEST_PAGE, SEPARATOR, item_page, results_page, sub_page
 from atod_fast.envs.webshop.reading import Malformed
 from atod_fast.envs.webshop.reward import attributes_met, matcher, options_met, score, type_reward
@@ -459,12 +459,13 @@ def test_spacy_is_used_where_it_is_and_named_where_it_is_missing(monkeypatch, ca
 # --- goals
 
 
-def test_test_goals_are_the_first_500_or_the_first_half():
-    for count, test in ((400, 500), (60, None)):
-        shops = {split: WebShop(generate=count, seed=5, split=split, nouns="heuristic") for split in ("all", "train", "test")}
+def test_test_goals_are_the_first_500_or_the_first_half_and_dev_the_next_1000_or_the_next_half():
+    for count, test, dev in ((1000, 500, 1000), (400, 500, None), (60, None, None)):
+        shops = {split: WebShop(generate=count, seed=5, split=split, nouns="heuristic") for split in SPLITS}
         ids = {split: [shop.reset(0, task)[1]["task_id"] for task in range(len(shop))] for split, shop in shops.items()}
         assert ids["test"] + ids["train"] == ids["all"] and len(set(ids["all"])) == len(ids["all"])
         assert len(ids["test"]) == (test or len(ids["all"]) // 2)
+        assert ids["dev"] + ids["rest"] == ids["train"] and len(ids["dev"]) == (dev or len(ids["train"]) // 2)
     assert len(ids["all"]) < 1000
 
 
@@ -715,7 +716,7 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, option, conte
         ({"generate": 5, "malformed": 5}, "malformed=5 goes with products="),
         ({"generate": 0}, "generate=0 must be a whole number of at least 1"),
         ({"generate": True}, "generate=True must be a whole number"),
-        ({"generate": 5, "split": "tests"}, "split='tests' is not one of all, train, test; did you mean test?"),
+        ({"generate": 5, "split": "tests"}, "split='tests' is not one of all, train, test, dev, rest; did you mean test?"),
         ({"generate": 5, "scale": "big"}, "scale='big' is not one of small, full"),
         ({"generate": 5, "nouns": "spicy"}, "did you mean spacy?"),
         ({"generate": 5, "splits": "test"}, "did you mean split?"),

@@ -64,8 +64,8 @@ def examples(world: World, settings: Env, tasks: int | None, renderer: CompactRe
     """Traces of the first `tasks` training tasks (None = all) in each of the recipe's worlds."""
     rng = Random(recipe.seed)
     found: list[Example] = []
-    own, heldout = settings.train["seed"], settings.eval["seed"]
-    others = (seed for seed in count() if seed not in (own, heldout))
+    own = settings.train["seed"]
+    others = (seed for seed in count() if seed not in (own, settings.eval["seed"], settings.dev["seed"]))
     for seed in [own, *islice(others, recipe.worlds - 1)]:
         env = training_tasks(settings, seed=seed)
         order = [task for task in range(tasks or len(env)) for _ in range(recipe.traces)]

@@ -17,6 +17,7 @@ from atod_fast.envs.protocol import Environment
 from atod_fast.errors import NotHere, UserError
 
 GROUP = "atod_fast.envs"  # entry points by which other packages offer their worlds
+OPTIONS = "env.options, env.train, env.eval or env.dev"  # where options are given
 MEMBERS = ("instant", "__len__", "reset", "step", "clone", "close")  # of the protocol
 BUILT_IN = {
     "alfworld": "atod_fast.envs.alfworld.env:AlfWorld",
@@ -47,8 +48,7 @@ def make(name: str, **options: Any) -> Environment:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         kind = NotHere if isinstance(error, FileNotFoundError | ConnectionError) else UserError
         raise kind(
-            f"env.name={name!r} cannot be made with {given or 'no options'}: {reason} ({os.path.basename(at.filename)}:{at.lineno}); "
-            "correct env.options, env.train or env.eval"
+            f"env.name={name!r} cannot be made with {given or 'no options'}: {reason} ({os.path.basename(at.filename)}:{at.lineno}); correct {OPTIONS}"
         ) from error
     if missing := [member for member in MEMBERS if not hasattr(made, member)]:
         raise UserError(f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; docs/environments.md says what they owe")
@@ -78,10 +78,10 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
             continue
         if option not in options:
             if parameter.default is parameter.empty:
-                raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in env.train and env.eval")
+                raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in those of each split")
         elif options[option] is not parameter.default and not _fits(options[option], hints.get(option)):
-            where = "correct env.options, env.train or env.eval"
-            raise UserError(f"env.name={name!r}: {option}={options[option]!r} must be {_named(hints[option])}; {where}")
+            must = _named(hints[option])
+            raise UserError(f"env.name={name!r}: {option}={options[option]!r} must be {must}; correct {OPTIONS}")
     return factory
 
 

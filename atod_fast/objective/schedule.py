@@ -50,7 +50,7 @@ def needs_teacher(kappa: float) -> bool:
 class AdaptiveKappa:
     """kappa = start * max(1 - S / S_T, 0), never rising again: a teacher is followed as far as it is ahead.
 
-    S is the mean success of the student's last five evaluations, S_T the teacher's success on the same tasks. Until the
+    S is the mean success of the student's last five evaluations on env.dev, S_T the teacher's there. Until the
     first evaluation, and for the first `hold` steps, it is `start`. `end` and `horizon` have no part in it.
     """
 

@@ -11,6 +11,7 @@ from atod_fast.trajectory import Trajectory
 STEPS = 3  # in a row; one step may be chance
 INVALID = 0.9  # share of actions: what is left cannot carry a group's comparison, and a warm start brings the share far below
 CUT_OFF = 0.5  # share of responses: the usual one never says what it does
+SAME = 0.9  # share of actions that are one and the same text: what is left to learn from is chance
 
 Metrics = Mapping[str, Any]
 
@@ -20,23 +21,29 @@ class Advice:
 
     def __init__(self, config: Config):
         self.config = config
+        self.first: Metrics | None = None
         self.recent: list[Metrics] = []
         self.said: set[str] = set()
 
     def after(self, metrics: Metrics, trajectories: Sequence[Trajectory]) -> list[str]:
         """The lines that this step's metrics are the first to deserve; an example comes from its trajectories."""
+        self.first = self.first or metrics
         self.recent = [*self.recent, metrics][-STEPS:]
         found = {}
         if len(self.recent) == STEPS:
-            found = {cause: line for cause, line in advise(self.recent, self.config, invalid_response(trajectories)) if cause not in self.said}
+            example = invalid_response(trajectories)
+            found = dict(advise(self.recent, self.config, example, self.first))
+            found = {cause: line for cause, line in found.items() if cause not in self.said}
         self.said |= found.keys()
         return list(found.values())
 
 
-def advise(steps: Sequence[Metrics], config: Config, example: str = "") -> Iterator[tuple[str, str]]:
-    """(cause, line) of what is true of each of `steps`; `example` is a response whose action is invalid.
+def advise(steps: Sequence[Metrics], config: Config, example: str = "", first: Metrics | None = None) -> Iterator[tuple[str, str]]:
+    """(cause, line) of what is true of each of `steps`; `example` is a response whose action is invalid, `first` the metrics
+    of the first step, from which a collapse is told.
 
-    Responses that are cut off have no valid form either: then only their own line comes.
+    Responses that are cut off have no valid form either: then only their own line comes. Where one action is right, or the
+    only one, a model may say little else: that is no collapse as long as it did so from the start, or succeeds more often.
     """
 
     def lowest(key: str) -> float:
@@ -54,6 +61,16 @@ def advise(steps: Sequence[Metrics], config: Config, example: str = "") -> Itera
             "invalid",
             f"{last['rollout/invalid_actions']:.0%} of actions are invalid: the model does not keep the response's form, or the environment "
             f"knows no such action{shown}; take a model that was trained to answer so, or say in the prompt how to{where}",
+        )
+    success = sum(step["train/success"] for step in steps) / len(steps)
+    same = all(step["rollout/same_action"] > SAME for step in steps)
+    if same and first and first["rollout/same_action"] <= SAME and success <= first["train/success"]:
+        yield (
+            "collapse",
+            f"{last['rollout/same_action']:.0%} of actions are one and the same, {first['rollout/same_action']:.0%} at "
+            f"first, and success has not risen ({first['train/success']:.0%}, now {success:.0%}): the model has come down "
+            f"to one answer; begin anew with a lower train.learning_rate={config.train.learning_rate:g} or a higher "
+            f"objective.entropy_bonus={config.objective.entropy_bonus:g}",
         )
     if lowest("turns/flat_groups") == 1 and lowest("schedule/rho") > 0:
         success = last["train/success"]

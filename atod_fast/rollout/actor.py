@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import date
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,24 +27,27 @@ from atod_fast.trajectory import Trajectory
 
 Progress = Callable[[int, int, int, int], None]  # finished, total, turns, tokens
 
-EVALUATION = 0xE7A1  # head of the seeds of evaluation episodes: equal for every run, so that runs can be paired game by game
+# Head of the seeds of a split's evaluation episodes: equal for every run, so that runs can be paired game by game.
+EVALUATION = {"eval": 0xE7A1, "dev": 0xDE7A}
 
 
 class Actor:
-    """This rank's share of every rollout. Group g of a step belongs to rank g modulo their number, and so do the held-out tasks in turn.
+    """This rank's share of every rollout. Group g of a step belongs to rank g modulo their number, and so do an
+    evaluation's tasks in turn.
 
     Ranks that are one engine together count as one, and their first plays.
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, stop_ids: Sequence[int] = (), *, rank: int, ranks: int):
         self.config, self.rank, self.ranks = config, rank, ranks
-        self.heldout = open_heldout(config)
-        self.renderer = make_renderer(config, tokenizer, columns, self.heldout, stop_ids)
+        self._worlds: dict[str, Environment] = {}
+        self.renderer = make_renderer(config, tokenizer, columns, self.world("eval"), stop_ids)
 
-    @cached_property
-    def training(self) -> Environment:
-        """Made when first asked for: an evaluation needs none."""
-        return open_training(self.config)
+    def world(self, split: str) -> Environment:
+        """That of env.`split`, opened when first asked for: an evaluation needs no other than env.eval."""
+        if split not in self._worlds:
+            self._worlds[split] = open_split(self.config, split)
+        return self._worlds[split]
 
     def _share(self, engine: Engine) -> tuple[int, int]:
         """Number of this rank's engine among all of its kind, and theirs."""
@@ -56,24 +58,26 @@ class Actor:
         """Groups of a step (counted from 1). Tasks come in a seeded order, each once an epoch; a pure function of the step."""
         train = self.config.train
         first, engines = self._share(engine)
+        env = self.world("train")
         episodes = []
         for group in range(first, train.tasks_per_step, engines):
-            epoch, place = divmod((step - 1) * train.tasks_per_step + group, len(self.training))
-            task = int(np.random.default_rng([train.seed, epoch]).permutation(len(self.training))[place])
+            epoch, place = divmod((step - 1) * train.tasks_per_step + group, len(env))
+            task = int(np.random.default_rng([train.seed, epoch]).permutation(len(env))[place])
             world = _seed(train.seed, step, group)
             episodes += [Episode(task, group, member, seed=_seed(train.seed, step, group, member), env_seed=world) for member in range(train.group_size)]
-        return self._play(engine, self.training, episodes, self.config.rollout.temperature, progress)
+        return self._play(engine, env, episodes, self.config.rollout.temperature, progress)
 
-    def evaluate(self, engine: Engine, progress: Progress | None = None) -> list[Trajectory]:
-        """One episode of each of `eval.tasks` held-out tasks, the same tasks and seeds in every run.
+    def evaluate(self, engine: Engine, split: str = "eval", progress: Progress | None = None) -> list[Trajectory]:
+        """One episode of each of `eval.tasks` tasks of a split, "eval" or "dev", the same tasks and seeds in every run.
 
         They are drawn from all, as official games are listed by task type.
         """
-        drawn = np.sort(np.random.default_rng(EVALUATION).permutation(len(self.heldout))[: self.config.eval.tasks])
+        env, head = self.world(split), EVALUATION[split]
+        drawn = np.sort(np.random.default_rng(head).permutation(len(env))[: self.config.eval.tasks])
         first, engines = self._share(engine)
         mine = drawn[first::engines].tolist()
-        episodes = [Episode(task, task, 0, seed=_seed(EVALUATION, task), env_seed=_seed(EVALUATION, task)) for task in mine]
-        return self._play(engine, self.heldout, episodes, self.config.eval.temperature, progress)
+        episodes = [Episode(task, task, 0, seed=_seed(head, task), env_seed=_seed(head, task)) for task in mine]
+        return self._play(engine, env, episodes, self.config.eval.temperature, progress)
 
     def _play(self, engine: Engine, env: Environment, episodes: list[Episode], temperature: float, progress: Progress | None) -> list[Trajectory]:
         if isinstance(engine, Lockstep) and not engine.leads:
@@ -82,28 +86,22 @@ class Actor:
         return rollout(engine, env, self.renderer, episodes, self.config, temperature=temperature, progress=progress)
 
 
-def open_heldout(config: Config) -> Environment:
-    """The environment of env.eval. UserError as `make`, and where it has fewer than eval.tasks tasks."""
-    env = make(config.env.name, **(config.env.options | config.env.eval))
-    count = _tasks(config, env)
-    if count < config.eval.tasks:
-        raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {count} held-out tasks of env.eval; lower it or give more")
-    return env
+def open_split(config: Config, split: str) -> Environment:
+    """The environment of env.`split`: "train", "eval" or "dev".
 
-
-def open_training(config: Config) -> Environment:
-    """The environment of env.train. UserError as `make`, and where it has no task."""
-    env = make(config.env.name, **(config.env.options | config.env.train))
-    if not _tasks(config, env):
-        raise UserError("env.train holds no tasks; give it some")
-    return env
-
-
-def _tasks(config: Config, env: Environment) -> int:
+    Raises:
+        UserError: as `make`; it has no task to train on, or fewer than eval.tasks to evaluate on.
+    """
+    env = make(config.env.name, **(config.env.options | getattr(config.env, split)))
     try:
-        return len(env)
+        count = len(env)
     except Exception as error:
         raise UserError(f"env.name={config.env.name!r}: __len__ fails: {one_line(error)}; it returns the number of tasks") from error
+    if split == "train" and not count:
+        raise UserError("env.train holds no tasks; give it some")
+    if split != "train" and count < config.eval.tasks:
+        raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {count} tasks of env.{split}; lower it or give more")
+    return env
 
 
 def _seed(*words: int) -> int:

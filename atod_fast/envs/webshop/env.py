@@ -30,7 +30,8 @@ class WebShop:
       generate: number of made-up products, with seed and scale ("small" | "full": short pages, or as long as real ones).
     human_goals: WebShop's `items_human_ins.json`, to ask for what people wrote instead of for every combination of options.
     split: "test" has the first 500 of the goals, shuffled with WebShop's seed, or the first half where there are fewer than
-      1,000; "train" has the others, "all" both.
+      1,000; "train" has the others, "all" both. "dev" has 1,000 of train's (of fewer than 2,000 half), "rest"
+      those of train's that are not in dev: to choose on dev, train on rest.
     nouns: what finds nouns for the score: "spacy", "heuristic", or "auto", spaCy where it is installed. The attribute `nouns`
       says which is active.
 

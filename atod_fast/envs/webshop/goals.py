@@ -24,7 +24,8 @@ from atod_fast.errors import UserError
 
 SHUFFLE_SEED = 233  # WebShop's
 TEST_GOALS = 500  # WebShop's and verl-agent's: of the shuffled goals the first
-SPLITS = ("all", "train", "test")
+DEV_GOALS = 1000  # the next, by which WebShop's own training chooses
+SPLITS = ("all", "train", "test", "dev", "rest")
 STEPS = [10.0 * step for step in range(1, 100)]  # dollars that a limit may be
 NO_LIMIT = 1_000_000.0  # dollars
 MOST_COMBINATIONS = 100_000  # of one product's options that become goals
@@ -103,11 +104,14 @@ class Goals:
 
     def split(self, name: str) -> range:
         """Places of the shuffled goals: "test" has the first 500, or the first half where there are fewer than 1,000, "train"
-        the others (verl-agent's split), "all" both.
+        the others (verl-agent's split), "all" both. Of the others "dev" has the first 1,000, or the first half where there
+        are fewer than 2,000, "rest" those that remain: WebShop's own splits.
         """
         total = len(self._order)
         test = min(TEST_GOALS, total // 2)
-        return {"all": range(total), "train": range(test, total), "test": range(test)}[name]
+        dev = test + min(DEV_GOALS, (total - test) // 2)
+        ends = {"all": (0, total), "train": (test, total), "test": (0, test), "dev": (test, dev), "rest": (dev, total)}
+        return range(*ends[name])
 
     def __getitem__(self, place: int) -> Goal:
         number = self._order[place]
