@@ -317,7 +317,7 @@ def test_a_chat_model_learns_in_windows_of_the_last_turns(tmp_path):
         (["train.stepz=3"], ["train.stepz", "train.steps"]),
         (["student.path=/nowhere/model"], ["/nowhere/model", "does not exist"]),
         (["rollout.prompt_tokens=99999"], ["rollout.prompt_tokens", "positions"]),
-        (["eval.tasks=999999"], ["eval.tasks=999999", "held-out"]),
+        (["eval.tasks=999999"], ["eval.tasks=999999", "env.eval"]),
         (["env.name=nowhere"], ["nowhere"]),
         (["env.name=searchqa", "env.options={generate=20, topc=3}"], ["topc", "topk"]),
         (["env.name=webshop", "env.options={products='/nowhere/items.json', attributes='/nowhere/ins.json'}"], ["/nowhere/ins.json", "WebShop"]),
