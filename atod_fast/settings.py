@@ -91,8 +91,8 @@ def check_world(config: Config, ranks: int) -> None:
 
 SAME_TASKS = {
     ("train", "eval"): "held-out success will be that of training tasks",
-    ("train", "dev"): "what chooses will look at training tasks",
-    ("eval", "dev"): "held-out success will be that of the tasks that chose",
+    ("train", "dev"): "the tasks to choose by will be training tasks",
+    ("eval", "dev"): "held-out success will be that of the tasks that were chosen by",
 }
 
 
@@ -253,6 +253,8 @@ def _lay_over(merged: Level, level: Level) -> None:
         level = OBJECTIVES.get(objective, {}) | level
     if level.get("env.name", merged["env.name"]) != merged["env.name"]:
         merged |= dict.fromkeys(TABLES, {})  # one world's options mean nothing to another
+    if level.keys() & {"env.train", "env.eval"}:
+        merged["env.dev"] = {}  # tasks to choose by belong to those they are apart from
     for key, value in level.items():
         if table := _table_of(key):
             merged[table] = _with_option(merged[table], key.removeprefix(f"{table}.").split("."), value, key)

@@ -114,7 +114,8 @@ class Run:
             if ranks.rank() == 0:
                 self.open_folder(options.command, self.done if place.here else -1)
         if config.checkpoint.keep_best and place.here:
-            self.best = self.kept_best(state.get("best"))
+            # Success on other tasks than env.dev's is not to be compared with.
+            self.best = self.kept_best(state.get("best") if "dev/success" in self.before else None)
         self.console.say(f"run folder {self.run_dir}, rollouts by {engine_kind(config, self.device)}")
         self.resync()
         if not resume:
