@@ -30,11 +30,11 @@ from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import load_config, load_tokenizer, stop_ids
 from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
+from atod_fast.records import Trajectory, outcomes, success_by_type
 from atod_fast.rollout import player
 from atod_fast.rollout.actor import Actor, dated, make_engine
 from atod_fast.rollout.duration import limit
 from atod_fast.settings import check_engines, check_env, check_model
-from atod_fast.trajectory import Trajectory, outcomes, success_by_type
 
 EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
 

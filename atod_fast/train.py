@@ -47,12 +47,12 @@ from atod_fast.policy import checkpoint
 from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
+from atod_fast.records import Trajectory, TurnTable, outcomes, rows, success_by_type, turn_table
 from atod_fast.rollout import player
 from atod_fast.rollout.actor import Actor, dated, engine_kind, make_engine
 from atod_fast.rollout.duration import limit
 from atod_fast.rollout.engine import Engine
 from atod_fast.settings import check_engines, demo_values_warning, same_tasks, to_toml
-from atod_fast.trajectory import Trajectory, TurnTable, outcomes, rows, success_by_type, turn_table
 
 # Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
 LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}

@@ -12,8 +12,8 @@ from tiny import VOCABULARY, save_model
 
 from atod_fast import objective, ranks, train
 from atod_fast.policy.learner import Learner
+from atod_fast.records import Trajectory, Turn, rows, turn_table
 from atod_fast.settings import load
-from atod_fast.trajectory import Trajectory, Turn, rows, turn_table
 
 KAPPA, RHO, TEMPERATURE = 0.7, 1.4, 0.7
 BANNED = (0, 5, 17)  # ids that no action may hold

@@ -22,7 +22,7 @@ from atod_fast.objective import (
     value,
     weigh_turns,
 )
-from atod_fast.trajectory import TurnTable
+from atod_fast.records import TurnTable
 
 torch.set_num_threads(1)
 

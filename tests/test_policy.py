@@ -19,8 +19,8 @@ from atod_fast.policy.model import CausalPolicy, HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
+from atod_fast.records import TurnTable
 from atod_fast.settings import load
-from atod_fast.trajectory import TurnTable
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from worlds import CLOSE, STOP, VOCABULARY, Corridor, Letters, Slow
 
 from atod_fast.config import Config
 from atod_fast.errors import UserError
+from atod_fast.records import Trajectory, rows
 from atod_fast.rollout import agent
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engine import Request
 from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.transformers_engine import TransformersEngine
-from atod_fast.trajectory import Trajectory, rows
 
 
 def make_model() -> Qwen3ForCausalLM:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from atod_fast.config import Objective
-from atod_fast.trajectory import TurnTable
+from atod_fast.records import TurnTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from atod_kernels import turn_weight_report
 from torch import Tensor
 
 from atod_fast.config import Turns
-from atod_fast.trajectory import TurnTable
+from atod_fast.records import TurnTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from atod_fast.policy.model import HeadJob, build_student
 from atod_fast.policy.packing import collate, plan
 from atod_fast.policy.sharding import reshard, shard
 from atod_fast.policy.teacher import Teacher, TeacherHead
-from atod_fast.trajectory import Batch, Row
+from atod_fast.records import Batch, Row
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from atod_fast.config import Config
 from atod_fast.models import dtype_of
 from atod_fast.policy.model import CausalPolicy, HeadJob, build_teacher
 from atod_fast.policy.sharding import reshard, shard
-from atod_fast.trajectory import Batch
+from atod_fast.records import Batch
 
 
 class TeacherHead(NamedTuple):

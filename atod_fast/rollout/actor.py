@@ -16,6 +16,7 @@ from atod_fast.envs.adapter import one_line
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import EnvironmentsLost, UserError
 from atod_fast.models import attention_of, attention_shape, check_weights, dtype_of, load_config, load_model
+from atod_fast.records import Trajectory
 from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engine import Engine
@@ -23,7 +24,6 @@ from atod_fast.rollout.lockstep import Lockstep
 from atod_fast.rollout.prompts import prompt_for
 from atod_fast.rollout.rendering import ChatRenderer, Renderer
 from atod_fast.rollout.transformers_engine import TransformersEngine
-from atod_fast.trajectory import Trajectory
 
 Progress = Callable[[int, int, int, int], None]  # finished, total, turns, tokens
 

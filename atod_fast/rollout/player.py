@@ -9,8 +9,8 @@ from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, GuardError, RankLost
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.observe.console import Console
+from atod_fast.records import Trajectory
 from atod_fast.rollout.actor import check_failures
-from atod_fast.trajectory import Trajectory
 
 
 def play(act: Callable[..., list[Trajectory]], label: str, config: Config, console: Console, interrupt: Interrupt) -> list[Trajectory]:
