@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import files, objective, plan, preflight, ranks, rundir
+from atod_fast.batches import TurnTable, rows, turn_table
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, GuardError, RankLost, UserError
 from atod_fast.interrupt import Interrupt, Interrupted, last_word
@@ -47,7 +48,7 @@ from atod_fast.policy import checkpoint
 from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
-from atod_fast.records import Trajectory, TurnTable, outcomes, rows, success_by_type, turn_table
+from atod_fast.records import Trajectory, outcomes, success_by_type
 from atod_fast.rollout import player
 from atod_fast.rollout.actor import Actor, dated, engine_kind, make_engine
 from atod_fast.rollout.duration import limit

@@ -41,6 +41,7 @@ TESTS = {  # nearest first
     "rollout/actor.py": ("test_actor.py", *LOOP),
     "rollout/agent.py": ("test_rollout.py", *LOOP),
     "train.py": LOOP,
+    "batches.py": (*LOOP, "test_learner_reference.py"),
     "records.py": (*LOOP, "test_learner_reference.py"),
     "envs/alfworld/env.py": LOOP,
 }
@@ -337,8 +338,10 @@ MUTANTS = {  # by file below atod_fast/
             "manual_seed(0)",
         ),
     ],
-    "records.py": [
+    "batches.py": [
         Mutant("anchor-of-action", "GiGPO's anchor is the action", "_anchor(turn.observation)", "_anchor(turn.command)"),
+    ],
+    "records.py": [
         Mutant(
             "last-reward",
             "a trajectory earns its last turn's reward",

@@ -29,12 +29,13 @@ from machine import processor, version
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atod_fast import ranks
+from atod_fast.batches import rows
 from atod_fast.config import Config
 from atod_fast.models import load_config, load_tokenizer
 from atod_fast.policy.model import HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.policy.teacher import Teacher
-from atod_fast.records import Trajectory, rows
+from atod_fast.records import Trajectory
 from atod_fast.rollout import agent, vllm_limits
 from atod_fast.rollout.actor import Actor, make_engine
 from atod_fast.rollout.engine import Engine, Request, Sampling

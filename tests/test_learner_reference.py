@@ -11,8 +11,9 @@ import torch
 from tiny import VOCABULARY, save_model
 
 from atod_fast import objective, ranks, train
+from atod_fast.batches import rows, turn_table
 from atod_fast.policy.learner import Learner
-from atod_fast.records import Trajectory, Turn, rows, turn_table
+from atod_fast.records import Trajectory, Turn
 from atod_fast.settings import load
 
 KAPPA, RHO, TEMPERATURE = 0.7, 1.4, 0.7

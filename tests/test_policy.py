@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from atod_fast import objective, ranks
+from atod_fast.batches import TurnTable
 from atod_fast.errors import UserError
 from atod_fast.models import compare_tokenizers, load_model, resolve
 from atod_fast.objective import FULL_VOCABULARY
@@ -19,7 +20,6 @@ from atod_fast.policy.model import CausalPolicy, HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
-from atod_fast.records import TurnTable
 from atod_fast.settings import load
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from atod_fast.batches import TurnTable
 from atod_fast.config import Objective
-from atod_fast.records import TurnTable
 
 # These need the teacher's whole distribution at each token; k1, k2 and k3 the log-prob of the sampled one.
 FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")

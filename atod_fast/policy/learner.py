@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from atod_fast import ranks
+from atod_fast.batches import Batch, Row
 from atod_fast.config import Config
 from atod_fast.errors import GuardError
 from atod_fast.models import dtype_of
@@ -26,7 +27,6 @@ from atod_fast.policy.model import HeadJob, build_student
 from atod_fast.policy.packing import collate, plan
 from atod_fast.policy.sharding import reshard, shard
 from atod_fast.policy.teacher import Teacher, TeacherHead
-from atod_fast.records import Batch, Row
 
 
 @dataclass(slots=True)

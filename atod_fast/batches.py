@@ -1,0 +1,121 @@
+"""A step's trajectories as tensors: the table of turns that the objective reads, and the rows that the policy trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from atod_fast.records import Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class TurnTable:
+    """All turns of a step over all ranks, in trajectory order. N trajectories, K turns; CPU tensors.
+
+    Everything the objective may look at: it never sees tokens, models or process groups.
+    """
+
+    disagreement: Tensor  # [K] fp32, d_k
+    uncertainty: Tensor  # [K] fp32, h_k
+    length: Tensor  # [K] int64, action tokens
+    well_formed: Tensor  # [K] bool, the response had the required form
+    valid: Tensor  # [K] bool, well formed and accepted by the environment
+    turn_reward: Tensor  # [K] fp32
+    anchor: Tensor  # [K] int64, equal iff the observations before the action are equal (step-level groups of GiGPO)
+    offsets: Tensor  # [N+1] int64, turns of trajectory n are offsets[n]:offsets[n+1]
+    reward: Tensor  # [N] fp32, trajectory reward
+    success: Tensor  # [N] bool
+    group: Tensor  # [N] int64
+
+
+def turn_table(trajectories: Sequence[Trajectory], disagreement: Tensor, uncertainty: Tensor) -> TurnTable:
+    """The table of a step's trajectories and its turns' signals, [K] fp32 each."""
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    return TurnTable(
+        disagreement=disagreement,
+        uncertainty=uncertainty,
+        length=torch.tensor([len(turn.action) for turn in turns]),
+        well_formed=torch.tensor([turn.well_formed for turn in turns]),
+        valid=torch.tensor([turn.valid for turn in turns]),
+        turn_reward=torch.tensor([turn.reward for turn in turns], dtype=torch.float32),
+        anchor=torch.tensor([_anchor(turn.observation) for turn in turns]),
+        offsets=torch.tensor([0, *(len(t.turns) for t in trajectories)]).cumsum(0),
+        reward=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
+        success=torch.tensor([t.success for t in trajectories]),
+        group=torch.tensor([t.group for t in trajectories]),
+    )
+
+
+def _anchor(observation: str) -> int:
+    """63 bits that do not change from run to run, as Python's own hash of a string does."""
+    return int.from_bytes(blake2b(observation.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training sequence: a turn with its prompt (`window`) or a whole trajectory (`full`)."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]  # action token ranges in `ids`, one per turn, ascending; none starts at 0
+    turns: list[int]  # index of each span's turn in the step's TurnTable
+    logprobs: list[float]  # rollout engine's, all spans concatenated
+
+    @property
+    def action_tokens(self) -> int:
+        return len(self.logprobs)
+
+
+def rows(trajectories: Sequence[Trajectory]) -> list[Row]:
+    """Training rows of a step's trajectories, in trajectory order; turns are numbered as in the TurnTable.
+
+    A turn without action tokens adds nothing to learn from and yields no span (but keeps its number).
+    """
+    out: list[Row] = []
+    number = 0
+    for trajectory in trajectories:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        turns: list[int] = []
+        logprobs: list[float] = []
+        for turn in trajectory.turns:
+            if trajectory.context == "window":
+                ids, spans, turns, logprobs = [], [], [], []
+            ids = ids + turn.prompt
+            if turn.action:
+                spans.append((len(ids), len(ids) + len(turn.action)))
+                turns.append(number)
+                logprobs.extend(turn.logprobs)
+            ids = ids + turn.action
+            number += 1
+            if trajectory.context == "window" and spans:
+                out.append(Row(ids, spans, turns, logprobs))
+        if trajectory.context == "full" and spans:
+            out.append(Row(ids, spans, turns, logprobs))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of rows, right-padded or packed. B x L token grid, A action tokens.
+
+    Packed: B = 1, rows end to end, `position_ids` restart at 0 for each. Padded: one row a line, pads at the end
+    (causal attention never lets an action token see them).
+    """
+
+    input_ids: Tensor  # [B, L] int64
+    position_ids: Tensor  # [B, L] int64
+    index: Tensor  # [A] int64, flat index into B*L of the position that predicts each action token
+    target: Tensor  # [A] int64, the action tokens
+    turn: Tensor  # [A] int64, turn of each action token in the TurnTable
+    rollout_logp: Tensor  # [A] fp32, the rollout engine's log-probs
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
