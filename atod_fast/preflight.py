@@ -29,9 +29,9 @@ from atod_fast.models import (
 )
 from atod_fast.policy.model import CausalPolicy, uses_liger
 from atod_fast.published import CONFIGS
-from atod_fast.rollout import vllm_limits
 from atod_fast.rollout.actor import engine_kind, make_renderer, open_split
-from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.rollout.engines.transformers.engine import TransformersEngine
+from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.settings import check_env, check_model, check_world
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")

@@ -28,7 +28,7 @@ from atod_fast.policy.resync import stream_weights
 from atod_fast.records import Trajectory
 from atod_fast.rollout.actor import Actor, dated, engine_kind, make_engine
 from atod_fast.rollout.duration import limit
-from atod_fast.rollout.engine import Engine
+from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
 from atod_fast.settings import check_engines, demo_values_warning, same_tasks
 

@@ -29,7 +29,7 @@ from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
 from atod_fast.rollout.agent import Episode, rollout
-from atod_fast.rollout.engine import Completion, Request
+from atod_fast.rollout.engines.protocol import Completion, Request
 from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.prompts import prompt_for
 from atod_fast.rollout.prompts.plain import PlainPrompt

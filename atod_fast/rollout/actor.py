@@ -17,13 +17,14 @@ from atod_fast.envs.protocol import Environment
 from atod_fast.errors import EnvironmentsLost, UserError
 from atod_fast.models import attention_of, attention_shape, check_weights, dtype_of, load_config, load_model
 from atod_fast.records import Trajectory
-from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
-from atod_fast.rollout.engine import Engine
-from atod_fast.rollout.lockstep import Lockstep
+from atod_fast.rollout.engines.lockstep import Lockstep
+from atod_fast.rollout.engines.protocol import Engine
+from atod_fast.rollout.engines.transformers.engine import TransformersEngine
+from atod_fast.rollout.engines.vllm import engine as vllm_engine
+from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.rollout.prompts import prompt_for
 from atod_fast.rollout.rendering import ChatRenderer, Renderer
-from atod_fast.rollout.transformers_engine import TransformersEngine
 
 Progress = Callable[[int, int, int, int], None]  # finished, total, turns, tokens
 
