@@ -26,8 +26,9 @@ from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner, MiniBatches
 from atod_fast.policy.resync import stream_weights
 from atod_fast.records import Trajectory
-from atod_fast.rollout.actor import Actor, dated, engine_kind, make_engine
+from atod_fast.rollout.actor import Actor, dated
 from atod_fast.rollout.duration import limit
+from atod_fast.rollout.engines import engine_kind, make_engine
 from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
 from atod_fast.settings import check_engines, demo_values_warning, same_tasks

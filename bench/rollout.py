@@ -37,7 +37,8 @@ from atod_fast.policy.packing import collate
 from atod_fast.policy.teacher import Teacher
 from atod_fast.records import Trajectory
 from atod_fast.rollout import agent
-from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.rollout.actor import Actor
+from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.engines.protocol import Engine, Request, Sampling
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
 

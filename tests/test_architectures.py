@@ -31,7 +31,7 @@ from atod_fast.plan import shape_of
 from atod_fast.policy.layout import Logits, find_layout, find_logits
 from atod_fast.policy.model import CausalPolicy, Head, HeadJob
 from atod_fast.policy.packing import collate
-from atod_fast.rollout.actor import make_engine
+from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.engines.transformers import forward, tryout
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 from atod_fast.rollout.engines.transformers.forward import AnewForward, CacheForward, SlotForward

@@ -14,7 +14,7 @@ from atod_fast import run as running
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, GuardError, UserError
 from atod_fast.policy.learner import Learner
-from atod_fast.rollout.actor import engine_kind
+from atod_fast.rollout.engines import engine_kind
 from atod_fast.rollout.engines.lockstep import Lockstep
 from atod_fast.rollout.engines.protocol import Completion, Request, Sampling, checked
 from atod_fast.rollout.engines.vllm import engine as vllm_engine
