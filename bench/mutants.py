@@ -32,7 +32,7 @@ LOOP = ("test_loop_reference.py",)
 TESTS = {  # nearest first
     "objective/advantage.py": ("test_advantage.py",),
     "objective/loss.py": ("test_objective.py", "test_learner_reference.py"),
-    "objective/schedule.py": ("test_schedule.py",),
+    "schedules.py": ("test_schedule.py",),
     "objective/streams.py": ("test_objective.py", "test_learner_reference.py"),
     "objective/turns.py": ("test_objective.py", "test_learner_reference.py"),
     "policy/learner.py": LEARNER,
@@ -41,7 +41,8 @@ TESTS = {  # nearest first
     "rollout/actor.py": ("test_actor.py", *LOOP),
     "rollout/agent.py": ("test_rollout.py", *LOOP),
     "train.py": LOOP,
-    "trajectory.py": (*LOOP, "test_learner_reference.py"),
+    "batches.py": (*LOOP, "test_learner_reference.py"),
+    "records.py": (*LOOP, "test_learner_reference.py"),
     "envs/alfworld/env.py": LOOP,
 }
 
@@ -55,9 +56,16 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {  # by file below atod_fast/
-    "objective/schedule.py": [
-        Mutant("schedule-late", "the slide begins a step late", "(step - slide.hold) /", "(step - 1 - slide.hold) /"),
-        Mutant("hold-ignored", "schedule.*.hold is ignored", "(step - slide.hold) /", "step /"),
+    "schedules.py": [
+        Mutant("schedule-late", "the slide begins a step late", "(step - self.slide.hold)", "(step - 1 - self.slide.hold)"),
+        Mutant("hold-ignored", "schedule.*.hold is ignored", "(step - self.slide.hold)", "step"),
+        Mutant(
+            "warm-up-late",
+            "the warm-up is off by one",
+            "step / train.warmup_steps)",
+            "(step - 1) / train.warmup_steps)",
+        ),
+        Mutant("rate-never-falls", "final_learning_rate is ignored", "1 - (1 - final) * step / train.steps", "1.0"),
         Mutant(
             "kappa-rises",
             "the adaptive kappa may rise again",
@@ -136,6 +144,12 @@ MUTANTS = {  # by file below atod_fast/
             "(rollout_logp - old_logp).exp()",
         ),
         Mutant("tis-uncapped", "tis_cap is only a switch", ".clamp(max=objective.tis_cap)", ""),
+        Mutant(
+            "micro-mean",
+            "the loss is a mean over micro-batches",
+            "tokens.turn, table, turns)",
+            "tokens.turn, table, tokens.turn.unique())",
+        ),
         Mutant(
             "mean-of-all-trajectories",
             "aggregation divides by all trajectories",
@@ -293,42 +307,20 @@ MUTANTS = {  # by file below atod_fast/
             "turn_weight=weights.weight,",
             "turn_weight=torch.ones_like(weights.weight),",
         ),
-        Mutant("no-reward", "A_RL is 0", "rl_advantage=advantages.turn)", "rl_advantage=torch.zeros_like(advantages.turn))"),
+        Mutant("no-reward", "A_RL is 0", "rl_advantage=advantages.turn,", "rl_advantage=torch.zeros_like(advantages.turn),"),
         Mutant(
             "failed-trained",
             "failed trajectories are trained on",
             "[t for t in everyone if t.failure is None]\n",
             "list(everyone)\n",
         ),
+        Mutant("kappa-late", "kappa of the step before", "run.kappa.value(step)", "run.kappa.value(step - 1)"),
+        Mutant("rho-is-kappa", "rho follows kappa's schedule", "run.rho.value(step)", "run.kappa.value(step)"),
         Mutant(
-            "warm-up-late",
-            "the warm-up is off by one",
-            "step / train.warmup_steps)",
-            "(step - 1) / train.warmup_steps)",
-        ),
-        Mutant(
-            "rate-never-falls",
-            "final_learning_rate is ignored",
-            "(1 - (1 - train.final_learning_rate) * step / train.steps)",
-            "1",
-        ),
-        Mutant(
-            "kappa-late",
-            "kappa of the step before",
-            "objective.value(config.schedule.kappa, step)",
-            "objective.value(config.schedule.kappa, step - 1)",
-        ),
-        Mutant(
-            "rho-is-kappa",
-            "rho follows kappa's schedule",
-            "objective.value(config.schedule.rho, step)",
-            "objective.value(config.schedule.kappa, step)",
-        ),
-        Mutant(
-            "micro-mean",
-            "the loss is a mean over micro-batches",
-            "minibatch_turns=part)",
-            "minibatch_turns=scored.batch.turn.unique())",
+            "rate-of-step-1",
+            "the learning rate stays the first step's",
+            "run.learning_rate.value(step)",
+            "run.learning_rate.value(1)",
         ),
         Mutant(
             "shuffled-once",
@@ -337,8 +329,10 @@ MUTANTS = {  # by file below atod_fast/
             "manual_seed(0)",
         ),
     ],
-    "trajectory.py": [
+    "batches.py": [
         Mutant("anchor-of-action", "GiGPO's anchor is the action", "_anchor(turn.observation)", "_anchor(turn.command)"),
+    ],
+    "records.py": [
         Mutant(
             "last-reward",
             "a trajectory earns its last turn's reward",
