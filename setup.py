@@ -19,7 +19,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["atod_fast", "atod_fast.*"]) + ["atod_kernels"],
     package_dir={"": ".", "atod_kernels": "kernels/atod_kernels"},
-    package_data={"atod_fast": ["presets/*.toml", "demo/weights/*/*", "demo/weights/*/*/*", "envs/alfworld/data/*"], "atod_kernels": ["*.json"]},
+    package_data={
+        "atod_fast": ["presets/*.toml", "demo/weights/*/*", "demo/weights/*/*/*", "envs/*/*.toml", "envs/alfworld/data/*"],
+        "atod_kernels": ["*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.16.1,<5.20",

@@ -22,9 +22,11 @@ from tiny import save_model
 
 from atod_fast import cli, evaluate, train
 from atod_fast.config import Config
-from atod_fast.envs import adapter, make
-from atod_fast.envs.gymnasium_adapter import Gymnasium
-from atod_fast.envs.openenv_adapter import OpenEnv, ServerError, at, filled
+from atod_fast.envs import make
+from atod_fast.envs.adapters import adapter
+from atod_fast.envs.adapters.gymnasium import Gymnasium
+from atod_fast.envs.adapters.openenv import OpenEnv, ServerError, at, filled
+from atod_fast.envs.prompt import PlainPrompt
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
@@ -32,7 +34,6 @@ from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engine import Completion, Request
 from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.prompts import prompt_for
-from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.rollout.rendering import ChatRenderer
 from atod_fast.settings import demo_values_warning
 

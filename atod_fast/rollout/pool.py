@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from atod_fast.envs.adapter import encodable, known_facts, one_line
+from atod_fast.envs.adapters.adapter import encodable, known_facts, one_line
 from atod_fast.envs.protocol import Environment, Info
 
 

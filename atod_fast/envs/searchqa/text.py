@@ -7,7 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-from atod_fast.envs.adapter import INVISIBLE
+from atod_fast.envs.adapters.adapter import INVISIBLE
 
 CUT = " [... cut ...]"  # stands where the end of a text was left out
 NOTHING_FOUND = "No search results found."

@@ -18,7 +18,7 @@ from random import Random
 from sys import intern
 from typing import Any
 
-from atod_fast.envs.adapter import INVISIBLE
+from atod_fast.envs.adapters.adapter import INVISIBLE
 from atod_fast.envs.webshop.reading import Malformed, read
 from atod_fast.errors import UserError
 

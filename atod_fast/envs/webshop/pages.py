@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from atod_fast.envs.adapter import cut
+from atod_fast.envs.adapters.adapter import cut
 from atod_fast.envs.webshop.catalogue import Product
 
 SEPARATOR = " [SEP] "

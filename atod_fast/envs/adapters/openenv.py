@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from atod_fast.envs.adapter import Adapter, one_line
+from atod_fast.envs.adapters.adapter import Adapter, one_line
 from atod_fast.envs.options import require
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import NotHere, UserError

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from atod_fast.envs.adapter import LONGEST_NAME, Adapter, fit, known_facts, one_line
+from atod_fast.envs.adapters.adapter import LONGEST_NAME, Adapter, fit, known_facts, one_line
 from atod_fast.envs.options import require
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError

@@ -11,7 +11,7 @@ from atod_fast.envs.options import require, whole
 from atod_fast.envs.protocol import Info
 
 if TYPE_CHECKING:
-    from atod_fast.rollout.prompts.plain import PlainPrompt
+    from atod_fast.envs.prompt import PlainPrompt
 
 CUT = " [... cut ...] "  # stands where the middle of a text was left out, and ends a list that was too long
 LONGEST_NAME = 200  # characters of an action, of a task's type or identifier
@@ -62,7 +62,7 @@ class Adapter:
         return self._tasks
 
     def prompt(self, thinking: bool, history: int) -> PlainPrompt:
-        from atod_fast.rollout.prompts.plain import PlainPrompt  # here, because environments do without torch
+        from atod_fast.envs.prompt import PlainPrompt  # here, because environments do without torch
 
         return PlainPrompt(thinking, history, self._instructions)
 
