@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.envs import make
-from atod_fast.envs.adapters.adapter import one_line
 from atod_fast.envs.protocol import Environment
+from atod_fast.envs.text import one_line
 from atod_fast.errors import EnvironmentsLost, UserError
 from atod_fast.models import attention_of, attention_shape, check_weights, dtype_of, load_config, load_model
 from atod_fast.records import Trajectory

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from atod_fast.envs.adapters.adapter import one_line
 from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
 from atod_fast.envs.searchqa.env import SearchQA
 from atod_fast.envs.searchqa.prompt import SearchPrompt
+from atod_fast.envs.text import one_line
 from atod_fast.envs.webshop.env import WebShop
 from atod_fast.envs.webshop.prompt import WebShopPrompt
 from atod_fast.errors import UserError
