@@ -10,7 +10,7 @@ import torch
 from gloo import run_ranks
 from test_train import run
 
-from atod_fast import train
+from atod_fast import run as running
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, GuardError, UserError
 from atod_fast.policy.learner import Learner
@@ -201,7 +201,7 @@ class Sentinel:
 
 
 def test_the_trainer_s_models_live_while_the_engine_sleeps(tmp_path, monkeypatch):
-    trace, engines, real = [], [], train.make_engine
+    trace, engines, real = [], [], running.make_engine
 
     def make(*arguments, **options):
         engine = real(*arguments, **options)
@@ -218,7 +218,7 @@ def test_the_trainer_s_models_live_while_the_engine_sleeps(tmp_path, monkeypatch
 
         return wrapper
 
-    monkeypatch.setattr(train, "make_engine", make)
+    monkeypatch.setattr(running, "make_engine", make)
     for name in ("__init__", "score_teacher", "score_student", "update"):
         monkeypatch.setattr(Learner, name, watched(name, getattr(Learner, name)))
     run(tmp_path / "run", "train.steps=2")

@@ -244,8 +244,9 @@ def test_the_embedded_job_runs_on_two_ranks(tmp_path):
 def evaluations(arguments: list[str]) -> list:
     """What was said, with what log-probs, in each evaluation of a run."""
     from atod_fast import train
+    from atod_fast.rollout.player import Player
 
-    played, real = [], train.Run.play
+    played, real = [], Player.play
 
     def play(self, label, act):
         found = real(self, label, act)
@@ -253,7 +254,7 @@ def evaluations(arguments: list[str]) -> list:
             played.append([(turn.action, turn.logprobs) for trajectory in found for turn in trajectory.turns])
         return found
 
-    train.Run.play = play
+    Player.play = play
     assert train.main(arguments) == 0
     return played
 
