@@ -29,8 +29,9 @@ from atod_fast.models import (
 )
 from atod_fast.policy.model import CausalPolicy, uses_liger
 from atod_fast.published import CONFIGS
+from atod_fast.renderers import make_renderer
 from atod_fast.rollout import vllm_limits
-from atod_fast.rollout.actor import engine_kind, make_renderer, open_split
+from atod_fast.rollout.actor import engine_kind, open_split
 from atod_fast.rollout.transformers_engine import TransformersEngine
 from atod_fast.settings import check_env, check_model, check_world
 
