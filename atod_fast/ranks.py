@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from atod_fast import errors
 from atod_fast.errors import GuardError, RankLost, Unexpected, UserError
 from atod_fast.interrupt import Interrupted
-from atod_fast.trajectory import Trajectory, Turn
+from atod_fast.records import Trajectory, Turn
 
 COLLECTIVE = timedelta(minutes=30)  # what ranks do together takes far less; they wait for each other's rollouts in `wait`
 STOPPING = timedelta(seconds=30)  # ranks that stop for the same reason come to `all_stop` well within it

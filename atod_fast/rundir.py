@@ -9,15 +9,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from atod_fast import files, lock, ranks
 from atod_fast.cli import Options
 from atod_fast.config import Config
 from atod_fast.errors import UserError
+from atod_fast.observe import provenance
 from atod_fast.policy import checkpoint
-from atod_fast.settings import load, read_toml
+from atod_fast.settings import load, read_toml, to_toml
 
 ROOT = Path("runs")
 _TRAJECTORIES = re.compile(r"(?:step|eval|dev)_(\d{6,})(?:_teacher)?\.(?:jsonl|unfinished)(?:\.partial)?")
@@ -167,6 +171,35 @@ def _refuse_unusable(run_dir: Path) -> None:
 def _refuse_taken(run_dir: Path) -> None:
     if (run_dir / "metrics.jsonl").exists():
         raise UserError(f"--run-dir {run_dir} already holds a run; add --resume auto to go on with it, or give another folder")
+
+
+def open_folder(
+    run_dir: Path,
+    config: Config,
+    done: int,
+    command: str,
+    device: torch.device,
+    *,
+    from_step: int,
+    say: Callable[[str], None],
+) -> None:
+    """Set aside what the run folder holds beyond step `done`; write config.toml, and an entry in environment.json.
+
+    command: that started the run. from_step: that the run goes on from. say: prints a line.
+
+    Raises:
+        UserError: the folder cannot be written, or a file there that has to be read is damaged.
+    """
+    settings, history = to_toml(config), run_dir / "environment.json"
+    try:
+        starts = provenance.entries(history)  # where it is damaged, before anything is moved
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if aside := set_aside(run_dir, done, settings):
+            say(f"moved to {aside}: {contents(aside, done)}")
+        files.write(run_dir / "config.toml", settings)
+        provenance.record(history, starts, command, ranks.world_size(), device, from_step)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir} cannot be written ({checkpoint.reason(error)}); make room there, or give another folder") from None
 
 
 def set_aside(run_dir: Path, done: int, config: str) -> Path | None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from atod_fast import ranks
+from atod_fast.batches import Row
 from atod_fast.errors import UserError
 from atod_fast.models import attention_of, load_model, skeleton
 from atod_fast.plan import shape_of
@@ -35,11 +36,10 @@ from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
 from atod_fast.policy.teacher import Teacher
-from atod_fast.rollout.engine import Request, Sampling
-from atod_fast.rollout.forward import AnewForward, CacheForward, SlotForward
-from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.rollout.engines.protocol import Request, Sampling
+from atod_fast.rollout.engines.transformers.engine import TransformersEngine
+from atod_fast.rollout.engines.transformers.forward import AnewForward, CacheForward, SlotForward
 from atod_fast.settings import load as load_settings
-from atod_fast.trajectory import Row
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 CPU = torch.device("cpu")

@@ -41,7 +41,8 @@ TESTS = {  # nearest first
     "rollout/actor.py": ("test_actor.py", *LOOP),
     "rollout/agent.py": ("test_rollout.py", *LOOP),
     "train.py": LOOP,
-    "trajectory.py": (*LOOP, "test_learner_reference.py"),
+    "batches.py": (*LOOP, "test_learner_reference.py"),
+    "records.py": (*LOOP, "test_learner_reference.py"),
     "envs/alfworld/env.py": LOOP,
 }
 
@@ -136,6 +137,12 @@ MUTANTS = {  # by file below atod_fast/
             "(rollout_logp - old_logp).exp()",
         ),
         Mutant("tis-uncapped", "tis_cap is only a switch", ".clamp(max=objective.tis_cap)", ""),
+        Mutant(
+            "micro-mean",
+            "the loss is a mean over micro-batches",
+            "tokens.turn, table, turns)",
+            "tokens.turn, table, tokens.turn.unique())",
+        ),
         Mutant(
             "mean-of-all-trajectories",
             "aggregation divides by all trajectories",
@@ -293,7 +300,7 @@ MUTANTS = {  # by file below atod_fast/
             "turn_weight=weights.weight,",
             "turn_weight=torch.ones_like(weights.weight),",
         ),
-        Mutant("no-reward", "A_RL is 0", "rl_advantage=advantages.turn)", "rl_advantage=torch.zeros_like(advantages.turn))"),
+        Mutant("no-reward", "A_RL is 0", "rl_advantage=advantages.turn,", "rl_advantage=torch.zeros_like(advantages.turn),"),
         Mutant(
             "failed-trained",
             "failed trajectories are trained on",
@@ -312,24 +319,8 @@ MUTANTS = {  # by file below atod_fast/
             "(1 - (1 - train.final_learning_rate) * step / train.steps)",
             "1",
         ),
-        Mutant(
-            "kappa-late",
-            "kappa of the step before",
-            "objective.value(config.schedule.kappa, step)",
-            "objective.value(config.schedule.kappa, step - 1)",
-        ),
-        Mutant(
-            "rho-is-kappa",
-            "rho follows kappa's schedule",
-            "objective.value(config.schedule.rho, step)",
-            "objective.value(config.schedule.kappa, step)",
-        ),
-        Mutant(
-            "micro-mean",
-            "the loss is a mean over micro-batches",
-            "minibatch_turns=part)",
-            "minibatch_turns=scored.batch.turn.unique())",
-        ),
+        Mutant("kappa-late", "kappa of the step before", "run.kappa(step)", "run.kappa(step - 1)"),
+        Mutant("rho-is-kappa", "rho follows kappa's schedule", "run.rho(step)", "run.kappa(step)"),
         Mutant(
             "shuffled-once",
             "turns.fuse=shuffled draws the same each step",
@@ -337,8 +328,10 @@ MUTANTS = {  # by file below atod_fast/
             "manual_seed(0)",
         ),
     ],
-    "trajectory.py": [
+    "batches.py": [
         Mutant("anchor-of-action", "GiGPO's anchor is the action", "_anchor(turn.observation)", "_anchor(turn.command)"),
+    ],
+    "records.py": [
         Mutant(
             "last-reward",
             "a trajectory earns its last turn's reward",

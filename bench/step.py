@@ -136,8 +136,9 @@ def steps_of(marks: list[tuple[float, float]], phases: list[dict[str, float]]) -
 def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, float]]:
     from atod_fast import train
     from atod_fast.rollout import actor
+    from atod_fast.run import Run
 
-    marks, finish_step = [], train.Run.finish_step
+    marks, reported = [], Run.reported
 
     def endless(config, tokenizer, *others):
         """The demo's renderer for a world that is not the demo's; no response may hold its stop token."""
@@ -145,11 +146,11 @@ def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, flo
         renderer.valid_columns[list(renderer.stop_ids)] = False
         return renderer
 
-    def marked(run, *arguments):
+    def marked(run, *arguments, **options):
         marks.append(now())
-        finish_step(run, *arguments)
+        return reported(run, *arguments, **options)
 
-    actor.make_renderer, train.Run.finish_step = endless, marked
+    actor.make_renderer, Run.reported = endless, marked
     settings = f"""
     student.path={folder} teacher.path={folder} student.compute_dtype=fp32 env.name=__main__:Recital env.options.prompts={folder / "prompts.json"}
     env.max_turns=1 rollout.engine={engine} rollout.context=full rollout.prompt_tokens={PROMPT + RESPONSE} rollout.response_tokens={RESPONSE}

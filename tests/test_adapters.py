@@ -27,14 +27,14 @@ from atod_fast.envs.gymnasium_adapter import Gymnasium
 from atod_fast.envs.openenv_adapter import OpenEnv, ServerError, at, filled
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
+from atod_fast.records import Turn
 from atod_fast.rollout.agent import Episode, rollout
-from atod_fast.rollout.engine import Completion, Request
+from atod_fast.rollout.engines.protocol import Completion, Request
 from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.prompts import prompt_for
 from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.rollout.rendering import ChatRenderer
 from atod_fast.settings import demo_values_warning
-from atod_fast.trajectory import Turn
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "environments.md").read_text(encoding="utf-8")
 BLOCKS = {language: re.findall(f"```{language}\n(.*?)```", PAGE, re.DOTALL) for language in ("python", "sh", "toml")}

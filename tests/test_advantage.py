@@ -8,10 +8,10 @@ import pytest
 import reference
 import torch
 
+from atod_fast.batches import TurnTable
 from atod_fast.config import Objective
 from atod_fast.objective import rl_advantages
 from atod_fast.objective.advantage import discounted_returns
-from atod_fast.trajectory import TurnTable
 
 
 def make_table(episodes):

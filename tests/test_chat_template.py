@@ -14,11 +14,11 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from atod_fast.envs.protocol import Info
+from atod_fast.records import Turn
 from atod_fast.rollout.prompts import AlfWorldPrompt
 from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.rollout.rendering import ChatRenderer
 from atod_fast.rollout.template import ChatTemplate
-from atod_fast.trajectory import Turn
 
 DAY = date(2026, 11, 27)
 OBSERVATIONS = ["\nYou are in a room.\n\nYour task is to: put a mug on the desk.\n", "You see  a mug 1.\n\n\nAnd nothing else.", "\n\nNothing happens. "]

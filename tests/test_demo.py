@@ -22,7 +22,7 @@ from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.alfworld.game import Game
 from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec, generate
 from atod_fast.models import DEMO_WEIGHTS
-from atod_fast.trajectory import Turn
+from atod_fast.records import Turn
 
 SHIPPED = sorted(ALFWORLD.recipes)
 

@@ -22,9 +22,9 @@ from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
 from atod_fast.models import load_tokenizer, resolve
+from atod_fast.records import Turn
 from atod_fast.rollout.actor import make_renderer
 from atod_fast.settings import load
-from atod_fast.trajectory import Turn
 
 pytest.importorskip("bm25s")
 pytest.importorskip("rapidfuzz")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from atod_fast import cli, export, files, lock, ranks, rundir, train
 from atod_fast.errors import GuardError, RankLost, UserError
 from atod_fast.observe import provenance
 from atod_fast.policy import checkpoint
+from atod_fast.run import Run
 
 
 def pretend(run_dir, step=3, before=None, **state):
@@ -202,11 +204,8 @@ def test_a_damaged_best_is_one_line_and_nothing_is_moved(run_dir, tmp_path, caps
 
 
 def opened(run_dir, done=2):
-    """A run that has only its folder."""
-    run = object.__new__(train.Run)
-    run.run_dir, run.config, run.device, run.done = run_dir, cli.parse([]).config, torch.device("cpu"), done
-    run.console = train.Console(speaks=False)
-    run.open_folder("command", done)
+    """Open the folder of a run that goes on from step `done`."""
+    rundir.open_folder(run_dir, cli.parse([]).config, done, "command", torch.device("cpu"), from_step=done, say=lambda line: None)
 
 
 @pytest.mark.parametrize("text", ["{", "{}"])
@@ -338,29 +337,25 @@ def test_a_whole_last_line_without_its_break_is_cut_off(tmp_path):
 
 
 def test_a_best_whose_checkpoint_is_gone_is_forgotten(run_dir):
-    run = object.__new__(train.Run)
-    run.run_dir = run_dir
     checkpoint.name_best(run_dir, checkpoint.Best(1, 0.9))
     ranks.start()
     try:
-        assert run.kept_best([3, 0.4]) == (3, 0.4) and checkpoint.best(run_dir) == (3, 0.4)
-        assert run.kept_best([1, 0.9]) is None and not (run_dir / "checkpoints/best.json").exists()
+        assert checkpoint.agreed_best(run_dir, [3, 0.4]) == (3, 0.4) and checkpoint.best(run_dir) == (3, 0.4)
+        assert checkpoint.agreed_best(run_dir, [1, 0.9]) is None and not (run_dir / "checkpoints/best.json").exists()
     finally:
         ranks.stop()
 
 
 def test_a_rank_lost_in_an_evaluation_is_not_waited_for():
-    run = object.__new__(train.Run)
-    run.config, run.done, run.adaptive = cli.parse(["eval.every=1"]).config, 1, None
+    run = object.__new__(Run)
     written = []
-
-    def evaluate(*arguments):
+    run.reporter = SimpleNamespace(step=lambda *arguments: written.append(arguments))
+    with pytest.raises(RankLost), run.reported({"step": 1}, [], {}):
         raise RankLost("gone")
-
-    run.evaluate, run.engine, run.write = evaluate, None, written.append
-    with pytest.raises(RankLost):
-        run.finish_step({}, [], {})
     assert not written
+    with pytest.raises(GuardError), run.reported({"step": 1}, [], {}):
+        raise GuardError("stopped")
+    assert len(written) == 1, "an evaluation that is stopped loses itself alone"
 
 
 def test_a_run_of_its_own_saves_the_step_it_started_from(three, tmp_path, monkeypatch, capsys):  # noqa: F811

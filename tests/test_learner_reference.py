@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import reference
@@ -11,9 +9,10 @@ import torch
 from tiny import VOCABULARY, save_model
 
 from atod_fast import objective, ranks, train
+from atod_fast.batches import rows, turn_table
 from atod_fast.policy.learner import Learner
+from atod_fast.records import Trajectory, Turn
 from atod_fast.settings import load
-from atod_fast.trajectory import Trajectory, Turn, rows, turn_table
 
 KAPPA, RHO, TEMPERATURE = 0.7, 1.4, 0.7
 BANNED = (0, 5, 17)  # ids that no action may hold
@@ -142,7 +141,7 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
     orders = []
     for number in (1, 2):
         # --- the product
-        minibatches, members = learner.plan(sequences, number)
+        minibatches, wholes = learner.plan(sequences, number)
         if kappa:
             learner.score_teacher(minibatches)
         learner.score_student(minibatches, with_teacher=kappa > 0)
@@ -150,13 +149,10 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
         table = turn_table(trajectories, *signals)
         weights = objective.weigh_turns(table, config.turns).weight
         rl = objective.rl_advantages(table, config.objective).turn
-        parts = [[turn for row in part for turn in sequences[row].turns] for part in members]
-        hybrid = partial(objective.make_streams, config.objective, kappa, RHO, turn_weight=weights, rl_advantage=rl)
-        mean = partial(objective.token_weights, config.objective.aggregation, table=table)
-        streams = [
-            [hybrid(*s.facts, token_weight=mean(s.batch.turn, minibatch_turns=torch.tensor(part))) for s in minibatch]
-            for minibatch, part in zip(minibatches, parts, strict=True)
-        ]
+        parts = [whole.tolist() for whole in wholes]
+        tokens = [[scored.tokens for scored in minibatch] for minibatch in minibatches]
+        weighed = {"table": table, "kappa": kappa, "rho": RHO, "turn_weight": weights, "rl_advantage": rl}
+        streams = objective.step_streams(config.objective, tokens, wholes, **weighed)
         gap = learner.logprob_gap(minibatches)
         before = len(clipped)
         said = learner.update(minibatches, streams, train.learning_rate(config, number))

@@ -13,6 +13,7 @@ from atod_fast import train
 from atod_fast.demo.tokenizer import ACT, BOS, CUT, PAD, UNK
 from atod_fast.models import resolve
 from atod_fast.policy.learner import Learner
+from atod_fast.rollout.player import Player
 
 TEMPERATURE = 0.7
 STEPS, TASKS, GROUP = 2, 3, 4
@@ -82,14 +83,14 @@ def watched(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "failing.py").write_text(FAILING)
     played, updates, draws, seen = {}, [], [], {}
-    play, update, weigh_turns = train.Run.play, Learner.update, train.objective.weigh_turns
+    play, update, weigh_turns = Player.play, Learner.update, train.objective.weigh_turns
 
     def weights(learner):
         learner.make_room()  # what a forward pass has gathered goes back into shards
         return {name: p.detach().full_tensor().double().clone() for name, p in learner.student.named_parameters()}
 
-    def watched_play(run, label, act):
-        played.setdefault(label, []).append(play(run, label, act))
+    def watched_play(player, label, act):
+        played.setdefault(label, []).append(play(player, label, act))
         return played[label][-1]
 
     def watched_update(learner, minibatches, streams, learning_rate):
@@ -104,7 +105,7 @@ def watched(request, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setattr(train.Run, "play", watched_play)
+        patch.setattr(Player, "play", watched_play)
         patch.setattr(Learner, "update", watched_update)
         patch.setattr(train.objective, "weigh_turns", watched_weigh_turns)
         assert train.main([*SETTINGS, *CASES[request.param], "--run-dir", str(folder / "run")]) == 0

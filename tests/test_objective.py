@@ -8,6 +8,7 @@ from atod_kernels import TokenDivergence, TokenLogprob, linear_divergence, linea
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atod_fast.batches import TurnTable
 from atod_fast.config import Objective, Schedule, Slide, Turns
 from atod_fast.objective import (
     FULL_VOCABULARY,
@@ -22,7 +23,6 @@ from atod_fast.objective import (
     value,
     weigh_turns,
 )
-from atod_fast.trajectory import TurnTable
 
 torch.set_num_threads(1)
 

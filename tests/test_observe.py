@@ -10,8 +10,8 @@ from test_train import run
 from atod_fast import evaluate
 from atod_fast.observe import console, transcripts
 from atod_fast.observe.advice import STEPS, Advice, advise, invalid_response
+from atod_fast.records import Trajectory
 from atod_fast.settings import load
-from atod_fast.trajectory import Trajectory
 
 HEALTHY = {
     "rollout/invalid_actions": 0.4,

@@ -1,5 +1,3 @@
-from functools import partial
-
 import pytest
 import torch
 from atod_kernels import naive
@@ -9,6 +7,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from atod_fast import objective, ranks
+from atod_fast.batches import TurnTable
 from atod_fast.errors import UserError
 from atod_fast.models import compare_tokenizers, load_model, resolve
 from atod_fast.objective import FULL_VOCABULARY
@@ -20,7 +19,6 @@ from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
 from atod_fast.settings import load
-from atod_fast.trajectory import TurnTable
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +126,7 @@ def update(student, teacher, *settings):
     rows = random_rows(12)
     turns = 2 * len(rows)
     kappa, rho = objective.value(config.schedule.kappa, 20), objective.value(config.schedule.rho, 20)
-    minibatches, members = trainer.plan(rows, step=1)
+    minibatches, wholes = trainer.plan(rows, step=1)
     if kappa:
         trainer.score_teacher(minibatches)
     trainer.score_student(minibatches, with_teacher=kappa > 0)
@@ -146,19 +144,16 @@ def update(student, teacher, *settings):
         success=torch.zeros(turns // 4, dtype=torch.bool),
         group=torch.arange(turns // 4) // 2,
     )
-    hybrid = partial(
-        objective.make_streams,
+    streams = objective.step_streams(
         config.objective,
-        kappa,
-        rho,
+        [[scored.tokens for scored in minibatch] for minibatch in minibatches],
+        wholes,
+        table=table,
+        kappa=kappa,
+        rho=rho,
         turn_weight=objective.weigh_turns(table, config.turns).weight,
         rl_advantage=objective.rl_advantages(table, config.objective).turn,
     )
-    parts = [torch.tensor([turn for row in part for turn in rows[row].turns]) for part in members]
-    streams = [
-        [hybrid(*s.facts, token_weight=objective.token_weights(config.objective.aggregation, s.batch.turn, table, part)) for s in minibatch]
-        for minibatch, part in zip(minibatches, parts, strict=True)
-    ]
     metrics = trainer.update(minibatches, streams, 0.01)
     parameters = dict(trainer.student.named_parameters())
     moments = {name: trainer.optimizer.state[parameter]["exp_avg"] for name, parameter in parameters.items()}

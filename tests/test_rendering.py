@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from atod_fast.errors import UserError
+from atod_fast.records import Turn
 from atod_fast.rollout.prompts import AlfWorldPrompt
 from atod_fast.rollout.rendering import CUT, ChatRenderer
-from atod_fast.trajectory import Turn
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"

@@ -29,8 +29,10 @@ from atod_fast.observe import provenance
 from atod_fast.policy import checkpoint
 from atod_fast.policy.export import write
 from atod_fast.policy.learner import Learner
+from atod_fast.reporting import Reporter
 from atod_fast.rollout.actor import Actor
 from atod_fast.rollout.duration import limit
+from atod_fast.run import Run
 
 QUICK = [*SMALL, "eval.teacher=false", "eval.tasks=4", "eval.every=0"]
 
@@ -146,7 +148,7 @@ def on_one_rank(folder, phase, alone):
     """Train on two ranks; the second one fails in a phase of step 2, or both do."""
     ranks.STOPPING = timedelta(seconds=2)
     wrong = ranks.rank() == 1 or not alone
-    owner, name = {"rollout": (Actor, "train"), "score": (Learner, "score_student"), "write": (train.Run, "write")}[phase]
+    owner, name = {"rollout": (Actor, "train"), "score": (Learner, "score_student"), "write": (Reporter, "write")}[phase]
     real, calls = getattr(owner, name), []
 
     def fails(self, *arguments, **options):
@@ -389,7 +391,7 @@ def scripted(monkeypatch, *successes):
     def evaluate(self, engine, label, split="eval"):
         return {f"{split}/success": left.pop(0) if split == "dev" else next(held_out) / 100}
 
-    monkeypatch.setattr(train.Run, "evaluate", evaluate)
+    monkeypatch.setattr(Run, "evaluate", evaluate)
 
 
 def test_the_step_of_the_best_success_on_dev_is_kept(tmp_path, monkeypatch, capsys):

@@ -16,11 +16,15 @@ from test_rendering import make_tokenizer
 from tiny import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atod_fast import evaluate, ranks, train
+from atod_fast import evaluate, ranks, reporting, train
 from atod_fast.errors import UserError
 from atod_fast.models import resolve
 from atod_fast.policy.learner import Learner
-from atod_fast.rollout import actor, vllm_limits
+from atod_fast.policy.resync import stream_weights
+from atod_fast.rollout import actor
+from atod_fast.rollout.engines.vllm import limits as vllm_limits
+from atod_fast.rollout.player import Player
+from atod_fast.run import Run
 
 CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty turns/weight_mean loss/total policy/kl
 policy/entropy policy/clip_fraction sync/logprob_gap time/rollout time/teacher time/train time/resync perf/tokens_per_second memory/peak_gib""".split()
@@ -182,7 +186,7 @@ def test_a_training_split_that_is_wrong_is_told_before_anything_is_played(tmp_pa
 
 
 def test_without_a_learning_rate_nothing_moves(tmp_path, monkeypatch):
-    played, real = [], train.Run.play
+    played, real = [], Player.play
 
     def play(self, label, act):
         found = real(self, label, act)
@@ -190,7 +194,7 @@ def test_without_a_learning_rate_nothing_moves(tmp_path, monkeypatch):
             played.append([(turn.action, turn.logprobs) for trajectory in found for turn in trajectory.turns])
         return found
 
-    monkeypatch.setattr(train.Run, "play", play)
+    monkeypatch.setattr(Player, "play", play)
     lines = run(tmp_path / "still", "train.steps=10", "train.learning_rate=0.0", "eval.every=5", "eval.temperature=0.0")
     assert len(played) == 2 and played[0] == played[1], "greedy rollouts, bit for bit"
     before = AutoModelForCausalLM.from_pretrained(resolve("demo:student"))
@@ -258,14 +262,14 @@ def test_evaluations_tell_turns_and_success_by_type_where_types_are_few(three_st
         won = [episode["success"] for episode in played if episode["task_type"] == kind]
         assert lines[2][f"eval/success/{kind}"] == pytest.approx(sum(won) / len(won), abs=1e-8)
     one = run(tmp_path / "one", "train.steps=1", "eval.teacher=false", 'env.eval.task_types=["pick_and_place_simple"]')
-    monkeypatch.setattr(train, "MOST_TYPES", 1)
+    monkeypatch.setattr(reporting, "MOST_TYPES", 1)
     many = run(tmp_path / "many", "train.steps=1", "eval.teacher=false")
     assert not [key for line in one + many for key in line if key.startswith("eval/success/")]
 
 
 def test_the_most_frequent_action_is_told_of_enough_actions():
-    assert train.same_action(["look"] * 24 + ["go"] * 8) == 0.75
-    assert math.isnan(train.same_action(["look"] * 31))
+    assert reporting.same_action(["look"] * 24 + ["go"] * 8) == 0.75
+    assert math.isnan(reporting.same_action(["look"] * 31))
 
 
 def test_two_ranks_do_what_one_does(three_steps, tmp_path):
@@ -372,7 +376,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_an_engine_with_other_weights_stops_the_run(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(train.Run, "resync", lambda self: self.engine.load_weights((n, t * 1.05) for n, t in train.stream_weights(self.learner.student)))
+    monkeypatch.setattr(Run, "resync", lambda self: self.engine.load_weights((n, t * 1.05) for n, t in stream_weights(self.learner.student)))
     run(tmp_path / "run", "train.steps=1", code=3)
     assert "log-probs differ" in capfd.readouterr().err
 

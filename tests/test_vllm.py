@@ -27,7 +27,7 @@ SMALL = "train.tasks_per_step=2 train.group_size=4 train.minibatch_rows=4 eval.t
 
 def build(folder: str, *, filled: bool = False, concurrency: int = 8):
     from atod_fast import ranks
-    from atod_fast.rollout.vllm_engine import build
+    from atod_fast.rollout.engines.vllm.engine import build
 
     device, _ = ranks.start()
     sizes = {"concurrency": concurrency, "max_model_len": 128, "tensor_parallel": 1, "cache_bytes": 1 << 22}
@@ -35,7 +35,7 @@ def build(folder: str, *, filled: bool = False, concurrency: int = 8):
 
 
 def sampling(temperature: float):
-    from atod_fast.rollout.engine import Sampling
+    from atod_fast.rollout.engines.protocol import Sampling
 
     valid = torch.ones(VOCABULARY, dtype=torch.bool)
     valid[[0, 5, 60]] = False
@@ -43,7 +43,7 @@ def sampling(temperature: float):
 
 
 def requests(count: int = 6):
-    from atod_fast.rollout.engine import Request
+    from atod_fast.rollout.engines.protocol import Request
 
     rng = np.random.default_rng(0)
     return [Request(key, rng.integers(6, 60, 40 + key).tolist(), seed=2**62 + key) for key in range(count)]
@@ -77,8 +77,8 @@ def expected(folder: str, prompt: list[int], ids: list[int], temperature: float)
 
 def check_engine(first: str, second: str) -> None:
     from atod_fast.errors import EngineFailure, GuardError, UserError
-    from atod_fast.rollout.engine import Request
-    from atod_fast.rollout.transformers_engine import TransformersEngine
+    from atod_fast.rollout.engines.protocol import Request
+    from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 
     torch.manual_seed(3)
     random.seed(3)
@@ -244,8 +244,9 @@ def test_the_embedded_job_runs_on_two_ranks(tmp_path):
 def evaluations(arguments: list[str]) -> list:
     """What was said, with what log-probs, in each evaluation of a run."""
     from atod_fast import train
+    from atod_fast.rollout.player import Player
 
-    played, real = [], train.Run.play
+    played, real = [], Player.play
 
     def play(self, label, act):
         found = real(self, label, act)
@@ -253,7 +254,7 @@ def evaluations(arguments: list[str]) -> list:
             played.append([(turn.action, turn.logprobs) for trajectory in found for turn in trajectory.turns])
         return found
 
-    train.Run.play = play
+    Player.play = play
     assert train.main(arguments) == 0
     return played
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from atod_fast.trajectory import Row
+from atod_fast.batches import Row
 
 VOCABULARY = 61
 

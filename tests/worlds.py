@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from atod_fast.envs.protocol import Info
+from atod_fast.records import Turn
 from atod_fast.rollout.prompts.plain import PlainPrompt
-from atod_fast.trajectory import Turn
 
 VOCABULARY, STOP, CLOSE = 53, 1, 2
 

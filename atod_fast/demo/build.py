@@ -30,9 +30,10 @@ from atod_fast.demo.world import Recipe, Step, World, trace
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
 from atod_fast.models import load_tokenizer
-from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.records import Turn
+from atod_fast.rollout.actor import Actor
+from atod_fast.rollout.engines import make_engine
 from atod_fast.settings import load
-from atod_fast.trajectory import Turn
 
 POSITIONS = 512
 JUNK_RATES = (0.0, 0.15, 0.15, 0.3)  # of a trace, equally likely

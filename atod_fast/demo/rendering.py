@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast.demo.tokenizer import ACT, BOS, CUT, EOA, PAD, UNK
 from atod_fast.demo.world import Dialect
 from atod_fast.envs.protocol import Info
-from atod_fast.trajectory import Turn
+from atod_fast.records import Turn
 
 OBSERVATION_TOKENS = 60  # a longer observation is cut there and ends in CUT
 

@@ -7,7 +7,7 @@ advantages · `streams` the paper's equation · `loss` what a token costs. Nothi
 from .advantage import Advantages, rl_advantages
 from .loss import diagnostics, loss_function, token_loss
 from .schedule import AdaptiveKappa, needs_teacher, value
-from .streams import FULL_VOCABULARY, Streams, make_streams, token_weights
+from .streams import FULL_VOCABULARY, Streams, Tokens, make_streams, step_streams, token_weights
 from .turns import TurnWeights, profile, token_signals, weigh_turns
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "AdaptiveKappa",
     "Advantages",
     "Streams",
+    "Tokens",
     "TurnWeights",
     "diagnostics",
     "loss_function",
@@ -22,6 +23,7 @@ __all__ = [
     "needs_teacher",
     "profile",
     "rl_advantages",
+    "step_streams",
     "token_loss",
     "token_signals",
     "token_weights",

@@ -24,8 +24,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from atod_fast.batches import TurnTable
 from atod_fast.config import Objective
-from atod_fast.trajectory import TurnTable
 
 
 @dataclass(frozen=True, slots=True)

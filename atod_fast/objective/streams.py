@@ -12,13 +12,14 @@ where rho is folded into the advantage (the clipped surrogate is homogeneous) an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from atod_fast.batches import TurnTable
 from atod_fast.config import Objective
-from atod_fast.trajectory import TurnTable
 
 # These need the teacher's whole distribution at each token; k1, k2 and k3 the log-prob of the sampled one.
 FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
@@ -40,6 +41,52 @@ class Streams:
     def tensors(self) -> dict[str, Tensor]:
         """The streams in use by name: the `inputs` of `atod_kernels.linear_token_loss`; `Streams(**tensors)` restores."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What is known of the A action tokens of a micro-batch before its update."""
+
+    turn: Tensor  # [A] int64, number in the TurnTable
+    old_logp: Tensor  # [A] fp32, the trainer's log-probs before the step's first update
+    teacher_logp: Tensor | None  # [A] fp32; None in a step that does without the teacher
+    rollout_logp: Tensor  # [A] fp32, the rollout engine's log-probs
+
+
+def step_streams(
+    objective: Objective,
+    minibatches: Sequence[Sequence[Tokens]],
+    minibatch_turns: Sequence[Tensor],
+    *,
+    table: TurnTable,
+    kappa: float,
+    rho: float,
+    turn_weight: Tensor,
+    rl_advantage: Tensor,
+) -> list[list[Streams]]:
+    """Streams of every micro-batch of a step: the hybrid advantage and what else the loss reads.
+
+    minibatches: [mini-batch][micro-batch] of this rank. minibatch_turns: the turns [M] of each whole mini-batch, over all
+    ranks, whose tokens its loss is a mean over. table: of all turns. turn_weight, rl_advantage [K].
+    """
+    return [
+        [
+            make_streams(
+                objective,
+                kappa,
+                rho,
+                turn=tokens.turn,
+                old_logp=tokens.old_logp,
+                teacher_logp=tokens.teacher_logp,
+                rollout_logp=tokens.rollout_logp,
+                turn_weight=turn_weight,
+                rl_advantage=rl_advantage,
+                token_weight=token_weights(objective.aggregation, tokens.turn, table, turns),
+            )
+            for tokens in minibatch
+        ]
+        for minibatch, turns in zip(minibatches, minibatch_turns, strict=True)
+    ]
 
 
 @torch.no_grad()

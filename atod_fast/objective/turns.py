@@ -18,8 +18,8 @@ import torch
 from atod_kernels import turn_weight_report
 from torch import Tensor
 
+from atod_fast.batches import TurnTable
 from atod_fast.config import Turns
-from atod_fast.trajectory import TurnTable
 
 
 @dataclass(frozen=True, slots=True)

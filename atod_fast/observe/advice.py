@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from atod_fast.config import Config
-from atod_fast.trajectory import Trajectory
+from atod_fast.records import Trajectory
 
 STEPS = 3  # in a row; one step may be chance
 INVALID = 0.9  # share of actions: what is left cannot carry a group's comparison, and a warm start brings the share far below

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from atod_fast.trajectory import Trajectory
+from atod_fast.records import Trajectory
 
 FACTS = ("task", "group", "member", "task_id", "task_type", "reward", "success", "score", "truncated", "failure")
 TURN = ("observation", "text", "command", "well_formed", "accepted", "valid", "stopped", "reward", "action")

@@ -91,6 +91,20 @@ def name_best(run_dir: Path, found: Best | None) -> None:
     files.write(file, json.dumps({"step": found.step, "dev/success": found.success}) + "\n")
 
 
+def agreed_best(run_dir: Path, told: list | None) -> Best | None:
+    """The best step that a resumed checkpoint names, as `told`, if that step's own checkpoint is still there.
+
+    best.json is made to say so. Returns the same on every rank. Collective.
+    """
+    found = Best(*told) if told else None
+    if ranks.rank() == 0:
+        if found and not is_complete(folder(run_dir, found.step)):
+            found = None
+        name_best(run_dir, found)
+    told = json.loads(ranks.from_first(json.dumps(found)))
+    return Best(*told) if told else None
+
+
 def _best_file(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / "best.json"
 

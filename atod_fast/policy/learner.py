@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from atod_fast import ranks
+from atod_fast.batches import Batch, Row
 from atod_fast.config import Config
 from atod_fast.errors import GuardError
 from atod_fast.models import dtype_of
-from atod_fast.objective import FULL_VOCABULARY, Streams, diagnostics, loss_function, token_signals
+from atod_fast.objective import FULL_VOCABULARY, Streams, Tokens, diagnostics, loss_function, token_signals
 from atod_fast.policy.model import HeadJob, build_student
 from atod_fast.policy.packing import collate, plan
 from atod_fast.policy.sharding import reshard, shard
 from atod_fast.policy.teacher import Teacher, TeacherHead
-from atod_fast.trajectory import Batch, Row
 
 
 @dataclass(slots=True)
@@ -41,9 +41,9 @@ class Scored:
     teacher_hidden: Tensor | None = None  # [A, H_t], where the whole distribution of the teacher is needed
 
     @property
-    def facts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """turn, log pi_old, log pi_T, the rollout engine's log-prob: what `objective.make_streams` reads of a token."""
-        return self.batch.turn, self.logp, self.teacher_logp, self.batch.rollout_logp
+    def tokens(self) -> Tokens:
+        """What `objective.step_streams` reads of the action tokens."""
+        return Tokens(self.batch.turn, self.logp, self.teacher_logp, self.batch.rollout_logp)
 
 
 MiniBatches = list[list[Scored]]  # [mini-batch][micro-batch] of this rank
@@ -73,14 +73,15 @@ class Learner:
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
 
-    def plan(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[list[int]]]:
-        """This rank's micro-batches, and the row numbers of each whole mini-batch."""
+    def plan(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[Tensor]]:
+        """Returns this rank's micro-batches, and the turns [M] of each whole mini-batch, over all ranks."""
         train = self.config.train
         rng = np.random.default_rng([train.seed, step])
         whole = plan(rows, ranks=ranks.world_size(), minibatch_rows=train.minibatch_rows, budget=train.microbatch_tokens, packed=self.packed, rng=rng)
         mine = [[collate([rows[r] for r in micro], packed=self.packed) for micro in minibatch[ranks.rank()]] for minibatch in whole]
         members = [[r for rank in minibatch for micro in rank for r in micro] for minibatch in whole]
-        return [[Scored(batch.to(self.device)) for batch in minibatch] for minibatch in mine], members
+        turns = [torch.tensor([turn for r in part for turn in rows[r].turns]) for part in members]
+        return [[Scored(batch.to(self.device)) for batch in minibatch] for minibatch in mine], turns
 
     def _job(self, scored: Scored, divergence: str | None, head: TeacherHead | None) -> HeadJob:
         job = HeadJob(scored.batch.target, self.config.rollout.temperature, self.valid_columns)

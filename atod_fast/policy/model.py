@@ -15,11 +15,11 @@ from atod_kernels import TokenDivergence, TokenLogprob, linear_divergence, linea
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from atod_fast.batches import Batch
 from atod_fast.config import Student, Teacher
 from atod_fast.errors import UserError
 from atod_fast.models import attention_of, dtype_of, load_config, load_model, reaches, recurrent, round_buffers
 from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
-from atod_fast.trajectory import Batch
 
 
 class HeadJob(NamedTuple):

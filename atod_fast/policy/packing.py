@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from atod_fast.trajectory import Batch, Row
+from atod_fast.batches import Batch, Row
 
 Plan = list[list[list[list[int]]]]  # [mini-batch][rank][micro-batch] -> row numbers
 

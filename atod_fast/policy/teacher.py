@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from atod_fast.batches import Batch
 from atod_fast.config import Config
 from atod_fast.models import dtype_of
 from atod_fast.policy.model import CausalPolicy, HeadJob, build_teacher
 from atod_fast.policy.sharding import reshard, shard
-from atod_fast.trajectory import Batch
 
 
 class TeacherHead(NamedTuple):

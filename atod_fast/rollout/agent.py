@@ -20,10 +20,10 @@ from atod_fast.config import Config
 from atod_fast.envs.adapter import one_line
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
-from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
+from atod_fast.records import Trajectory, Turn
+from atod_fast.rollout.engines.protocol import Completion, Engine, Request, Sampling
 from atod_fast.rollout.pool import Answer, Pool
 from atod_fast.rollout.rendering import Renderer
-from atod_fast.trajectory import Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 

@@ -3,48 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, GuardError, RankLost
 from atod_fast.interrupt import Interrupt, Interrupted
-from atod_fast.observe.console import Console
-from atod_fast.rollout.actor import check_failures
-from atod_fast.trajectory import Trajectory
+from atod_fast.records import Trajectory
+from atod_fast.rollout.actor import Progress, check_failures
+
+ShowProgress = Callable[[str], AbstractContextManager[Progress]]  # of a label: what is told of its rollout's progress
 
 
-def play(act: Callable[..., list[Trajectory]], label: str, config: Config, console: Console, interrupt: Interrupt) -> list[Trajectory]:
-    """Returns the trajectories of `act(progress=...)` on every rank, those of all ranks. Collective.
+class Player:
+    """Plays rollouts on all ranks together, in training and in evaluations.
 
-    Raises:
-        Exception: what ended `act` on one rank is raised on all: one of atod_fast.errors, or Interrupted.
-        EnvironmentsLost: more environments failed than guard.failed_environments allows.
-        RankLost: a rank is gone, or did not come within guard.wait_minutes.
+    refill: gives an engine that broke down its weights anew; without it nothing is played twice. say: prints a line.
     """
-    mine: list[Trajectory] = []
-    failure: Exception | None = None
-    with console.progress(label) as show:
 
-        def progress(*counts: int) -> None:
-            if interrupt.requested:
-                raise Interrupted
-            show(*counts)
+    def __init__(
+        self,
+        config: Config,
+        *,
+        progress: ShowProgress,
+        interrupt: Interrupt,
+        say: Callable[[str], None],
+        refill: Callable[[], object] | None = None,
+    ):
+        self.config, self._progress, self._interrupt, self._say, self._refill = config, progress, interrupt, say, refill
 
+    def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
+        """Returns the trajectories of `act(progress=...)` on every rank, those of all ranks. Collective.
+
+        An engine that breaks down is refilled, once, and the same episodes are played from their beginning: nothing of
+        half a rollout is used.
+
+        Raises:
+            Exception: what ended `act` on one rank is raised on all: one of atod_fast.errors, or Interrupted.
+            EngineFailure: the engine broke down and cannot be refilled.
+            GuardError: the engine did not take its weights, or broke down twice.
+            EnvironmentsLost: more environments failed than guard.failed_environments allows.
+            RankLost: a rank is gone, or did not come within guard.wait_minutes.
+        """
         try:
-            mine = act(progress=progress)
-        except Interrupted:
-            pass
-        except (Exception, SystemExit) as error:
-            failure = ranks.understood(error)
-            if isinstance(failure, EngineFailure) and config.rollout.tensor_parallel > 1:
-                # The engine's other ranks may still wait inside it for this one, and would never hear of it.
-                raise GuardError(f"{label}: the rollout engine broke down ({error})") from error
-    if isinstance(failure, RankLost):
-        raise failure
-    ranks.wait()
-    ranks.raise_together(failure)
-    if ranks.any_rank(interrupt.requested):
-        raise Interrupted
-    everyone = ranks.gather_trajectories(mine)
-    check_failures(everyone, config.guard.failed_environments, label)
-    return everyone
+            return self._once(label, act)
+        except EngineFailure as failure:
+            if self._refill is None:
+                raise
+            again = "it gets its weights anew, and the episodes begin again"
+            self._say(f"{label}: the rollout engine broke down ({failure}); {again}")
+        try:
+            self._refill()
+        except RuntimeError as failure:  # the device itself may be lost, on this rank alone
+            raise GuardError(f"{label}: the rollout engine did not take its weights anew ({failure})") from failure
+        try:
+            return self._once(label, act)
+        except EngineFailure as failure:
+            raise GuardError(f"{label}: the rollout engine broke down twice ({failure})") from failure
+
+    def _once(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
+        mine: list[Trajectory] = []
+        failure: Exception | None = None
+        with self._progress(label) as show:
+
+            def progress(*counts: int) -> None:
+                if self._interrupt.requested:
+                    raise Interrupted
+                show(*counts)
+
+            try:
+                mine = act(progress=progress)
+            except Interrupted:
+                pass
+            except (Exception, SystemExit) as error:
+                failure = ranks.understood(error)
+                if isinstance(failure, EngineFailure) and self.config.rollout.tensor_parallel > 1:
+                    # The engine's other ranks may still wait inside it for this one, and would never hear of it.
+                    raise GuardError(f"{label}: the rollout engine broke down ({error})") from error
+        if isinstance(failure, RankLost):
+            raise failure
+        ranks.wait()
+        ranks.raise_together(failure)
+        if ranks.any_rank(self._interrupt.requested):
+            raise Interrupted
+        everyone = ranks.gather_trajectories(mine)
+        check_failures(everyone, self.config.guard.failed_environments, label)
+        return everyone

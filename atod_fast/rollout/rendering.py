@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from atod_fast.envs.protocol import Info
 from atod_fast.errors import UserError
+from atod_fast.records import Turn
 from atod_fast.rollout.template import ChatTemplate
-from atod_fast.trajectory import Turn
 
 if TYPE_CHECKING:
     from atod_fast.rollout.prompts import Prompt

@@ -15,10 +15,10 @@ from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.searchqa.env import SearchQA
 from atod_fast.envs.webshop.env import WebShop
 from atod_fast.errors import UserError
+from atod_fast.records import Turn
 from atod_fast.rollout.prompts.alfworld import AlfWorldPrompt
 from atod_fast.rollout.prompts.searchqa import SearchPrompt
 from atod_fast.rollout.prompts.webshop import WebShopPrompt
-from atod_fast.trajectory import Turn
 
 
 class Prompt(Protocol):

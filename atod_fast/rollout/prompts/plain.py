@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from atod_fast.records import Turn
 from atod_fast.rollout.prompts.action import past_turns
-from atod_fast.trajectory import Turn
 
 _THINK = "First reason step by step within <think> </think> tags. Then give one action within <action> </action> tags."
 _ACT = "Give one action within <action> </action> tags."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from atod_fast.trajectory import Turn
+from atod_fast.records import Turn
 
 _OPENING = "\nYou are an expert agent tasked with answering the given question step-by-step.\nYour question: {question}\n"
 _HISTORY = (

@@ -1,79 +1,15 @@
-"""The data that flows: what an agent did, as token ids that were sampled and never re-encoded.
-
-Rollouts make trajectories; the objective reads a table with one line a turn; the policy trains on rows.
-"""
+"""A step's trajectories as tensors: the table of turns that the objective reads, and the rows that the policy trains on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-
-@dataclass(slots=True)
-class Turn:
-    """One exchange: what the agent was shown, what it said, what the world made of it."""
-
-    prompt: list[int]  # context `window`: the whole prompt; `full`: the tokens added since the previous action
-    action: list[int]  # ids as sampled, the stop token included when one was sampled
-    logprobs: list[float]  # the rollout engine's log-probs of `action` at the rollout temperature
-    observation: str  # text shown before this action
-    text: str  # decoded action
-    command: str  # what was sent to the environment
-    well_formed: bool  # the response had the form that the prompt asks for
-    accepted: bool = True  # the environment took the command for an action
-    reward: float = 0.0
-    stopped: bool = True  # by a stop token; False: cut off at rollout.response_tokens
-
-    @property
-    def valid(self) -> bool:
-        return self.well_formed and self.accepted
-
-
-@dataclass(slots=True)
-class Trajectory:
-    """One episode of one task."""
-
-    task: int  # index of the task in its environment
-    group: int  # the tasks of a step are numbered 0..tasks_per_step-1; trajectories of one group share a task
-    member: int  # 0..group_size-1
-    context: str  # "window" | "full"
-    turns: list[Turn] = field(default_factory=list)
-    success: bool = False
-    truncated: bool = False  # ended by the turn or token limit
-    failure: str | None = None  # the environment raised or hung: why
-    task_id: str = ""
-    task_type: str = ""
-    score: float | None = None  # the world's own measure, where it is finer than success
-
-    @property
-    def reward(self) -> float:
-        """Sum of the rewards of its turns."""
-        return sum(turn.reward for turn in self.turns)
-
-
-def outcomes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of them that succeeded, those whose environment failed among them, whose number follows; mean turns; the
-    world's mean score, where it has one.
-    """
-    scores = [t.score for t in trajectories if t.score is not None and t.failure is None]
-    return {
-        "success": sum(t.success for t in trajectories) / len(trajectories),
-        "failed_environments": sum(t.failure is not None for t in trajectories),
-        "turns": sum(len(t.turns) for t in trajectories) / len(trajectories),
-        **({"score": sum(scores) / len(scores)} if scores else {}),
-    }
-
-
-def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share that succeeded by task type, in alphabetical order. Those without a name count as one type, ""."""
-    solved: dict[str, list[bool]] = {}
-    for trajectory in trajectories:
-        solved.setdefault(trajectory.task_type, []).append(trajectory.success)
-    return {kind: sum(of_kind) / len(of_kind) for kind, of_kind in sorted(solved.items())}
+from atod_fast.records import Trajectory
 
 
 @dataclass(frozen=True, slots=True)

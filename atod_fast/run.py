@@ -1,0 +1,370 @@
+"""A training run: its set-up, and how it plays, evaluates, saves and ends. `train.py` is the algorithm that it serves.
+
+`open_actor` is the part of the set-up that an evaluation by itself shares.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from atod_fast import objective, preflight, ranks, reporting, rundir
+from atod_fast.cli import Options
+from atod_fast.config import Config
+from atod_fast.errors import GuardError, RankLost
+from atod_fast.interrupt import Interrupt, Interrupted
+from atod_fast.models import dtype_of, stop_ids
+from atod_fast.observe.console import Console
+from atod_fast.policy import checkpoint
+from atod_fast.policy.export import export
+from atod_fast.policy.learner import Learner, MiniBatches
+from atod_fast.policy.resync import stream_weights
+from atod_fast.records import Trajectory
+from atod_fast.rollout.actor import Actor, dated
+from atod_fast.rollout.duration import limit
+from atod_fast.rollout.engines import engine_kind, make_engine
+from atod_fast.rollout.engines.protocol import Engine
+from atod_fast.rollout.player import Player
+from atod_fast.settings import check_engines, demo_values_warning, same_tasks
+
+# Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
+LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def open_actor(
+    config: Config,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: int,
+    splits: Sequence[str],
+) -> Actor:
+    """Return this rank's actor with the environments of `splits` open, and set how long ranks wait for each other.
+
+    path: of the model that acts. columns: width of its head. Collective.
+
+    Raises:
+        UserError: on every rank, where an environment or the prompt for this model cannot be had on one.
+    """
+    with ranks.together():  # files may be missing on one machine alone
+        stops = stop_ids(path)
+        actor = Actor(config, tokenizer, columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
+        for split in splits:  # what is wrong with one is said before anything is played
+            actor.world(split)
+    engines = check_engines(config, ranks.world_size())
+    ranks.be_patient(limit(config, engines, instant=actor.world("eval").instant))
+    return actor
+
+
+class Run:
+    """One training run on this rank.
+
+    Raises (when it is made):
+        Finished: the run that was to be resumed has nothing left to do.
+        UserError: the settings, a model, an environment or the run folder cannot be used.
+    """
+
+    def __init__(self, options: Options, interrupt: Interrupt):
+        self.interrupt = interrupt
+        self.device, mesh = ranks.start()
+        self.console = console = Console(speaks=ranks.rank() == 0)
+        place = rundir.agree(options)
+        self.run_dir, resume, finished = place
+        config = rundir.resumed_config(options, resume)
+        self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
+        if finished:
+            steps, model = config.train.steps, self.run_dir / "hf"
+            raise rundir.Finished(
+                f"{self.run_dir} is finished: {steps} steps, model {model}; give more train.steps to go on",
+            )
+        if options.resume == "auto" and not resume:
+            console.say(f"--resume auto: {self.run_dir} holds no checkpoint; this is a new run")
+        with ranks.together():  # before anything is loaded or opened
+            models = preflight.look(config, ranks.world_size(), self.device).models
+        torch.manual_seed(config.train.seed)
+
+        for line in same_tasks(config):
+            console.say(line)
+        student = models["student"]
+        if warning := demo_values_warning(config, student.parameters):
+            console.say(warning, style="bold yellow")
+        splits = *config.evaluated, "train"
+        self.actor = open_actor(config, config.student.path, student.tokenizer, student.columns, splits)
+        # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the
+        # first sync.
+        self.engine = make_engine(config, config.student.path, self.device, filled=False, say=console.say)
+        self.player = Player(
+            config,
+            progress=console.progress,
+            interrupt=interrupt,
+            say=console.say,
+            refill=self.resync,
+        )
+        with ranks.together():
+            self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
+
+        self.done = 0  # steps
+        self.before: dict[str, float] = {}  # evaluations before training: the student's, and the teacher's
+        self.after: float | None = None  # the student's, when all steps are done
+        self.adaptive: objective.AdaptiveKappa | None = None
+        state = checkpoint.load(resume, self.learner.student, self.learner.optimizer) if resume else {}
+        if resume:
+            self.done, self.before = state["step"], state["before"]
+            console.say(f"resumed from {resume}")
+        self.whole_at = self.learner.updates  # weights are those after step `done` as long as there are no more
+        self.saved = self.done if place.here else 0  # the newest step with a checkpoint in the run folder
+        self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
+        self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer)
+        with ranks.together():
+            if ranks.rank() == 0:
+                beyond = self.done if place.here else -1
+                rundir.open_folder(
+                    self.run_dir,
+                    config,
+                    beyond,
+                    options.command,
+                    self.device,
+                    from_step=self.done,
+                    say=console.say,
+                )
+        if config.checkpoint.keep_best and place.here:
+            self.best = checkpoint.agreed_best(self.run_dir, state.get("best"))
+        console.say(f"run folder {self.run_dir}, rollouts by {engine_kind(config, self.device)}")
+        self.resync()
+        if not resume:
+            self.before = self.evaluate_before()
+            self.reporter.write({"step": 0, **self.before})
+        if config.schedule.kappa.kind == "adaptive":
+            self.adaptive = objective.AdaptiveKappa(config.schedule.kappa, self.before["dev/teacher_success"])
+            if resume:
+                self.adaptive.load_state_dict(state["adaptive"])
+
+    # What a step consists of
+
+    def kappa(self, step: int) -> float:
+        """Weight of imitation at `step`, counted from 1."""
+        return self.adaptive.value(step) if self.adaptive else objective.value(self.config.schedule.kappa, step)
+
+    def rho(self, step: int) -> float:
+        """Weight of reward at `step`, counted from 1."""
+        return objective.value(self.config.schedule.rho, step)
+
+    def roll_out(self, step: int) -> list[Trajectory]:
+        """Play the step's episodes and put the engine to sleep. Returns all ranks' trajectories, on every rank."""
+        everyone = self.player.play(f"step {step}", partial(self.actor.train, self.engine, step))
+        self.engine.sleep()
+        return everyone
+
+    def checked_gap(self, minibatches: MiniBatches, step: int) -> dict[str, float]:
+        """Compare the rollout engine's log-probs with the trainer's.
+
+        Raises:
+            GuardError: they differ by more than guard.logprob_gap on average.
+        """
+        mean, largest = self.learner.logprob_gap(minibatches)
+        limit = self.config.guard.logprob_gap or LOGPROB_GAP[dtype_of(self.config.student.compute_dtype, self.device)]
+        if not mean <= limit:
+            raise GuardError(
+                f"step {step}: rollout and trainer log-probs differ by {mean:.2g} on average (limit {limit:g}): the "
+                "engine does not hold the trainer's weights, or computes otherwise; check rollout.engine and "
+                "student.compute_dtype, or raise guard.logprob_gap"
+            )
+        return {"sync/logprob_gap": mean, "sync/logprob_gap_max": largest}
+
+    def learnt(self, step: int) -> None:
+        """Note that the weights are those after `step`, whole."""
+        self.done, self.whole_at = step, self.learner.updates
+
+    def resync(self) -> int:
+        """Send the student's weights to the rollout engine, which wakes for them. Returns the bytes sent."""
+        sent = 0
+
+        def counted() -> Iterator[tuple[str, Tensor]]:
+            nonlocal sent
+            for name, weight in stream_weights(self.learner.student):
+                sent += weight.nbytes
+                yield name, weight
+
+        self.learner.make_room()
+        self.engine.load_weights(counted())
+        return sent
+
+    @contextmanager
+    def reported(
+        self,
+        metrics: dict,
+        trajectories: Sequence[Trajectory],
+        signals: Mapping[str, Tensor],
+    ) -> Iterator[None]:
+        """At the end of the block, write the step down: `metrics` with what the block added, and its trajectories.
+
+        An error in the block is raised after that. RankLost is raised at once: nothing can be done together any more.
+        """
+        stopped: Exception | None = None
+        try:
+            yield
+        except RankLost:
+            raise
+        except Exception as error:
+            stopped = error
+        ranks.doing(f"writing down step {metrics['step']}")
+        with ranks.together():
+            self.reporter.step(metrics, trajectories, signals)
+        if stopped:
+            raise stopped
+
+    # Evaluation
+
+    def evaluate(self, engine: Engine, label: str, split: str = "eval", teacher: bool = False) -> dict[str, float]:
+        """Play the tasks of env.`split` at eval.temperature with the student (or the teacher) in `engine`.
+
+        Returns its metrics: success, turns, failed environments, score, success by task type.
+        """
+        label += " on env.dev" * (split == "dev")
+        ranks.doing(label)
+        everyone = self.player.play(label, partial(self.actor.evaluate, engine, split))
+        with ranks.together():
+            self.reporter.trajectories(f"{split}_{self.done:06d}" + "_teacher" * teacher, everyone)
+        if lost := sum(t.failure is not None for t in everyone):
+            tasks = self.config.eval.tasks
+            self.console.say(f"{label}: {lost} of {tasks} environments failed, and count as not solved")
+        return reporting.evaluation_metrics(everyone, f"{split}/" + "teacher_" * teacher)
+
+    def evaluate_before(self) -> dict[str, float]:
+        """Evaluate the student and, with eval.teacher and a teacher, the teacher before any training.
+
+        On env.eval, and on env.dev where something looks at it. Returns the metrics of all these evaluations.
+        """
+        config = self.config
+        found: dict[str, float] = {}
+        for split in config.evaluated:
+            found |= self.evaluate(self.engine, "evaluating the student", split)
+        if config.teacher_plays:
+            # With transformers: a second vLLM could not be taken down without the first one's process groups.
+            self.engine.sleep()
+            teacher = make_engine(config, config.teacher.path, self.device, "transformers", say=self.console.say)
+            for split in config.evaluated if config.schedule.kappa.kind == "adaptive" else ("eval",):
+                found |= self.evaluate(teacher, "evaluating the teacher", split, teacher=True)
+            del teacher
+            self.resync()
+        overall = {key: value for key, value in found.items() if key.endswith(("/success", "/teacher_success"))}
+        self.console.say("before training: " + ", ".join(f"{key} {value:.1%}" for key, value in overall.items()))
+        return found
+
+    def evaluate_when_due(self, step: int, metrics: dict[str, float]) -> None:
+        """At the last step and every eval.every steps: evaluate the student, and add what was found to `metrics`.
+
+        What follows success on env.dev (the adaptive kappa, the best checkpoint) is told of it.
+        """
+        config, last = self.config, step == self.config.train.steps
+        if not last and not (config.eval.every and step % config.eval.every == 0):
+            return
+        for split in config.evaluated:
+            metrics |= self.evaluate(self.engine, "evaluating", split)
+        self.after = metrics["eval/success"] if last else None
+        if self.adaptive:
+            self.adaptive.observe(metrics["dev/success"])
+        if config.checkpoint.keep_best:
+            success = metrics["dev/success"]
+            if self.best is None or success > self.best.success:
+                self.best = checkpoint.Best(step, success)
+
+    # Saving, and how a run ends
+
+    def save_when_due(self, step: int) -> None:
+        """Save a checkpoint at the last step, every checkpoint.every steps, and of the best success on env.dev."""
+        last, every = step == self.config.train.steps, self.config.checkpoint.every
+        best = self.best is not None and self.best.step == step
+        if last or best or (every and step % every == 0):
+            self.save()
+
+    def save(self) -> None:
+        """Save the checkpoint of step `done`, unless it is there. Collective."""
+        if self.saved == self.done:
+            return
+        ranks.doing(f"saving step {self.done}")
+        state = {
+            "before": self.before,
+            "adaptive": self.adaptive.state_dict() if self.adaptive else None,
+            "best": self.best,
+            "stop_ids": sorted(self.actor.renderer.stop_ids),
+            "date": self.config.rollout.date,
+        }
+        parts = self.run_dir, self.done, self.learner.student, self.learner.optimizer, state
+        checkpoint.save(*parts, keep=self.config.checkpoint.keep, best=self.best)
+        self.saved = self.done
+
+    @contextmanager
+    def saved_if_stopped(self) -> Iterator[None]:
+        """On an error in the block: save what was trained, and raise the error with a note that says what was saved."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            stopped = ranks.understood(error)
+            if self.done:  # a checkpoint of no step would not be the start: an optimiser has no state before it
+                stopped.add_note(self.rescue(stopped))
+            raise stopped from None
+
+    def rescue(self, stopped: Exception) -> str:
+        """Save where that is possible and draw the curves. Returns a line that says what is saved and how to go on.
+
+        Saving takes all ranks, and weights that are those of a whole step: an update that was stopped between two
+        mini-batches leaves half a step, from which a run cannot be continued exactly.
+        """
+        why = ""
+        whole = self.learner.updates == self.whole_at
+        if isinstance(stopped, RankLost):
+            why = "without the other ranks nothing can be saved"
+        elif not ranks.all_stop(whole):
+            half = f"step {self.done + 1}'s update was only half done and is discarded"
+            why = "another rank was still working and could not join in saving" if whole else half
+        else:
+            try:
+                self.save()
+            except Exception as failure:
+                why = f"it could not be saved: {ranks.understood(failure)}"
+        self.interrupt.ending()
+        if ranks.rank() == 0:
+            self.reporter.draw()
+        line = "interrupted" if isinstance(stopped, Interrupted) else "stopped" if why else "saved"
+        line += f" after step {self.done}"
+        if why:
+            there = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint"
+            line += f"; {why}; {there}"
+        if self.saved:
+            run = shlex.quote(str(self.run_dir))
+            line += f"; go on with --run-dir {run} --resume auto"
+            line += f"; for a model of it: python -m atod_fast.export {run} --out DIR"
+        return line
+
+    def finish(self) -> None:
+        """Export for transformers, draw the curves, say what was gained."""
+        config, before, say = self.config, self.before, self.console.say
+        if self.after is None:  # resumed with every step done
+            self.after = self.evaluate(self.engine, "evaluating")["eval/success"]
+        ranks.doing("exporting the model")
+        model, renderer = self.run_dir / "hf", self.actor.renderer
+        for line in export(
+            model,
+            self.learner.student,
+            config.student.path,
+            self.reporter.tokenizer,
+            renderer.stop_ids,
+        ):
+            say(line)
+        if ranks.rank() != 0:
+            return
+        words = [f"student before {before['eval/success']:.1%}", f"student after {self.after:.1%}"]
+        if "eval/teacher_success" in before:
+            words.append(f"teacher {before['eval/teacher_success']:.1%}")
+        where = f"held-out success at temperature {config.eval.temperature:g} on {config.eval.tasks} tasks"
+        say(f"{where}: " + ", ".join(words))
+        if self.best:
+            kept = checkpoint.folder(self.run_dir, self.best.step)
+            say(f"best success on env.dev {self.best.success:.1%} after step {self.best.step}, kept in {kept}")
+        say(f"model {model}" + (f", curves {self.run_dir / 'curves.png'}" if self.reporter.draw() else ""))
