@@ -69,7 +69,7 @@ class Run:
         UserError: the settings, a model, an environment or the run folder cannot be used.
     """
 
-    def __init__(self, options: Options, interrupt: Interrupt):
+    def __init__(self, options: Options, interrupt: Interrupt, callbacks: Sequence[reporting.Callback] = ()):
         self.interrupt = interrupt
         self.device, mesh = ranks.start()
         self.console = console = Console(speaks=ranks.rank() == 0)
@@ -80,6 +80,7 @@ class Run:
         if finished:
             steps, model = config.train.steps, self.run_dir / "hf"
             raise rundir.Finished(
+                self.run_dir,
                 f"{self.run_dir} is finished: {steps} steps, model {model}; give more train.steps to go on",
             )
         if options.resume == "auto" and not resume:
@@ -119,7 +120,7 @@ class Run:
         self.whole_at = self.learner.updates  # weights are those after step `done` as long as there are no more
         self.saved = self.done if place.here else 0  # the newest step with a checkpoint in the run folder
         self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
-        self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer)
+        self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer, callbacks)
         with ranks.together():
             if ranks.rank() == 0:
                 beyond = self.done if place.here else -1
@@ -228,12 +229,14 @@ class Run:
         label += " on env.dev" * (split == "dev")
         ranks.doing(label)
         everyone = self.player.play(label, partial(self.actor.evaluate, engine, split))
+        metrics = reporting.evaluation_metrics(everyone, f"{split}/" + "teacher_" * teacher)
         with ranks.together():
-            self.reporter.trajectories(f"{split}_{self.done:06d}" + "_teacher" * teacher, everyone)
+            name = f"{split}_{self.done:06d}" + "_teacher" * teacher
+            self.reporter.evaluation(name, self.done, metrics, everyone)
         if lost := sum(t.failure is not None for t in everyone):
             tasks = self.config.eval.tasks
             self.console.say(f"{label}: {lost} of {tasks} environments failed, and count as not solved")
-        return reporting.evaluation_metrics(everyone, f"{split}/" + "teacher_" * teacher)
+        return metrics
 
     def evaluate_before(self) -> dict[str, float]:
         """Evaluate the student and, with eval.teacher and a teacher, the teacher before any training.
