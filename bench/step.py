@@ -34,9 +34,9 @@ from head import hardware
 from machine import version
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from atod_fast.demo.alfworld import ALFWORLD, compact
 from atod_fast.demo.rendering import CompactRenderer
 from atod_fast.demo.tokenizer import ACT, BOS, CONTROL, build_tokenizer
+from atod_fast.envs.alfworld.dialect import ALFWORLD, compact
 from atod_fast.models import resolve
 from atod_fast.observe import metrics
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from atod_fast.demo import build
-from atod_fast.demo.alfworld import ALFWORLD, Expert, compact, junk, vocabulary
 from atod_fast.demo.rendering import OBSERVATION_TOKENS, CompactRenderer
 from atod_fast.demo.tokenizer import ACT, BOS, CONTROL, CUT, EOA, PAD, UNK
-from atod_fast.demo.world import trace
 from atod_fast.envs import make
+from atod_fast.envs.alfworld.dialect import ALFWORLD, Expert, compact, junk, vocabulary
 from atod_fast.envs.alfworld.engine import FastAlfWorld
 from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.alfworld.game import Game
 from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec, generate
+from atod_fast.envs.dialect import trace
 from atod_fast.models import DEMO_WEIGHTS
 from atod_fast.records import Turn
 

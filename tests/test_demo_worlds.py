@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atod_fast import evaluate, train
-from atod_fast.demo import WORLDS, build, searchqa, webshop, world_of
+from atod_fast.demo import WORLDS, build, world_of
 from atod_fast.demo.rendering import CompactRenderer
 from atod_fast.demo.tokenizer import ACT, BOS, CONTROL, CUT, EOA, PAD, UNK
-from atod_fast.demo.world import World, trace
 from atod_fast.envs import make
+from atod_fast.envs.dialect import World, trace
 from atod_fast.envs.protocol import Environment
+from atod_fast.envs.searchqa import dialect as searchqa
+from atod_fast.envs.webshop import dialect as webshop
 from atod_fast.errors import UserError
 from atod_fast.models import load_tokenizer, resolve
 from atod_fast.records import Turn

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from atod_fast.demo.alfworld import ALFWORLD
-from atod_fast.demo.searchqa import SEARCHQA
-from atod_fast.demo.webshop import WEBSHOP
-from atod_fast.demo.world import World
+from atod_fast.envs.alfworld.dialect import ALFWORLD
+from atod_fast.envs.dialect import World
+from atod_fast.envs.searchqa.dialect import SEARCHQA
+from atod_fast.envs.webshop.dialect import WEBSHOP
 
 WORLDS = {world.name: world for world in (ALFWORLD, SEARCHQA, WEBSHOP)}
 

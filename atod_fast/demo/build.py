@@ -26,8 +26,8 @@ from atod_fast.config import Env
 from atod_fast.demo import WORLDS
 from atod_fast.demo.rendering import CompactRenderer
 from atod_fast.demo.tokenizer import build_tokenizer
-from atod_fast.demo.world import Recipe, Step, World, trace
 from atod_fast.envs import make
+from atod_fast.envs.dialect import Recipe, Step, World, trace
 from atod_fast.envs.protocol import Environment
 from atod_fast.models import load_tokenizer
 from atod_fast.records import Turn

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from atod_fast.demo.tokenizer import ACT, BOS, CUT, EOA, PAD, UNK
-from atod_fast.demo.world import Dialect
+from atod_fast.envs.dialect import Dialect
 from atod_fast.envs.protocol import Info
 from atod_fast.records import Turn
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.envs import make
-from atod_fast.envs.adapter import one_line
 from atod_fast.envs.protocol import Environment
+from atod_fast.envs.text import one_line
 from atod_fast.errors import EnvironmentsLost, UserError
 from atod_fast.records import Trajectory
 from atod_fast.rollout.agent import Episode, rollout

@@ -13,7 +13,7 @@ from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec
 from atod_fast.envs.alfworld.loader import SPLITS, find_games, playable, read_file, split_folder, task_id
 from atod_fast.envs.alfworld.textworld import TextWorldEngine
 from atod_fast.envs.options import choice, whole
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.protocol import Info, copy_with
 from atod_fast.errors import UserError
 
 CACHED_GAMES = 256  # parsed games kept, 75 to 250 kB each
@@ -114,9 +114,7 @@ class AlfWorld:
         return observation, self._reward if won else 0.0, won, False, self._info(accepted)
 
     def clone(self) -> AlfWorld:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, engine=None, game=None)
-        return other
+        return copy_with(self, engine=None, game=None)
 
     def close(self) -> None:
         if isinstance(self.engine, TextWorldEngine):

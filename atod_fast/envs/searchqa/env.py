@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_fast.envs.options import choice, whole
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.protocol import Info, copy_with
 from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.client import HttpRetriever
 from atod_fast.envs.searchqa.generator import generate as generate_world
@@ -117,9 +117,7 @@ class SearchQA:
         return observation, 0.0, False, False, self._info(valid)
 
     def clone(self) -> SearchQA:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, question=None)
-        return other
+        return copy_with(self, question=None)
 
     def close(self) -> None:
         self.question = None

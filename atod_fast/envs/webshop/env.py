@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from atod_fast.envs.options import choice, whole
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.protocol import Info, copy_with
 from atod_fast.envs.webshop.generator import SCALES
 from atod_fast.envs.webshop.goals import SPLITS, Goal
 from atod_fast.envs.webshop.nouns import TAGGERS, tagger
@@ -105,9 +105,7 @@ class WebShop:
         return visit.page.text, reward, visit.bought is not None, False, self._info(accepted)
 
     def clone(self) -> WebShop:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _visit=None)
-        return other
+        return copy_with(self, _visit=None)
 
     def close(self) -> None:
         self._visit = None

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from atod_fast.envs.adapter import one_line
 from atod_fast.envs.alfworld.env import AlfWorld
+from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
 from atod_fast.envs.searchqa.env import SearchQA
+from atod_fast.envs.searchqa.prompt import SearchPrompt
+from atod_fast.envs.text import one_line
 from atod_fast.envs.webshop.env import WebShop
+from atod_fast.envs.webshop.prompt import WebShopPrompt
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts.alfworld import AlfWorldPrompt
-from atod_fast.rollout.prompts.searchqa import SearchPrompt
-from atod_fast.rollout.prompts.webshop import WebShopPrompt
 
 
 class Prompt(Protocol):
@@ -60,5 +60,5 @@ def prompt_for(name: str, env: object, thinking: bool, history: int) -> Prompt:
             return prompt(thinking, history)
     raise UserError(
         f"env.name={name!r} has no prompt; give its class a method prompt(thinking, history), such as one that returns "
-        "rollout.prompts.plain.PlainPrompt (docs/environments.md)"
+        "envs.prompt.PlainPrompt (docs/environments.md)"
     )

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from random import Random
 
-from atod_fast.demo.world import Dialect, Player, Recipe, World
 from atod_fast.envs.alfworld.engine import NOTHING_HAPPENS, FastAlfWorld
 from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.alfworld.game import Game
+from atod_fast.envs.dialect import Dialect, Player, Recipe, World
 from atod_fast.models import DEMO_WEIGHTS
 
 _WORD = re.compile(r"[a-z]+|\d+")

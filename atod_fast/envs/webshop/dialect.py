@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import ceil
 from random import Random
 
-from atod_fast.demo.world import Dialect, Player, Recipe, Step, World, weights
+from atod_fast.envs.dialect import Dialect, Player, Recipe, Step, World, weights
 from atod_fast.envs.webshop.catalogue import Product
 from atod_fast.envs.webshop.env import WebShop
 from atod_fast.envs.webshop.generator import KINDS, VALUES

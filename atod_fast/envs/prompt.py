@@ -6,13 +6,33 @@ import re
 from collections.abc import Sequence
 
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts.action import past_turns
 
 _THINK = "First reason step by step within <think> </think> tags. Then give one action within <action> </action> tags."
 _ACT = "Give one action within <action> </action> tags."
 _NOTHING = "Nothing is to be seen."  # in a growing conversation an empty message would say nothing
 _ACTION = re.compile("<action>(.*?)</action>", re.IGNORECASE | re.DOTALL)
+_CHINESE = re.compile("[\u4e00-\u9fff]")
 _KEPT = 100  # characters of a response without an action that become the command
+
+
+def past_turns(turns: Sequence[tuple[str, str]], most: int) -> tuple[int, str]:
+    """How many of `turns`, of (observation, command), are shown, and the last `most` (1 or more) of them, a line each."""
+    recent = list(enumerate(turns, 1))[-most:]
+    lines = [f"[Observation {n}: '{observation}', Action {n}: '{command}']" for n, (observation, command) in recent]
+    return len(recent), "\n".join(lines)
+
+
+def project_action(text: str, thinking: bool, kept: int) -> tuple[str, bool]:
+    """What stands between the first <action> and the first </action>, lower-cased; without both the last `kept` characters.
+
+    Also of the wrong form: thinking tags missing where asked for, and any Chinese character.
+    """
+    lowered = text.lower()
+    start, end = lowered.find("<action>"), lowered.find("</action>")
+    if start < 0 or end < 0:
+        return lowered[-kept:], False
+    thought = not thinking or ("<think>" in text and "</think>" in text)
+    return lowered[start + len("<action>") : end].strip(), thought and not _CHINESE.search(text)
 
 
 class PlainPrompt:

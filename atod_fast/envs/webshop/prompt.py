@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from atod_fast.envs.prompt import past_turns, project_action
 from atod_fast.envs.webshop.pages import SEPARATOR
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts.action import past_turns, project_action
 
 # verl-agent's two templates differ in a blank at the end of this line; the hyphen is one that does not break.
 _OPENING = "\nYou are an expert autonomous agent operating in the WebShop e\u2011commerce environment.{blank}\nYour task is to: {task}.\n"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
 
-from atod_fast.demo.world import Dialect, Player, Recipe, Step, World, weights
+from atod_fast.envs.dialect import Dialect, Player, Recipe, Step, World, weights
 from atod_fast.envs.searchqa.env import SearchQA
 from atod_fast.envs.searchqa.generator import PEOPLE, generate
 from atod_fast.envs.searchqa.text import NOTHING_FOUND

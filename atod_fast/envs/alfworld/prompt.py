@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from atod_fast.envs.prompt import past_turns, project_action
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts.action import past_turns, project_action
 
 _OPENING = "\nYou are an expert agent operating in the ALFRED Embodied Environment."
 _NOW = "our current observation is: {observation}\nYour admissible actions of the current situation are: [{admissible}]."
