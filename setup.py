@@ -17,9 +17,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["atod_fast", "atod_fast.*"]) + ["atod_kernels"],
+    packages=find_packages(include=["atod_fast", "atod_fast.*"]) + ["atod_kernels", "atod_kernels.torch", "atod_kernels.triton"],
     package_dir={"": ".", "atod_kernels": "kernels/atod_kernels"},
-    package_data={"atod_fast": ["presets/*.toml", "demo/weights/*/*", "demo/weights/*/*/*", "envs/alfworld/data/*"], "atod_kernels": ["*.json"]},
+    package_data={"atod_fast": ["presets/*.toml", "demo/weights/*/*", "demo/weights/*/*/*", "envs/alfworld/data/*"], "atod_kernels.triton": ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.16.1,<5.20",

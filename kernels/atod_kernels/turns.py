@@ -40,14 +40,14 @@ def well_formed(offsets: Tensor, total: int) -> Tensor:
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the kernels of `triton_turns.py` take it."""
+    """Whether the kernels of `triton/turns.py` take it."""
     return x.device.type == "cuda" and x.dtype == torch.float32 and validate.HAS_TRITON
 
 
 @torch.library.custom_op("atod_kernels::turn_reduce", mutates_args=())
 def _turn_reduce(values: Tensor, offsets: Tensor, reduce: str) -> Tensor:
     if on_triton(values):
-        from . import triton_turns
+        from .triton import turns as triton_turns
 
         return triton_turns.turn_reduce(values.contiguous(), offsets, reduce)
     if values.device.type == "cpu":
@@ -66,7 +66,7 @@ def _(values: Tensor, offsets: Tensor, reduce: str) -> Tensor:
 def _turn_reduce_backward(upstream: Tensor, values: Tensor, offsets: Tensor, out: Tensor, reduce: str) -> Tensor:
     """The mean shares a turn's gradient evenly over its tokens, max and min over the tokens that attain them."""
     if on_triton(values):
-        from . import triton_turns
+        from .triton import turns as triton_turns
 
         return triton_turns.turn_reduce_backward(upstream, values.contiguous(), offsets, out, reduce)
     ids = segment_ids(offsets, values.shape[0]).clamp(max=max(out.shape[0] - 1, 0))
@@ -252,7 +252,7 @@ def turn_weight_report(
     require(fuse != "shuffled" or generator is not None, "generator is None; expected a torch.Generator for fuse='shuffled'")
     if scope == "trajectory" and normalise != "rank" and fuse != "shuffled" and on_triton(disagreement):
         validate.offsets("trajectory_offsets", trajectory_offsets, count, "disagreement")
-        from . import triton_turns
+        from .triton import turns as triton_turns
 
         offsets = trajectory_offsets.long().contiguous()
         return triton_turns.turn_weights(

@@ -1,6 +1,6 @@
 """Turn reductions and T-DUR weights as Triton kernels: one program per segment, one launch, no atomics.
 
-The mathematics and its reference are in `turns.py`; here are the same results for tensors on a GPU.
+The mathematics and its reference are in `../turns.py`; here are the same results for tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .turns import FLAT, TurnWeights
+from ..turns import FLAT, TurnWeights
 
 BLOCK = 128  # elements a program takes at a time: turns are tens to hundreds of tokens, trajectories tens of turns
 
