@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from atod_fast import objective, preflight, ranks, reporting, rundir
+from atod_fast import preflight, ranks, reporting, rundir, schedules
 from atod_fast.cli import Options
 from atod_fast.config import Config
 from atod_fast.errors import GuardError, RankLost
@@ -112,7 +112,6 @@ class Run:
         self.done = 0  # steps
         self.before: dict[str, float] = {}  # evaluations before training: the student's, and the teacher's
         self.after: float | None = None  # the student's, when all steps are done
-        self.adaptive: objective.AdaptiveKappa | None = None
         state = checkpoint.load(resume, self.learner.student, self.learner.optimizer) if resume else {}
         if resume:
             self.done, self.before = state["step"], state["before"]
@@ -140,20 +139,13 @@ class Run:
         if not resume:
             self.before = self.evaluate_before()
             self.reporter.write({"step": 0, **self.before})
-        if config.schedule.kappa.kind == "adaptive":
-            self.adaptive = objective.AdaptiveKappa(config.schedule.kappa, self.before["dev/teacher_success"])
-            if resume:
-                self.adaptive.load_state_dict(state["adaptive"])
+        self.kappa = schedules.make(config.schedule.kappa, self.before.get("dev/teacher_success", 0.0))
+        self.rho = schedules.make(config.schedule.rho)
+        self.learning_rate = schedules.LearningRate(config.train)
+        if resume:
+            self.kappa.load_state_dict(state.get("adaptive") or {})
 
     # What a step consists of
-
-    def kappa(self, step: int) -> float:
-        """Weight of imitation at `step`, counted from 1."""
-        return self.adaptive.value(step) if self.adaptive else objective.value(self.config.schedule.kappa, step)
-
-    def rho(self, step: int) -> float:
-        """Weight of reward at `step`, counted from 1."""
-        return objective.value(self.config.schedule.rho, step)
 
     def roll_out(self, step: int) -> list[Trajectory]:
         """Play the step's episodes and put the engine to sleep. Returns all ranks' trajectories, on every rank."""
@@ -270,12 +262,12 @@ class Run:
         for split in config.evaluated:
             metrics |= self.evaluate(self.engine, "evaluating", split)
         self.after = metrics["eval/success"] if last else None
-        if self.adaptive:
-            self.adaptive.observe(metrics["dev/success"])
-        if config.checkpoint.keep_best:
-            success = metrics["dev/success"]
-            if self.best is None or success > self.best.success:
-                self.best = checkpoint.Best(step, success)
+        if "dev/success" not in metrics:
+            return
+        success = metrics["dev/success"]
+        self.kappa.observe(success)
+        if config.checkpoint.keep_best and (self.best is None or success > self.best.success):
+            self.best = checkpoint.Best(step, success)
 
     # Saving, and how a run ends
 
@@ -293,7 +285,7 @@ class Run:
         ranks.doing(f"saving step {self.done}")
         state = {
             "before": self.before,
-            "adaptive": self.adaptive.state_dict() if self.adaptive else None,
+            "adaptive": self.kappa.state_dict() or None,
             "best": self.best,
             "stop_ids": sorted(self.actor.renderer.stop_ids),
             "date": self.config.rollout.date,

@@ -30,7 +30,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import entry, objective, plan, ranks, reporting, rundir
 from atod_fast.batches import rows, turn_table
-from atod_fast.config import Config
 from atod_fast.interrupt import Interrupt
 from atod_fast.run import Run
 
@@ -45,7 +44,7 @@ def train(run: Run) -> None:
     with run.saved_if_stopped():
         for step in range(run.done + 1, config.train.steps + 1):
             clock = reporting.Clock(lambda phase, step=step: ranks.doing(f"{phase} of step {step}"))
-            kappa, rho = run.kappa(step), run.rho(step)
+            kappa, rho = run.kappa.value(step), run.rho.value(step)
             imitates = objective.needs_teacher(kappa)
 
             with clock("rollout"):
@@ -80,7 +79,7 @@ def train(run: Run) -> None:
                 )
 
             with clock("train"):
-                learned = learner.update(minibatches, streams, learning_rate=learning_rate(config, step))
+                learned = learner.update(minibatches, streams, learning_rate=run.learning_rate.value(step))
                 run.learnt(step=step)
             with clock("resync"):
                 sent = run.resync()
@@ -97,13 +96,6 @@ def train(run: Run) -> None:
                 run.evaluate_when_due(step=step, metrics=metrics)
             run.save_when_due(step=step)
         run.finish()
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then linearly to `final_learning_rate` of the peak at the last step. `step` counts from 1."""
-    train = config.train
-    warm = min(1.0, step / train.warmup_steps) if train.warmup_steps else 1.0
-    return train.learning_rate * warm * (1 - (1 - train.final_learning_rate) * step / train.steps)
 
 
 def start(
