@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from atod_fast.methods import OBJECTIVES, nest
+from atod_fast.schedules import RateShape, Shape
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -119,7 +120,8 @@ class Train(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     learning_rate: float = Field(7e-4, ge=0, description="peak AdamW learning rate")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
-    final_learning_rate: float = Field(0.2, ge=0, le=1, description="fraction of the peak reached linearly at the last step; 1 = constant")
+    schedule: RateShape = Field("linear", description="how the learning rate falls from its peak to the last step's; constant: not at all")
+    final_learning_rate: float = Field(0.2, ge=0, le=1, description="fraction of the peak that the last step has; constant does not use it")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     # A TOML array arrives as a list, which strict mode would refuse.
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="AdamW betas")
@@ -186,7 +188,7 @@ class Objective(Section):
 
 
 class Slide(Section):
-    kind: Literal["linear", "cosine", "exponential", "step", "constant", "adaptive"] = Field(
+    kind: Literal[Shape, "adaptive"] = Field(
         "linear",
         description="shape; adaptive (kappa only): start * (1 - success of student / teacher on env.dev), never rising",
     )

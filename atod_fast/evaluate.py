@@ -31,7 +31,8 @@ from atod_fast.models import load_config, load_tokenizer
 from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
 from atod_fast.records import Trajectory, outcomes, success_by_type
-from atod_fast.rollout.actor import dated, make_engine
+from atod_fast.rollout.actor import dated
+from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.player import Player
 from atod_fast.run import open_actor
 from atod_fast.settings import check_engines, check_env, check_model

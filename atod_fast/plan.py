@@ -19,7 +19,7 @@ from atod_fast.models import attention_shape, dtype_of
 from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy.layout import find_layout
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
-from atod_fast.rollout.actor import engine_kind
+from atod_fast.rollout.engines import engine_kind
 from atod_fast.settings import demo_values_warning, same_tasks, to_toml
 
 PHASES = ("teacher's eval", "rollout", "score", "update")

@@ -16,23 +16,20 @@ from atod_fast.config import Config
 from atod_fast.errors import NotHere, UserError
 from atod_fast.models import (
     attention_of,
-    attention_shape,
     check_quantised,
     compare_tokenizers,
     dtype_of,
     is_here,
     load_config,
     load_tokenizer,
-    saved_buffers,
     skeleton,
     stop_ids,
 )
 from atod_fast.policy.model import CausalPolicy, uses_liger
 from atod_fast.published import CONFIGS
 from atod_fast.renderers import make_renderer
-from atod_fast.rollout import vllm_limits
-from atod_fast.rollout.actor import engine_kind, open_split
-from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.rollout.actor import open_split
+from atod_fast.rollout.engines import ENGINES, engine_kind
 from atod_fast.settings import check_env, check_model, check_world
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -87,12 +84,9 @@ def look(config: Config, ranks: int, device: torch.device, *, offline: bool = Fa
         check_model(config, path, shape.to_dict())
         found.models[role] = Model(path, shape, _body(config, role, path, shape, device), tokenizer)
     uses_liger(config.student.liger, device)
-    if engine_kind(config, device) == "vllm":
-        if "student" in found.models:
-            vllm_limits.check(config, attention_shape(found.models["student"].config), dtype_of(config.student.compute_dtype, device))
-            vllm_limits.check_experts(found.models["student"].config, device)
-        vllm_limits.check_installed()
     student, teacher = found.models.get("student"), found.models.get("teacher")
+    kind = ENGINES[engine_kind(config, device)]
+    kind.check(config, student and student.config, dtype_of(config.student.compute_dtype, device), device)
     if student and teacher and student.tokenizer is not None:
         if teacher.tokenizer is not None:
             compare_tokenizers(student.tokenizer, teacher.tokenizer)
@@ -164,10 +158,8 @@ def _body(config: Config, role: str, path: str, shape, device: torch.device) -> 
     body = skeleton(shape, path, attention)
     if role == "student" or config.teacher_scores:
         CausalPolicy(body)
-    kind = engine_kind(config, device)
-    if role == "student" and kind == "vllm" and (names := saved_buffers(body)):
-        raise UserError(f"rollout.engine=vllm cannot be sent {names[0]}, a buffer of a {shape.model_type} model; set rollout.engine=transformers")
-    plays = kind == "transformers" if role == "student" else config.teacher_plays
-    if plays:
-        TransformersEngine(body, slots=1, max_model_len=config.rollout.longest, device="meta")
+    if role == "student":
+        ENGINES[engine_kind(config, device)].check_model(config, body)
+    elif config.teacher_plays:
+        ENGINES["transformers"].check_model(config, body)
     return body

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from atod_fast import objective, preflight, ranks, reporting, rundir
+from atod_fast import preflight, ranks, reporting, rundir, schedules
 from atod_fast.cli import Options
 from atod_fast.config import Config
 from atod_fast.errors import GuardError, RankLost
@@ -27,9 +27,10 @@ from atod_fast.policy.learner import Learner, MiniBatches
 from atod_fast.policy.resync import stream_weights
 from atod_fast.records import Trajectory
 from atod_fast.renderers import make_renderer
-from atod_fast.rollout.actor import Actor, dated, engine_kind, make_engine
+from atod_fast.rollout.actor import Actor, dated
 from atod_fast.rollout.duration import limit
-from atod_fast.rollout.engine import Engine
+from atod_fast.rollout.engines import engine_kind, make_engine
+from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
 from atod_fast.settings import check_engines, demo_values_warning, same_tasks
 
@@ -74,7 +75,7 @@ class Run:
         UserError: the settings, a model, an environment or the run folder cannot be used.
     """
 
-    def __init__(self, options: Options, interrupt: Interrupt):
+    def __init__(self, options: Options, interrupt: Interrupt, callbacks: Sequence[reporting.Callback] = ()):
         self.interrupt = interrupt
         self.device, mesh = ranks.start()
         self.console = console = Console(speaks=ranks.rank() == 0)
@@ -85,6 +86,7 @@ class Run:
         if finished:
             steps, model = config.train.steps, self.run_dir / "hf"
             raise rundir.Finished(
+                self.run_dir,
                 f"{self.run_dir} is finished: {steps} steps, model {model}; give more train.steps to go on",
             )
         if options.resume == "auto" and not resume:
@@ -116,7 +118,6 @@ class Run:
         self.done = 0  # steps
         self.before: dict[str, float] = {}  # evaluations before training: the student's, and the teacher's
         self.after: float | None = None  # the student's, when all steps are done
-        self.adaptive: objective.AdaptiveKappa | None = None
         state = checkpoint.load(resume, self.learner.student, self.learner.optimizer) if resume else {}
         if resume:
             self.done, self.before = state["step"], state["before"]
@@ -124,7 +125,7 @@ class Run:
         self.whole_at = self.learner.updates  # weights are those after step `done` as long as there are no more
         self.saved = self.done if place.here else 0  # the newest step with a checkpoint in the run folder
         self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
-        self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer)
+        self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer, callbacks)
         with ranks.together():
             if ranks.rank() == 0:
                 beyond = self.done if place.here else -1
@@ -144,20 +145,13 @@ class Run:
         if not resume:
             self.before = self.evaluate_before()
             self.reporter.write({"step": 0, **self.before})
-        if config.schedule.kappa.kind == "adaptive":
-            self.adaptive = objective.AdaptiveKappa(config.schedule.kappa, self.before["dev/teacher_success"])
-            if resume:
-                self.adaptive.load_state_dict(state["adaptive"])
+        self.kappa = schedules.make(config.schedule.kappa, self.before.get("dev/teacher_success", 0.0))
+        self.rho = schedules.make(config.schedule.rho)
+        self.learning_rate = schedules.LearningRate(config.train)
+        if resume:
+            self.kappa.load_state_dict(state.get("adaptive") or {})
 
     # What a step consists of
-
-    def kappa(self, step: int) -> float:
-        """Weight of imitation at `step`, counted from 1."""
-        return self.adaptive.value(step) if self.adaptive else objective.value(self.config.schedule.kappa, step)
-
-    def rho(self, step: int) -> float:
-        """Weight of reward at `step`, counted from 1."""
-        return objective.value(self.config.schedule.rho, step)
 
     def roll_out(self, step: int) -> list[Trajectory]:
         """Play the step's episodes and put the engine to sleep. Returns all ranks' trajectories, on every rank."""
@@ -233,12 +227,14 @@ class Run:
         label += " on env.dev" * (split == "dev")
         ranks.doing(label)
         everyone = self.player.play(label, partial(self.actor.evaluate, engine, split))
+        metrics = reporting.evaluation_metrics(everyone, f"{split}/" + "teacher_" * teacher)
         with ranks.together():
-            self.reporter.trajectories(f"{split}_{self.done:06d}" + "_teacher" * teacher, everyone)
+            name = f"{split}_{self.done:06d}" + "_teacher" * teacher
+            self.reporter.evaluation(name, self.done, metrics, everyone)
         if lost := sum(t.failure is not None for t in everyone):
             tasks = self.config.eval.tasks
             self.console.say(f"{label}: {lost} of {tasks} environments failed, and count as not solved")
-        return reporting.evaluation_metrics(everyone, f"{split}/" + "teacher_" * teacher)
+        return metrics
 
     def evaluate_before(self) -> dict[str, float]:
         """Evaluate the student and, with eval.teacher and a teacher, the teacher before any training.
@@ -272,12 +268,12 @@ class Run:
         for split in config.evaluated:
             metrics |= self.evaluate(self.engine, "evaluating", split)
         self.after = metrics["eval/success"] if last else None
-        if self.adaptive:
-            self.adaptive.observe(metrics["dev/success"])
-        if config.checkpoint.keep_best:
-            success = metrics["dev/success"]
-            if self.best is None or success > self.best.success:
-                self.best = checkpoint.Best(step, success)
+        if "dev/success" not in metrics:
+            return
+        success = metrics["dev/success"]
+        self.kappa.observe(success)
+        if config.checkpoint.keep_best and (self.best is None or success > self.best.success):
+            self.best = checkpoint.Best(step, success)
 
     # Saving, and how a run ends
 
@@ -295,7 +291,7 @@ class Run:
         ranks.doing(f"saving step {self.done}")
         state = {
             "before": self.before,
-            "adaptive": self.adaptive.state_dict() if self.adaptive else None,
+            "adaptive": self.kappa.state_dict() or None,
             "best": self.best,
             "stop_ids": sorted(self.actor.renderer.stop_ids),
             "date": self.config.rollout.date,

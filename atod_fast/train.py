@@ -23,13 +23,13 @@ if __name__ == "__main__":
     cli.answer_early(cli.parse)
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import entry, objective, plan, ranks, reporting, rundir
 from atod_fast.batches import rows, turn_table
-from atod_fast.config import Config
 from atod_fast.interrupt import Interrupt
 from atod_fast.run import Run
 
@@ -44,7 +44,7 @@ def train(run: Run) -> None:
     with run.saved_if_stopped():
         for step in range(run.done + 1, config.train.steps + 1):
             clock = reporting.Clock(lambda phase, step=step: ranks.doing(f"{phase} of step {step}"))
-            kappa, rho = run.kappa(step), run.rho(step)
+            kappa, rho = run.kappa.value(step), run.rho.value(step)
             imitates = objective.needs_teacher(kappa)
 
             with clock("rollout"):
@@ -79,7 +79,7 @@ def train(run: Run) -> None:
                 )
 
             with clock("train"):
-                learned = learner.update(minibatches, streams, learning_rate=learning_rate(config, step))
+                learned = learner.update(minibatches, streams, learning_rate=run.learning_rate.value(step))
                 run.learnt(step=step)
             with clock("resync"):
                 sent = run.resync()
@@ -98,27 +98,25 @@ def train(run: Run) -> None:
         run.finish()
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then linearly to `final_learning_rate` of the peak at the last step. `step` counts from 1."""
-    train = config.train
-    warm = min(1.0, step / train.warmup_steps) if train.warmup_steps else 1.0
-    return train.learning_rate * warm * (1 - (1 - train.final_learning_rate) * step / train.steps)
-
-
-def start(options: cli.Options, interrupt: Interrupt) -> None:
-    """Do what the command line asks for: print the plan of a dry run, or train."""
+def start(
+    options: cli.Options,
+    interrupt: Interrupt,
+    callbacks: Sequence[reporting.Callback] = (),
+) -> Path | None:
+    """Print the plan of a dry run, or train. Returns the folder of the run, which may have been finished already."""
     speaks = ranks.rank() == 0
     if options.dry_run:
         if speaks:
             print(plan.describe(rundir.resumed_config(options, rundir.choose(options).resume), ranks.world_size()))
-        return
+        return None
     try:
-        run = Run(options, interrupt)
+        run = Run(options, interrupt, callbacks)
     except rundir.Finished as finished:
         if speaks:
             print(finished)
-        return
+        return finished.run_dir
     train(run)
+    return run.run_dir
 
 
 @record

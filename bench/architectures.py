@@ -36,9 +36,9 @@ from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
 from atod_fast.policy.teacher import Teacher
-from atod_fast.rollout.engine import Request, Sampling
-from atod_fast.rollout.forward import AnewForward, CacheForward, SlotForward
-from atod_fast.rollout.transformers_engine import TransformersEngine
+from atod_fast.rollout.engines.protocol import Request, Sampling
+from atod_fast.rollout.engines.transformers.engine import TransformersEngine
+from atod_fast.rollout.engines.transformers.forward import AnewForward, CacheForward, SlotForward
 from atod_fast.settings import load as load_settings
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"

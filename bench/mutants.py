@@ -32,7 +32,7 @@ LOOP = ("test_loop_reference.py",)
 TESTS = {  # nearest first
     "objective/advantage.py": ("test_advantage.py",),
     "objective/loss.py": ("test_objective.py", "test_learner_reference.py"),
-    "objective/schedule.py": ("test_schedule.py",),
+    "schedules.py": ("test_schedule.py",),
     "objective/streams.py": ("test_objective.py", "test_learner_reference.py"),
     "objective/turns.py": ("test_objective.py", "test_learner_reference.py"),
     "policy/learner.py": LEARNER,
@@ -56,9 +56,16 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {  # by file below atod_fast/
-    "objective/schedule.py": [
-        Mutant("schedule-late", "the slide begins a step late", "(step - slide.hold) /", "(step - 1 - slide.hold) /"),
-        Mutant("hold-ignored", "schedule.*.hold is ignored", "(step - slide.hold) /", "step /"),
+    "schedules.py": [
+        Mutant("schedule-late", "the slide begins a step late", "(step - self.slide.hold)", "(step - 1 - self.slide.hold)"),
+        Mutant("hold-ignored", "schedule.*.hold is ignored", "(step - self.slide.hold)", "step"),
+        Mutant(
+            "warm-up-late",
+            "the warm-up is off by one",
+            "step / train.warmup_steps)",
+            "(step - 1) / train.warmup_steps)",
+        ),
+        Mutant("rate-never-falls", "final_learning_rate is ignored", "1 - (1 - final) * step / train.steps", "1.0"),
         Mutant(
             "kappa-rises",
             "the adaptive kappa may rise again",
@@ -307,20 +314,14 @@ MUTANTS = {  # by file below atod_fast/
             "[t for t in everyone if t.failure is None]\n",
             "list(everyone)\n",
         ),
+        Mutant("kappa-late", "kappa of the step before", "run.kappa.value(step)", "run.kappa.value(step - 1)"),
+        Mutant("rho-is-kappa", "rho follows kappa's schedule", "run.rho.value(step)", "run.kappa.value(step)"),
         Mutant(
-            "warm-up-late",
-            "the warm-up is off by one",
-            "step / train.warmup_steps)",
-            "(step - 1) / train.warmup_steps)",
+            "rate-of-step-1",
+            "the learning rate stays the first step's",
+            "run.learning_rate.value(step)",
+            "run.learning_rate.value(1)",
         ),
-        Mutant(
-            "rate-never-falls",
-            "final_learning_rate is ignored",
-            "(1 - (1 - train.final_learning_rate) * step / train.steps)",
-            "1",
-        ),
-        Mutant("kappa-late", "kappa of the step before", "run.kappa(step)", "run.kappa(step - 1)"),
-        Mutant("rho-is-kappa", "rho follows kappa's schedule", "run.rho(step)", "run.kappa(step)"),
         Mutant(
             "shuffled-once",
             "turns.fuse=shuffled draws the same each step",

@@ -38,9 +38,11 @@ from atod_fast.policy.packing import collate
 from atod_fast.policy.teacher import Teacher
 from atod_fast.records import Trajectory
 from atod_fast.renderers import make_renderer
-from atod_fast.rollout import agent, vllm_limits
-from atod_fast.rollout.actor import Actor, make_engine
-from atod_fast.rollout.engine import Engine, Request, Sampling
+from atod_fast.rollout import agent
+from atod_fast.rollout.actor import Actor
+from atod_fast.rollout.engines import make_engine
+from atod_fast.rollout.engines.protocol import Engine, Request, Sampling
+from atod_fast.rollout.engines.vllm import limits as vllm_limits
 
 ROUNDS = 5
 LARGER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}

@@ -32,7 +32,7 @@ from atod_fast.envs.text import GAP, cut_middle
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
 from atod_fast.rollout.agent import Episode, rollout
-from atod_fast.rollout.engine import Completion, Request
+from atod_fast.rollout.engines.protocol import Completion, Request
 from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.rendering import ChatRenderer
 from atod_fast.settings import demo_values_warning

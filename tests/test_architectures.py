@@ -31,11 +31,11 @@ from atod_fast.plan import shape_of
 from atod_fast.policy.layout import Logits, find_layout, find_logits
 from atod_fast.policy.model import CausalPolicy, Head, HeadJob
 from atod_fast.policy.packing import collate
-from atod_fast.rollout import forward, tryout
-from atod_fast.rollout.actor import make_engine
-from atod_fast.rollout.forward import AnewForward, CacheForward, SlotForward
-from atod_fast.rollout.transformers_engine import TransformersEngine
-from atod_fast.rollout.vllm_limits import check_experts
+from atod_fast.rollout.engines import make_engine
+from atod_fast.rollout.engines.transformers import forward, tryout
+from atod_fast.rollout.engines.transformers.engine import TransformersEngine
+from atod_fast.rollout.engines.transformers.forward import AnewForward, CacheForward, SlotForward
+from atod_fast.rollout.engines.vllm.limits import check_experts
 from atod_fast.settings import check_model, load
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,11 +14,12 @@ from atod_fast import run as running
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, GuardError, UserError
 from atod_fast.policy.learner import Learner
-from atod_fast.rollout import vllm_engine, vllm_limits
-from atod_fast.rollout.actor import engine_kind
-from atod_fast.rollout.engine import Completion, Request, Sampling, checked
-from atod_fast.rollout.lockstep import Lockstep
-from atod_fast.rollout.vllm_engine import Mask, VllmEngine
+from atod_fast.rollout.engines import engine_kind
+from atod_fast.rollout.engines.lockstep import Lockstep
+from atod_fast.rollout.engines.protocol import Completion, Request, Sampling, checked
+from atod_fast.rollout.engines.vllm import engine as vllm_engine
+from atod_fast.rollout.engines.vllm import limits as vllm_limits
+from atod_fast.rollout.engines.vllm.engine import Mask, VllmEngine
 
 SHAPES = {"model.embed.weight": torch.Size([5, 2]), "lm_head.weight": torch.Size([5, 2])}
 WEIGHTS = [(name, torch.ones(shape)) for name, shape in SHAPES.items()]
@@ -229,7 +230,7 @@ def test_the_trainer_s_models_live_while_the_engine_sleeps(tmp_path, monkeypatch
 
 def break_once(monkeypatch, times: int):
     """Engine steps that fail, `times` in all, once some have been taken."""
-    from atod_fast.rollout.transformers_engine import TransformersEngine
+    from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 
     real, taken, broken = TransformersEngine.step, [], []
 

@@ -8,10 +8,11 @@ import reference
 import torch
 from tiny import VOCABULARY, save_model
 
-from atod_fast import objective, ranks, train
+from atod_fast import objective, ranks
 from atod_fast.batches import rows, turn_table
 from atod_fast.policy.learner import Learner
 from atod_fast.records import Trajectory, Turn
+from atod_fast.schedules import LearningRate
 from atod_fast.settings import load
 
 KAPPA, RHO, TEMPERATURE = 0.7, 1.4, 0.7
@@ -155,7 +156,7 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
         streams = objective.step_streams(config.objective, tokens, wholes, **weighed)
         gap = learner.logprob_gap(minibatches)
         before = len(clipped)
-        said = learner.update(minibatches, streams, train.learning_rate(config, number))
+        said = learner.update(minibatches, streams, LearningRate(how).value(number))
 
         # --- what was to come out
         with torch.no_grad():

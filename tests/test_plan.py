@@ -10,8 +10,8 @@ from atod_fast import plan
 from atod_fast.cli import parse
 from atod_fast.errors import UserError
 from atod_fast.models import attention_shape, load_config, skeleton
-from atod_fast.rollout import vllm_limits
-from atod_fast.rollout.vllm_limits import BLOCK, cache_bytes
+from atod_fast.rollout.engines.vllm import limits as vllm_limits
+from atod_fast.rollout.engines.vllm.limits import BLOCK, cache_bytes
 from atod_fast.settings import load
 
 CPU = torch.device("cpu")

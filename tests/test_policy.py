@@ -6,7 +6,7 @@ from tiny import VOCABULARY, random_rows, save_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from atod_fast import objective, ranks
+from atod_fast import objective, ranks, schedules
 from atod_fast.batches import TurnTable
 from atod_fast.errors import UserError
 from atod_fast.models import compare_tokenizers, load_model, resolve
@@ -125,7 +125,7 @@ def update(student, teacher, *settings):
     trainer = Learner(config, mesh, device, None)
     rows = random_rows(12)
     turns = 2 * len(rows)
-    kappa, rho = objective.value(config.schedule.kappa, 20), objective.value(config.schedule.rho, 20)
+    kappa, rho = (schedules.make(slide).value(20) for slide in (config.schedule.kappa, config.schedule.rho))
     minibatches, wholes = trainer.plan(rows, step=1)
     if kappa:
         trainer.score_teacher(minibatches)

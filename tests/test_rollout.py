@@ -21,9 +21,9 @@ from atod_fast.errors import UserError
 from atod_fast.records import Trajectory
 from atod_fast.rollout import agent
 from atod_fast.rollout.agent import Episode, rollout
-from atod_fast.rollout.engine import Request
+from atod_fast.rollout.engines.protocol import Request
+from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 from atod_fast.rollout.pool import Pool
-from atod_fast.rollout.transformers_engine import TransformersEngine
 
 
 def make_model() -> Qwen3ForCausalLM:

@@ -1,4 +1,4 @@
-"""kappa and rho over the steps of a run."""
+"""kappa, rho and the learning rate over the steps of a run."""
 
 import json
 
@@ -6,12 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atod_fast.config import Schedule, Slide
+from atod_fast.config import Schedule, Slide, Train
 from atod_fast.errors import UserError
-from atod_fast.objective import AdaptiveKappa, needs_teacher, value
+from atod_fast.objective import needs_teacher
+from atod_fast.schedules import AdaptiveKappa, Annealed, LearningRate, make
 
 PAPER_KAPPA = Slide(kind="linear", start=1.0, end=0.1, horizon=80)
 PAPER_RHO = Slide(kind="linear", start=1.0, end=2.0, horizon=80)
+
+
+def value(slide, step):
+    return make(slide).value(step)
 
 
 def test_the_papers_numbers():
@@ -127,5 +132,37 @@ def test_adaptive_refuses_a_teacher_that_never_succeeds():
 
 
 def test_adaptive_is_no_function_of_the_step():
-    with pytest.raises(ValueError, match="AdaptiveKappa"):
-        value(Slide(kind="adaptive"), 1)
+    with pytest.raises(ValueError, match="adaptive"):
+        Annealed(Slide(kind="adaptive")).value(1)
+
+
+def test_what_depends_on_the_step_alone_keeps_no_state_and_observes_nothing():
+    for schedule in (make(PAPER_KAPPA), LearningRate(Train())):
+        before = [schedule.value(step) for step in range(1, 100)]
+        schedule.observe(0.9)
+        assert schedule.state_dict() == {}
+        schedule.load_state_dict({})
+        assert [schedule.value(step) for step in range(1, 100)] == before
+
+
+RATE = {"steps": 100, "learning_rate": 2.0, "final_learning_rate": 0.25, "warmup_steps": 10}
+
+
+@pytest.mark.parametrize(("kind", "middle", "last"), [("constant", 2.0, 2.0), ("linear", 2 * 0.625, 0.5), ("cosine", 2 * 0.625, 0.5)])
+def test_the_learning_rate_warms_up_and_falls_to_its_last_value(kind, middle, last):
+    rate = LearningRate(Train(schedule=kind, **RATE))
+    full = LearningRate(Train(schedule=kind, **RATE | {"warmup_steps": 0}))
+    assert [rate.value(step) for step in (1, 5)] == pytest.approx([full.value(1) / 10, full.value(5) / 2])
+    assert rate.value(10) == full.value(10)
+    assert rate.value(50) == pytest.approx(middle) and rate.value(100) == pytest.approx(last)
+
+
+def test_a_cosine_rate_stays_up_longer_and_then_falls_faster():
+    linear, cosine = (LearningRate(Train(schedule=kind, **RATE)) for kind in ("linear", "cosine"))
+    assert cosine.value(20) > linear.value(20) and cosine.value(80) < linear.value(80)
+
+
+def test_a_constant_rate_is_the_linear_one_that_ends_at_its_peak():
+    constant = LearningRate(Train(schedule="constant", **RATE))
+    linear = LearningRate(Train(**RATE | {"final_learning_rate": 1.0}))
+    assert [constant.value(step) for step in range(1, 101)] == [linear.value(step) for step in range(1, 101)]

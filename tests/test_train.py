@@ -21,7 +21,8 @@ from atod_fast.errors import UserError
 from atod_fast.models import resolve
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.resync import stream_weights
-from atod_fast.rollout import actor, vllm_limits
+from atod_fast.rollout import actor
+from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.rollout.player import Player
 from atod_fast.run import Run
 

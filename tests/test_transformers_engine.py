@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from atod_fast.errors import GuardError, UserError
-from atod_fast.rollout.engine import Completion, Request, Sampling
-from atod_fast.rollout.transformers_engine import TransformersEngine, draw
+from atod_fast.rollout.engines.protocol import Completion, Request, Sampling
+from atod_fast.rollout.engines.transformers.engine import TransformersEngine, draw
 
 VOCABULARY, STOP = 53, 1
 KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}

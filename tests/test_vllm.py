@@ -27,7 +27,7 @@ SMALL = "train.tasks_per_step=2 train.group_size=4 train.minibatch_rows=4 eval.t
 
 def build(folder: str, *, filled: bool = False, concurrency: int = 8):
     from atod_fast import ranks
-    from atod_fast.rollout.vllm_engine import build
+    from atod_fast.rollout.engines.vllm.engine import build
 
     device, _ = ranks.start()
     sizes = {"concurrency": concurrency, "max_model_len": 128, "tensor_parallel": 1, "cache_bytes": 1 << 22}
@@ -35,7 +35,7 @@ def build(folder: str, *, filled: bool = False, concurrency: int = 8):
 
 
 def sampling(temperature: float):
-    from atod_fast.rollout.engine import Sampling
+    from atod_fast.rollout.engines.protocol import Sampling
 
     valid = torch.ones(VOCABULARY, dtype=torch.bool)
     valid[[0, 5, 60]] = False
@@ -43,7 +43,7 @@ def sampling(temperature: float):
 
 
 def requests(count: int = 6):
-    from atod_fast.rollout.engine import Request
+    from atod_fast.rollout.engines.protocol import Request
 
     rng = np.random.default_rng(0)
     return [Request(key, rng.integers(6, 60, 40 + key).tolist(), seed=2**62 + key) for key in range(count)]
@@ -77,8 +77,8 @@ def expected(folder: str, prompt: list[int], ids: list[int], temperature: float)
 
 def check_engine(first: str, second: str) -> None:
     from atod_fast.errors import EngineFailure, GuardError, UserError
-    from atod_fast.rollout.engine import Request
-    from atod_fast.rollout.transformers_engine import TransformersEngine
+    from atod_fast.rollout.engines.protocol import Request
+    from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 
     torch.manual_seed(3)
     random.seed(3)

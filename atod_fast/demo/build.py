@@ -31,7 +31,8 @@ from atod_fast.envs.dialect import Dialect, Step
 from atod_fast.envs.protocol import Environment
 from atod_fast.models import load_tokenizer
 from atod_fast.records import Turn
-from atod_fast.rollout.actor import Actor, make_engine
+from atod_fast.rollout.actor import Actor
+from atod_fast.rollout.engines import make_engine
 from atod_fast.settings import load
 
 POSITIONS = 512

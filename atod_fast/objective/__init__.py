@@ -1,18 +1,17 @@
 """What a step's turns are worth: trajectories in, per-token weight streams and an algorithm-blind loss out.
 
-`schedule` how much imitation and how much reward (kappa, rho) · `turns` the T-DUR turn weights · `advantage` the group
-advantages · `streams` the paper's equation · `loss` what a token costs. Nothing here knows models or process groups.
+`turns` the T-DUR turn weights · `advantage` the group advantages · `streams` the paper's equation · `loss` what a token
+costs. How much imitation and reward there is (kappa, rho) comes from outside. Nothing here knows models or process
+groups.
 """
 
 from .advantage import Advantages, rl_advantages
 from .loss import diagnostics, loss_function, token_loss
-from .schedule import AdaptiveKappa, needs_teacher, value
-from .streams import FULL_VOCABULARY, Streams, Tokens, make_streams, step_streams, token_weights
+from .streams import FULL_VOCABULARY, Streams, Tokens, make_streams, needs_teacher, step_streams, token_weights
 from .turns import TurnWeights, profile, token_signals, weigh_turns
 
 __all__ = [
     "FULL_VOCABULARY",
-    "AdaptiveKappa",
     "Advantages",
     "Streams",
     "Tokens",
@@ -27,6 +26,5 @@ __all__ = [
     "token_loss",
     "token_signals",
     "token_weights",
-    "value",
     "weigh_turns",
 ]

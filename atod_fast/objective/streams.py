@@ -89,6 +89,11 @@ def step_streams(
     ]
 
 
+def needs_teacher(kappa: float) -> bool:
+    """Whether a step at this kappa looks at the teacher at all; at 0 its forward pass is skipped."""
+    return kappa > 0
+
+
 @torch.no_grad()
 def make_streams(
     objective: Objective,
@@ -109,7 +114,7 @@ def make_streams(
     """
     if old_logp.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"old_logp is {old_logp.dtype}: ratios of log-probs need fp32, score in fp32")
-    imitate = kappa > 0
+    imitate = needs_teacher(kappa)
     if imitate and objective.divergence not in FULL_VOCABULARY and teacher_logp is None:
         raise ValueError(f"teacher_logp is None, but objective.divergence={objective.divergence} reads it while kappa > 0 (kappa={kappa:g})")
 

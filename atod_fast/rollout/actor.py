@@ -6,7 +6,6 @@ from collections.abc import Callable
 from datetime import date
 
 import numpy as np
-import torch
 
 from atod_fast import ranks
 from atod_fast.config import Config
@@ -14,14 +13,11 @@ from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
 from atod_fast.envs.text import one_line
 from atod_fast.errors import EnvironmentsLost, UserError
-from atod_fast.models import attention_of, attention_shape, check_weights, dtype_of, load_config, load_model
 from atod_fast.records import Trajectory
-from atod_fast.rollout import vllm_engine, vllm_limits
 from atod_fast.rollout.agent import Episode, rollout
-from atod_fast.rollout.engine import Engine
-from atod_fast.rollout.lockstep import Lockstep
+from atod_fast.rollout.engines.lockstep import Lockstep
+from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.rendering import Renderer
-from atod_fast.rollout.transformers_engine import TransformersEngine
 
 Progress = Callable[[int, int, int, int], None]  # finished, total, turns, tokens
 
@@ -121,46 +117,3 @@ def check_failures(trajectories: list[Trajectory], limit: float, label: str) -> 
         raise EnvironmentsLost(
             f"{label}: {len(failures)} of {len(trajectories)} environments failed, first with: {failures[0]}; mend what env.* points to{more}"
         )
-
-
-def engine_kind(config: Config, device: torch.device) -> str:
-    """`rollout.engine`; auto is vllm on CUDA where the supported version is installed, else transformers."""
-    if config.rollout.engine != "auto":
-        return config.rollout.engine
-    return "vllm" if device.type == "cuda" and vllm_limits.supported() else "transformers"
-
-
-def make_engine(
-    config: Config, model_path: str, device: torch.device, kind: str | None = None, *, filled: bool = True, say: Callable[[str], None] = lambda line: None
-) -> Engine:
-    """The engine of `rollout.engine` (or of `kind`), holding the checkpoint at `model_path`.
-
-    With `filled` off it awaits a trainer's weights. `say` gets a line where a model takes a slow way. vLLM is built before the
-    trainer's models, by every rank together.
-    """
-    how, dtype = config.rollout, dtype_of(config.student.compute_dtype, device)
-    if (kind or engine_kind(config, device)) == "transformers":
-        attention = attention_of(config.student.attention, device, dtype, load_config(model_path))
-        model = load_model(model_path, dtype, attention).to(device)
-        engine = TransformersEngine(model, slots=how.concurrency, max_model_len=how.longest, device=device)
-        if engine.slower:
-            say(engine.slower)
-        if not filled:
-            engine.sleep()
-        return engine
-    shape = attention_shape(load_config(model_path))
-    vllm_limits.check_installed()
-    vllm_limits.check(config, shape, dtype)
-    if filled:
-        check_weights(model_path)
-    engine = vllm_engine.build(
-        model_path,
-        dtype,
-        device,
-        concurrency=how.concurrency,
-        max_model_len=how.longest,
-        tensor_parallel=how.tensor_parallel,
-        cache_bytes=vllm_limits.cache_bytes(config, shape, dtype),
-        filled=filled,
-    )
-    return Lockstep(engine, ranks.neighbours(how.tensor_parallel)) if how.tensor_parallel > 1 else engine

@@ -21,7 +21,7 @@ from atod_fast.envs.protocol import Environment
 from atod_fast.envs.text import one_line
 from atod_fast.errors import UserError
 from atod_fast.records import Trajectory, Turn
-from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
+from atod_fast.rollout.engines.protocol import Completion, Engine, Request, Sampling
 from atod_fast.rollout.pool import Answer, Pool
 from atod_fast.rollout.rendering import Renderer
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from atod_fast import ranks
-from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
+from atod_fast.rollout.engines.protocol import Completion, Engine, Request, Sampling
 
 
 class Lockstep:

@@ -33,9 +33,9 @@ from torch import Tensor
 from atod_fast import ranks
 from atod_fast.errors import EngineFailure, GuardError, UserError
 from atod_fast.models import load_config, one_as_saved, resolve, skeleton, weight_shapes
-from atod_fast.rollout.engine import Completion, Request, Sampling, checked
-from atod_fast.rollout.process import unchanged
-from atod_fast.rollout.vllm_limits import BLOCK
+from atod_fast.rollout.engines.protocol import Completion, Request, Sampling, checked
+from atod_fast.rollout.engines.vllm.limits import BLOCK
+from atod_fast.rollout.engines.vllm.process import unchanged
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from atod_fast.errors import UserError
 from atod_fast.models import recurrent
-from atod_fast.rollout.engine import Completion, Engine, Request, Sampling
-from atod_fast.rollout.forward import FORWARDS, CacheForward, CannotRun, MakeForward
+from atod_fast.rollout.engines.protocol import Completion, Engine, Request, Sampling
+from atod_fast.rollout.engines.transformers.forward import FORWARDS, CacheForward, CannotRun, MakeForward
 
 TOKENS = 36  # of the longest sequence
 WINDOW = 7  # what a sliding window or a chunk is narrowed to meanwhile

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atod_fast.errors import GuardError, UserError
-from atod_fast.rollout.engine import Completion, Request, Sampling, checked
-from atod_fast.rollout.forward import MakeForward
-from atod_fast.rollout.tryout import choose
+from atod_fast.rollout.engines.protocol import Completion, Request, Sampling, checked
+from atod_fast.rollout.engines.transformers.forward import MakeForward
+from atod_fast.rollout.engines.transformers.tryout import choose
 
 
 def draw(logits: Tensor, temperature: float, banned: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:

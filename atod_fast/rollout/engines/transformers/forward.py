@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atod_fast.models import reaches, recurrent
-from atod_fast.rollout.slot_attention import Slots
+from atod_fast.rollout.engines.transformers.slot_attention import Slots
 
 
 class CannotRun(ValueError):

@@ -8,13 +8,15 @@ An engine shares its accelerator with the trainer. `sleep` gives up what it hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from atod_fast.config import Config
 from atod_fast.errors import GuardError
 
 
@@ -73,6 +75,35 @@ class Engine(Protocol):
 
     def sleep(self) -> None:
         """Free accelerator memory between rollouts. The next rollout needs `load_weights` first."""
+
+
+class Kind(Protocol):
+    """What can be asked of an engine before there is one."""
+
+    def suits(self, device: torch.device) -> bool:
+        """Whether `rollout.engine=auto` may take it on this device."""
+
+    def check_model(self, config: Config, body: PreTrainedModel) -> None:
+        """UserError where it cannot run this model, whose weights are on the meta device."""
+
+    def check(self, config: Config, shape: object | None, dtype: torch.dtype, device: torch.device) -> None:
+        """UserError where it is not installed, or the settings are not for it.
+
+        shape: the student's transformers configuration; None where a dry run does not have it.
+        """
+
+    def make(
+        self,
+        config: Config,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        attention: str,
+        device: torch.device,
+        filled: bool,
+        say: Callable[[str], None],
+    ) -> Engine:
+        """Make an engine for the model at `path`. See `engines.make_engine`."""
 
 
 def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:

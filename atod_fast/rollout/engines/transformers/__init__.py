@@ -1,0 +1,45 @@
+"""The rollout engine for any machine: a transformers model with a decode loop of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from atod_fast.config import Config
+from atod_fast.models import load_model
+from atod_fast.rollout.engines.transformers.engine import TransformersEngine
+
+
+class TransformersKind:
+    """The `Kind` of rollout.engine=transformers."""
+
+    def suits(self, device: torch.device) -> bool:
+        return True
+
+    def check_model(self, config: Config, body: PreTrainedModel) -> None:
+        TransformersEngine(body, slots=1, max_model_len=config.rollout.longest, device="meta")
+
+    def check(self, config: Config, shape: object | None, dtype: torch.dtype, device: torch.device) -> None:
+        pass
+
+    def make(
+        self,
+        config: Config,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        attention: str,
+        device: torch.device,
+        filled: bool,
+        say: Callable[[str], None],
+    ) -> TransformersEngine:
+        model = load_model(path, dtype, attention).to(device)
+        longest = config.rollout.longest
+        engine = TransformersEngine(model, slots=config.rollout.concurrency, max_model_len=longest, device=device)
+        if engine.slower:
+            say(engine.slower)
+        if not filled:
+            engine.sleep()
+        return engine
