@@ -32,6 +32,10 @@ class Finished(Exception):
 
     exit_code = 0
 
+    def __init__(self, run_dir: Path, line: str):
+        super().__init__(line)
+        self.run_dir = run_dir
+
 
 class Place(NamedTuple):
     """Where a run stands."""

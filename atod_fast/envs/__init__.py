@@ -23,8 +23,8 @@ BUILT_IN = {
     "alfworld": "atod_fast.envs.alfworld.env:AlfWorld",
     "webshop": "atod_fast.envs.webshop.env:WebShop",
     "searchqa": "atod_fast.envs.searchqa.env:SearchQA",
-    "gymnasium": "atod_fast.envs.gymnasium_adapter:Gymnasium",
-    "openenv": "atod_fast.envs.openenv_adapter:OpenEnv",
+    "gymnasium": "atod_fast.envs.adapters.gymnasium:Gymnasium",
+    "openenv": "atod_fast.envs.adapters.openenv:OpenEnv",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators, tiles, validate
+from . import algebra, operators, validate
 from .divergence import TokenDivergence, TokenLogprob, head_arguments, public
 from .problem import Problem
 from .products import Gradients
@@ -39,7 +39,7 @@ class TokenLoss:
             if self.target is not None:
                 losses = losses.masked_fill(self.target[rows] == IGNORE, 0)
             upstream = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0] if losses.requires_grad else None
-        return losses.detach().to(stats.dtype), (torch.zeros_like(stats) if upstream is None else upstream)[: tiles.LOGP + 1]
+        return losses.detach().to(stats.dtype), (torch.zeros_like(stats) if upstream is None else upstream)[: algebra.LOGP + 1]
 
     def in_parts(self, stats: Tensor, parts: list[slice]) -> tuple[Tensor, Tensor]:
         """The same over all tokens, evaluated part by part."""
@@ -191,8 +191,8 @@ def one_pass(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], check:
     p: Problem = operators.problem(*arguments)
     kept = p.kept()
     gradients = Gradients.of(p, *wanted)
-    stats = kept.new_empty(tiles.STATISTICS, p.tokens)
-    losses, upstream = kept.new_empty(p.tokens), kept.new_empty(tiles.LOGP + 1, p.tokens)
+    stats = kept.new_empty(algebra.STATISTICS, p.tokens)
+    losses, upstream = kept.new_empty(p.tokens), kept.new_empty(algebra.LOGP + 1, p.tokens)
     parts = p.parts()
     for rows in parts:
         stats[:, rows] = operators.chunk_forward(*arguments, rows.start, rows.stop, kept)

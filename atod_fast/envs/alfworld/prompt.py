@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from atod_fast.envs.prompt import past_turns, project_action
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts.action import past_turns, project_action
 
 _OPENING = "\nYou are an expert agent operating in the ALFRED Embodied Environment."
 _NOW = "our current observation is: {observation}\nYour admissible actions of the current situation are: [{admissible}]."
@@ -28,7 +28,7 @@ _KEPT = 30  # characters of a response without an action that become the command
 
 
 class AlfWorldPrompt:
-    """`thinking`: ask for, and require, <think> ... </think>. `history`: turns shown with context `window`."""
+    """thinking: ask for, and require, <think> ... </think>. history: turns shown with context `window`."""
 
     def __init__(self, thinking: bool, history: int) -> None:
         self.thinking, self.history = thinking, history

@@ -12,9 +12,10 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from atod_fast.envs.adapter import LONGEST_NAME, Adapter, fit, known_facts, one_line
+from atod_fast.envs.adapters.adapter import LONGEST_NAME, Adapter
 from atod_fast.envs.options import require
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.protocol import Info, copy_with, known_facts
+from atod_fast.envs.text import fit, one_line
 from atod_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,9 +105,7 @@ class Gymnasium(Adapter):
         return self._text, reward, bool(terminated), bool(truncated), self._facts.copy()
 
     def clone(self) -> Gymnasium:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _env=None)
-        return other
+        return copy_with(self, _env=None)
 
     def close(self) -> None:
         if self._env is not None:

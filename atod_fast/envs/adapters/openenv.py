@@ -21,9 +21,10 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from atod_fast.envs.adapter import Adapter, one_line
+from atod_fast.envs.adapters.adapter import Adapter
 from atod_fast.envs.options import require
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.protocol import Info, copy_with
+from atod_fast.envs.text import one_line
 from atod_fast.errors import NotHere, UserError
 
 if TYPE_CHECKING:
@@ -136,9 +137,7 @@ class OpenEnv(Adapter):
         return self._text, reward, done, False, self._info(True, won=done and reward >= self._won)
 
     def clone(self) -> OpenEnv:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _socket=None)
-        return other
+        return copy_with(self, _socket=None)
 
     def close(self) -> None:
         if self._socket is not None:

@@ -1,11 +1,11 @@
-"""The Triton backend: matrix products by the vendor's library, everything between them by the kernels of `triton_tiles.py`.
+"""The Triton backend: matrix products by the vendor's library, everything between them by the kernels of `tiles.py`.
 
 fast  tiles of logits, [2048, 8192] in fp32, made by the library's product and passed over by one kernel at a time; the gradient of the
       logits is written in the operands' dtype to a buffer of its own. The default: the library's products are the fastest there are.
-lean  `triton_fused.py`: logits live in registers only. The backward takes the vocabulary outermost, so that each slice of the weight's
+lean  `fused.py`: logits live in registers only. The backward takes the vocabulary outermost, so that each slice of the weight's
       gradient is finished in fp32 and stored once; what it holds is one tile of the logits' gradient.
 
-The functions are those of `torch_backend.py`.
+The functions are those of `torch/backend.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tiles, triton_fused, triton_tiles
-from .problem import Problem, over_shards
-from .products import Gradients, operand, product
-from .triton_configs import architecture, configuration
-from .validate import IGNORE, interpreted
+from .. import algebra
+from ..problem import Problem, over_shards
+from ..products import Gradients, operand, product
+from ..validate import IGNORE, interpreted
+from . import fused as fused_kernels
+from . import tiles as tile_kernels
+from .configs import architecture, configuration
 
 
 def options(p: Problem) -> dict[str, Any]:
@@ -76,11 +78,11 @@ class Tiles:
 def statistics_of_sums(p: Problem, parts: Tensor, rows: slice) -> Tensor:
     """parts [PARTIALS, k, n] -> [STATISTICS, n]."""
     if p.group:
-        parts = over_shards(p, tiles.merge(parts, p.kind))
+        parts = over_shards(p, algebra.merge(parts, p.kind))
     n = parts.shape[2]
-    out = parts.new_empty(tiles.STATISTICS, n)
+    out = parts.new_empty(algebra.STATISTICS, n)
     block = 128
-    triton_tiles.combine[(triton.cdiv(n, block),)](
+    tile_kernels.combine[(triton.cdiv(n, block),)](
         parts, out, own(p.target, rows), n, parts.shape[1], parts.stride(0), parts.stride(1), out.stride(0), KIND=p.kind, BLOCK=block
     )
     return out
@@ -93,18 +95,18 @@ def add_look(p: Problem, stats: Tensor, look: Tensor, rows: slice) -> None:
         total = over_shards(p, total).sum(1)
     # The log-probability of an ignored row is 0, that of a row whose target no shard holds is NaN: so is the divergence.
     if p.target is not None:
-        total[0].masked_fill_(p.target[rows] == IGNORE, 0).masked_fill_(stats[tiles.LOGP].isnan(), torch.nan)
-    stats[tiles.DIVERGENCE :: tiles.MEAN_SLOPE - tiles.DIVERGENCE] = total
+        total[0].masked_fill_(p.target[rows] == IGNORE, 0).masked_fill_(stats[algebra.LOGP].isnan(), torch.nan)
+    stats[algebra.DIVERGENCE :: algebra.MEAN_SLOPE - algebra.DIVERGENCE] = total
 
 
 def tile_statistics(p: Problem, rows: slice, logits: Tiles) -> Tensor:
     """Statistics [STATISTICS, n] of some tokens from tiles of logits in memory."""
     n, slices, constants = rows.stop - rows.start, p.slices(), options(p)
-    parts = logits.buffer.new_empty(tiles.PARTIALS, len(slices), n)
+    parts = logits.buffer.new_empty(algebra.PARTIALS, len(slices), n)
     extra = {k: v for k, v in constants.items() if k not in ("A", "B")}
     for i, columns in enumerate(slices):
         zs, zt = logits.make(rows, columns)
-        triton_tiles.tile_sums[(n,)](
+        tile_kernels.tile_sums[(n,)](
             zs, zt, own(p.target, rows), **pointers(p, rows, columns), parts=parts[:, i], start=p.start + columns.start, w=zs.shape[1],
             stride=p.stride, step=parts.stride(0), **extra, **config(p, "sums"),
         )  # fmt: skip
@@ -113,7 +115,7 @@ def tile_statistics(p: Problem, rows: slice, logits: Tiles) -> Tensor:
         look = logits.buffer.new_empty(2, len(slices), n)
         for i, columns in enumerate(slices):
             zs, zt = (logits(0, n, columns), logits(1, n, columns)) if logits.keep else logits.make(rows, columns)
-            triton_tiles.tile_look[(n,)](
+            tile_kernels.tile_look[(n,)](
                 zs, zt, **pointers(p, rows, columns), stats=stats, look=look[:, i], w=zs.shape[1], stride=p.stride, step=stats.stride(0),
                 step_look=look.stride(0), **constants, **config(p, "look"),
             )  # fmt: skip
@@ -136,7 +138,7 @@ def tile_gradient(p: Problem, rows: slice, columns: slice, zs: Tensor, zt: Tenso
     """
     n, w = zs.shape
     launch = config(p, "gradient")
-    triton_tiles.tile_gradient[(n, triton.cdiv(w, launch["BLOCK"]))](
+    tile_kernels.tile_gradient[(n, triton.cdiv(w, launch["BLOCK"]))](
         zs, zt, dz, own(p.target, rows), **pointers(p, rows, columns), temperature=own(p.temperature, rows), stats=stats, upstream=upstream,
         start=p.start + columns.start, w=w, stride=zs.stride(0), stride_dz=dz.stride(0), step=stats.stride(0), step_up=upstream.stride(0),
         **{"A": 0.0, "B": 0.0} | options(p), **launch,
@@ -187,13 +189,13 @@ class Fused:
         p, every = self.p, slice(0, self.p.columns)
         k, share = self.splits()
         grid = (triton.cdiv(p.tokens, self.launch["BM"]), k)
-        parts = p.student.hidden.new_empty(tiles.PARTIALS, k, p.tokens, dtype=torch.float32)
-        self(triton_fused.fused_sums, grid, every, target=p.target, parts=parts, V=p.columns, start=p.start, share=share, step=parts.stride(0))
+        parts = p.student.hidden.new_empty(algebra.PARTIALS, k, p.tokens, dtype=torch.float32)
+        self(fused_kernels.fused_sums, grid, every, target=p.target, parts=parts, V=p.columns, start=p.start, share=share, step=parts.stride(0))
         stats = statistics_of_sums(p, parts, slice(0, p.tokens))
         if p.mixture is not None:
             look = parts[:2]
             self(
-                triton_fused.fused_look, grid, every, stats=stats, look=look, V=p.columns, share=share, step=stats.stride(0), step_look=look.stride(0)
+                fused_kernels.fused_look, grid, every, stats=stats, look=look, V=p.columns, share=share, step=stats.stride(0), step_look=look.stride(0)
             )  # fmt: skip
             add_look(p, stats, look, slice(0, p.tokens))
         return stats
@@ -203,7 +205,7 @@ class Fused:
         p, (n, w) = self.p, dz.shape
         grid = (triton.cdiv(n, self.launch["BM"]), triton.cdiv(w, self.launch["BN"]))
         self(
-            triton_fused.fused_gradient, grid, slice(0, p.columns), dz=dz, target=p.target, temperature=p.temperature, stats=stats, upstream=upstream,
+            fused_kernels.fused_gradient, grid, slice(0, p.columns), dz=dz, target=p.target, temperature=p.temperature, stats=stats, upstream=upstream,
             row0=rows.start, n=n, column0=columns.start, end=columns.stop, start=p.start, stride_dz=dz.stride(0), step=stats.stride(0),
             step_up=upstream.stride(0),
         )  # fmt: skip
@@ -226,7 +228,7 @@ def clean(p: Problem, rows: slice) -> Tensor:
 def head_statistics(p: Problem) -> Tensor:
     """Statistics [STATISTICS, T] of all tokens."""
     if not p.tokens:
-        return p.student.hidden.new_zeros(tiles.STATISTICS, 0, dtype=torch.float32)
+        return p.student.hidden.new_zeros(algebra.STATISTICS, 0, dtype=torch.float32)
     if p.lean:
         return Fused(p).statistics()
     logits = Tiles(p, p.kept(), keep=True) if p.mixture is not None else Tiles.of(p)

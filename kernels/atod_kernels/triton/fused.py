@@ -1,4 +1,4 @@
-"""Both models' logits made and used in registers: a tile of the two matrix products, then the algebra of `triton_tiles.py`.
+"""Both models' logits made and used in registers: a tile of the two matrix products, then the algebra of `tiles.py`.
 
 No logits reach memory. The three passes share one loop over the hidden dimension, so that the statistics, a mixture's second look and
 the gradient see the same logits to the last bit. The teacher's product comes first and its tile waits in registers for the student's.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import (
+from .tiles import (
     IGNORED,
     LOG_S,
     LOG_T,
@@ -127,7 +127,7 @@ def fused_sums(
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """`tiles.partial` of `share` columns a program, into parts [PARTIALS, splits, T]. Grid: (cdiv(T, BM), splits), rows of blocks fastest:
+    """`algebra.partial` of `share` columns a program, into parts [PARTIALS, splits, T]. Grid: (cdiv(T, BM), splits), rows of blocks fastest:
     programs that run together read the same slice of the weights."""
     row = tl.program_id(0) * BM
     rows = row + tl.arange(0, BM)
@@ -170,7 +170,7 @@ def fused_look(
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """`tiles.second_look` of `share` columns a program, into look [2, splits, T]. Grid: as `fused_sums`."""
+    """`algebra.second_look` of `share` columns a program, into look [2, splits, T]. Grid: as `fused_sums`."""
     row = tl.program_id(0) * BM
     rows = row + tl.arange(0, BM)
     live = rows < tokens
@@ -203,7 +203,7 @@ def fused_gradient(
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """`tiles.logit_gradient` of tokens row0 to row0 + n and columns column0 to end, into dz [n, w]. Grid: (cdiv(n, BM), cdiv(w, BN))."""
+    """`algebra.logit_gradient` of tokens row0 to row0 + n and columns column0 to end, into dz [n, w]. Grid: (cdiv(n, BM), cdiv(w, BN))."""
     row = row0 + tl.program_id(0) * BM
     column = column0 + tl.program_id(1) * BN
     rows = row + tl.arange(0, BM)

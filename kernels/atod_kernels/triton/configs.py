@@ -1,4 +1,4 @@
-"""Launch configurations per architecture, from the table `triton_configs.json`. Nothing is searched at import or at the first call.
+"""Launch configurations per architecture, from the table `configs.json`. Nothing is searched at import or at the first call.
 
 A row names a kernel, an architecture ("any" for all) and a configuration, and where they matter the operands' bits and the versions of
 Triton ("3.9": all of 3.9). The most particular row wins. `bench/tune.py` searches on a GPU and writes the table.
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import triton
 
-from .validate import interpreted
+from ..validate import interpreted
 
-TABLE = Path(__file__).with_name("triton_configs.json")
+TABLE = Path(__file__).with_name("configs.json")
 INTERPRETER = {  # small blocks, so that the small tensors of tests have several
     "fused": {"BM": 16, "BN": 32, "BK": 16, "TMA": False, "PARTS": 4, "num_warps": 4, "num_stages": 1},
     "ragged": {"BM": 16, "BN": 32, "BK": 16, "TMA": False, "PARTS": 2, "num_warps": 4, "num_stages": 1},

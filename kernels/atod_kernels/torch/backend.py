@@ -19,10 +19,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import tiles
-from .problem import Layer, Problem, over_shards
-from .products import Gradients, operand, product
-from .validate import IGNORE
+from .. import algebra
+from ..problem import Layer, Problem, over_shards
+from ..products import Gradients, operand, product
+from ..validate import IGNORE
 
 AMX = torch.cpu._is_amx_tile_supported()
 MATRIX_UNIT = threading.Lock()
@@ -85,11 +85,11 @@ class Chunk:
             if self.inverse is not None:
                 z.mul_(self.inverse)
             if layer.bias is not None:
-                z.clamp_(min=tiles.MASKED)  # a bias of -inf is probability 0, not NaN
+                z.clamp_(min=algebra.MASKED)  # a bias of -inf is probability 0, not NaN
         if p.valid is not None:
             excluded = ~p.valid[columns]
             # A mask of columns alone is not vectorised on a CPU; there its few True can be read.
-            out.index_fill_(2, excluded.nonzero()[:, 0], tiles.MASKED) if out.is_cpu else out.masked_fill_(excluded, tiles.MASKED)
+            out.index_fill_(2, excluded.nonzero()[:, 0], algebra.MASKED) if out.is_cpu else out.masked_fill_(excluded, algebra.MASKED)
         return out
 
 
@@ -128,7 +128,7 @@ def statistics(chunk: Chunk, kept: Room | None) -> Tensor:
     models = len(p.layers)
     place = Room.of(p, models) if kept is None else kept
     scratch = Room.of(p, 2 * models + 1, group=True)
-    parts = scratch.memory.new_zeros(tiles.PARTIALS, len(slices), n, 1)
+    parts = scratch.memory.new_zeros(algebra.PARTIALS, len(slices), n, 1)
 
     def logits(columns: slice) -> Tensor:
         return chunk.logits(columns, weights(p, columns), place(n, columns))
@@ -137,23 +137,23 @@ def statistics(chunk: Chunk, kept: Room | None) -> Tensor:
         z, rows = logits(columns), group_rows(p, columns)
         memory = scratch(rows, columns)
         for group, out in zip(z.split(rows, 1), parts[:, i].split(rows, 1), strict=True):
-            tiles.partial(group, p.kind, memory[:, : group.shape[1]], out)
+            algebra.partial(group, p.kind, memory[:, : group.shape[1]], out)
         if chunk.target is not None:
-            tiles.picked(z, chunk.target, columns.start, parts[:, i, :, 0])
-    sums = tiles.merge(parts[..., 0], p.kind)
+            algebra.picked(z, chunk.target, columns.start, parts[:, i, :, 0])
+    sums = algebra.merge(parts[..., 0], p.kind)
     if p.group:
-        sums = tiles.merge(over_shards(p, sums), p.kind)
-    out = tiles.statistics(sums, p.kind)
+        sums = algebra.merge(over_shards(p, sums), p.kind)
+    out = algebra.statistics(sums, p.kind)
     if p.mixture is not None:
         look = out.new_zeros(2, n)
         for columns in slices:
             z, rows = logits(columns) if kept is None else kept(n, columns), group_rows(p, columns)
             for group, stats, total in zip(z.split(rows, 1), out[:, :, None].split(rows, 1), look.split(rows, 1), strict=True):
-                total += tiles.second_look(group, stats, p.mixture)
-        out[tiles.DIVERGENCE :: tiles.MEAN_SLOPE - tiles.DIVERGENCE] = over_shards(p, look).sum(1) if p.group else look
+                total += algebra.second_look(group, stats, p.mixture)
+        out[algebra.DIVERGENCE :: algebra.MEAN_SLOPE - algebra.DIVERGENCE] = over_shards(p, look).sum(1) if p.group else look
     if chunk.ignored is not None:
-        unheld = ~chunk.ignored & ((sums[tiles.OWNED] != 1) | (sums[tiles.PICK_S] <= tiles.MASKED / 2))
-        out[: tiles.OUTPUTS].masked_fill_(unheld, torch.nan).masked_fill_(chunk.ignored, 0)
+        unheld = ~chunk.ignored & ((sums[algebra.OWNED] != 1) | (sums[algebra.PICK_S] <= algebra.MASKED / 2))
+        out[: algebra.OUTPUTS].masked_fill_(unheld, torch.nan).masked_fill_(chunk.ignored, 0)
     return out
 
 
@@ -161,39 +161,39 @@ class ChunkGradient:
     """The gradient of a chunk's logits, tile by tile, for its statistics [STATISTICS, n] and upstream [>= 3, n]."""
 
     def __init__(self, chunk: Chunk, stats: Tensor, upstream: Tensor):
-        upstream = upstream[: tiles.LOGP + 1].to(stats.dtype)
+        upstream = upstream[: algebra.LOGP + 1].to(stats.dtype)
         if chunk.ignored is not None:
             # Ignored and out-of-range tokens add nothing to any gradient; the latter's outputs are NaN. The normalisers stay.
-            dead = chunk.ignored | stats[tiles.LOGP].isnan()
+            dead = chunk.ignored | stats[algebra.LOGP].isnan()
             stats, upstream = stats.clone(), upstream.masked_fill(dead, 0)
-            stats[: tiles.OUTPUTS].masked_fill_(dead, 0)
+            stats[: algebra.OUTPUTS].masked_fill_(dead, 0)
         if chunk.temperature is not None:
             upstream = upstream / chunk.temperature[:, 0]  # from the scaled logits to the raw ones
         self.chunk, self.stats = chunk, stats[:, :, None]
-        self.factors = tiles.factors(stats, upstream, chunk.problem.kind)[:, :, None]
-        self.onehot = upstream[tiles.LOGP, :, None]
+        self.factors = algebra.factors(stats, upstream, chunk.problem.kind)[:, :, None]
+        self.onehot = upstream[algebra.LOGP, :, None]
         softcap = chunk.problem.student.softcap
         if softcap:
             self.cap = self.onehot.new_full(self.onehot.shape, softcap) if chunk.temperature is None else softcap / chunk.temperature
-            self.onehot = self.onehot * tiles.softcap_slope(self.stats[[tiles.LOGP, tiles.SHIFT_S, tiles.LOG_S]].sum(0), self.cap)
+            self.onehot = self.onehot * algebra.softcap_slope(self.stats[[algebra.LOGP, algebra.SHIFT_S, algebra.LOG_S]].sum(0), self.cap)
 
     def tile(self, columns: slice, z: Tensor, scratch: Room) -> Tensor:
         """From the scaled logits z [models, n, w] of one tile, over z[0]; the rest of z is overwritten."""
         p, target, rows = self.chunk.problem, self.chunk.target, group_rows(self.chunk.problem, columns)
         e = scratch(rows, columns)[0]
-        slope = tiles.softcap_slope(z[0], self.cap) if p.student.softcap else None
+        slope = algebra.softcap_slope(z[0], self.cap) if p.student.softcap else None
         for group, stats, factors in zip(z.split(rows, 1), self.stats.split(rows, 1), self.factors.split(rows, 1), strict=True):
-            tiles.logit_gradient(group, stats, factors, p.kind, p.mixture, e[: group.shape[1]])
+            algebra.logit_gradient(group, stats, factors, p.kind, p.mixture, e[: group.shape[1]])
         dz = z[0] if slope is None else z[0].mul_(slope)
         if target is not None:
-            where, inside = tiles.pick(z, target, columns.start)
+            where, inside = algebra.pick(z, target, columns.start)
             dz.scatter_add_(1, where, self.onehot * inside)
         return dz
 
 
 def head_statistics(p: Problem) -> Tensor:
     """Statistics [STATISTICS, T] of all tokens."""
-    out = p.student.hidden.new_zeros(tiles.STATISTICS, p.tokens, dtype=p.dtype)
+    out = p.student.hidden.new_zeros(algebra.STATISTICS, p.tokens, dtype=p.dtype)
     kept = Room(p.kept(), kept=True) if p.mixture is not None and not p.lean else None
     with products_of(p):
         for rows in p.parts():

@@ -1,4 +1,4 @@
-"""The algebra of `tiles.py` as Triton kernels over tiles of logits in memory. What has a name there has it here.
+"""The algebra of `algebra.py` as Triton kernels over tiles of logits in memory. What has a name there has it here.
 
 Logits are fp32 [n, w] as the matrix product left them; bias, softcap, temperature and excluded columns are applied on the way in, so
 that no pass over memory is spent on them. One program takes one row: the sums of a row stay in registers, the loads are 128 bits wide:
@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import tiles
+from .. import algebra
 
-MASKED = tl.constexpr(tiles.MASKED)
+MASKED = tl.constexpr(algebra.MASKED)
 LOG2E = tl.constexpr(1.4426950408889634)
 IGNORED = tl.constexpr(-100)
 
@@ -84,7 +84,7 @@ def absorb(z, maximum, total, dot):
 
 @triton.jit
 def absorb_both(zs, zt, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND: tl.constexpr):
-    """The sums of `tiles.partial` over one more block of both models; zt is unused where KIND is ''."""
+    """The sums of `algebra.partial` over one more block of both models; zt is unused where KIND is ''."""
     old_s, old_t = sum_s, sum_t
     max_s, sum_s, dot_s, us, es, shift_s, scale_s = absorb(zs, max_s, sum_s, dot_s)
     if KIND != "":
@@ -98,7 +98,7 @@ def absorb_both(zs, zt, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND: t
 
 @triton.jit
 def store_sums(parts, rows, live, step, max_s, sum_s, dot_s, pick_s, max_t, sum_t, dot_t, pick_t, cross, owned):
-    """Rows of a partial result, in the order of `tiles`; `step` is the distance between two of them."""
+    """Rows of a partial result, in the order of `algebra`; `step` is the distance between two of them."""
     parts += rows
     tl.store(parts, max_s, mask=live)
     tl.store(parts + step, sum_s, mask=live)
@@ -114,7 +114,7 @@ def store_sums(parts, rows, live, step, max_s, sum_s, dot_s, pick_s, max_t, sum_
 
 @triton.jit
 def mixture_parts(log_p, log_q, A: tl.constexpr, B: tl.constexpr):
-    """log q - log p within +-80, q/p and D = m/p; `tiles.Mixture.ratio`."""
+    """log q - log p within +-80, q/p and D = m/p; `algebra.Mixture.ratio`."""
     difference = tl.minimum(tl.maximum(log_q - log_p, -80.0), 80.0)
     ratio = exp(difference)
     return difference, ratio, A + B * ratio
@@ -122,7 +122,7 @@ def mixture_parts(log_p, log_q, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def mixture_value(log_p, log_q, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """[R] each: the block's part of the divergence and of sum p f'; `tiles.Mixture.value`."""
+    """[R] each: the block's part of the divergence and of sum p f'; `algebra.Mixture.value`."""
     difference, _, mean = mixture_parts(log_p, log_q, A, B)
     p = exp(log_p)
     q = exp(log_q)
@@ -141,7 +141,7 @@ def mixture_value(log_p, log_q, KIND: tl.constexpr, A: tl.constexpr, B: tl.const
 
 @triton.jit
 def mixture_slope(log_p, log_q, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """f' [R, N]; `tiles.Mixture.slope`."""
+    """f' [R, N]; `algebra.Mixture.slope`."""
     _, ratio, mean = mixture_parts(log_p, log_q, A, B)
     if KIND == "jsd":
         slope = -A * tl.log(mean)
@@ -154,7 +154,7 @@ def mixture_slope(log_p, log_q, KIND: tl.constexpr, A: tl.constexpr, B: tl.const
 
 @triton.jit
 def factors(stats, upstream, target, inverse, rows, live, step, step_up, KIND: tl.constexpr):
-    """`tiles.factors` and the normalisers, [R] each; `dead` rows (ignored, or out of range: NaN) get no gradient."""
+    """`algebra.factors` and the normalisers, [R] each; `dead` rows (ignored, or out of range: NaN) get no gradient."""
     stats += rows
     upstream += rows
     divergence = tl.load(stats + DIVERGENCE * step, mask=live, other=0.0)
@@ -253,7 +253,7 @@ def tile_sums(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`tiles.partial`: the sums of one tile, columns start to start + w of the vocabulary, into parts [PARTIALS, n]. Grid: (n,).
+    """`algebra.partial`: the sums of one tile, columns start to start + w of the vocabulary, into parts [PARTIALS, n]. Grid: (n,).
 
     `bias_s`, `bias_t` and `valid` begin at the tile's first column, in all kernels of tiles.
     """
@@ -313,7 +313,7 @@ def tile_look(
     B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`tiles.second_look`: a mixture's part of one tile into look [2, n]. Grid: (n,)."""
+    """`algebra.second_look`: a mixture's part of one tile into look [2, n]. Grid: (n,)."""
     rows = tl.program_id(0) + tl.arange(0, 1)
     live = rows >= 0
     inv = row_values(inverse, rows, live)
@@ -361,7 +361,7 @@ def tile_gradient(
     B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`tiles.logit_gradient` of one tile into dz [n, w], which may be zs where it is fp32 too. Grid: (n, cdiv(w, BLOCK)).
+    """`algebra.logit_gradient` of one tile into dz [n, w], which may be zs where it is fp32 too. Grid: (n, cdiv(w, BLOCK)).
 
     Half-width gradients need memory of their own: written over fp32 logits, one program's results would lie on another's input.
     """
@@ -385,7 +385,7 @@ def tile_gradient(
 
 @triton.jit(do_not_specialize=["n", "k", "step", "step_row", "step_out"], do_not_specialize_on_alignment=["parts", "stats", "target"])
 def combine(parts, stats, target, n, k, step, step_row, step_out, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """`tiles.merge` and `tiles.statistics`: parts [PARTIALS, k, n] of k disjoint column sets into stats [STATISTICS, n]. Grid: (cdiv(n, BLOCK),).
+    """`algebra.merge` and `algebra.statistics`: parts [PARTIALS, k, n] of k disjoint column sets into stats [STATISTICS, n]. Grid: (cdiv(n, BLOCK),).
 
     An ignored row's outputs are 0, those of a row whose target no column set holds, or is left out, are NaN; a mixture's own are left to the
     second look.
