@@ -49,8 +49,7 @@ class SqlQuestions:
     def reset(self, seed, task):
         draw = Random(f"{self.seed} {task}")
         self.close()
-        # An episode may be stepped by another thread than the one that began it.
-        self.database = sqlite3.connect(":memory:", check_same_thread=False)
+        self.database = sqlite3.connect(":memory:")
         self.database.execute(f"CREATE TABLE {TABLE}")
         rows = [(draw.choice(CUSTOMERS), draw.choice(ITEMS), draw.randint(1, 12), draw.randint(1, 99)) for _ in range(self.orders)]
         self.database.executemany("INSERT INTO orders VALUES (?, ?, ?, ?)", rows)

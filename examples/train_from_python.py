@@ -35,11 +35,11 @@ class Table(Callback):
             self.best = max(self.best, (metrics["eval/success"], metrics["step"]))
 
 
-def main(overrides: list[str], run_dir: Path = Path("runs/from-python")) -> float:
+def main(overrides: list[str], run_dir: Path | None = None, table: Path = Path("table.csv")) -> float:
     """Train, evaluate greedily; returns the greedy success."""
     config = load_config(overrides=[*SHORT, *overrides])
-    table = Table(run_dir / "table.csv", ["train/success", "turns/weight_mean", "loss/total"])
-    done = train(config, run_dir=run_dir, callbacks=[table])
+    rows = Table(table, ["train/success", "turns/weight_mean", "loss/total"])
+    done = train(config, run_dir=run_dir, callbacks=[rows])
     print(f"success {done.before['eval/success']:.1%} before, {done.metrics['eval/success']:.1%} after; model {done.model}")
 
     greedy = config.model_copy(update={"eval": config.eval.model_copy(update={"temperature": 0.0})})
