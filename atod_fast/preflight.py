@@ -27,7 +27,8 @@ from atod_fast.models import (
 )
 from atod_fast.policy.model import CausalPolicy, uses_liger
 from atod_fast.published import CONFIGS
-from atod_fast.rollout.actor import make_renderer, open_split
+from atod_fast.renderers import make_renderer
+from atod_fast.rollout.actor import open_split
 from atod_fast.rollout.engines import ENGINES, engine_kind
 from atod_fast.settings import check_env, check_model, check_world
 

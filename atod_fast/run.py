@@ -26,6 +26,7 @@ from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner, MiniBatches
 from atod_fast.policy.resync import stream_weights
 from atod_fast.records import Trajectory
+from atod_fast.renderers import make_renderer
 from atod_fast.rollout.actor import Actor, dated
 from atod_fast.rollout.duration import limit
 from atod_fast.rollout.engines import engine_kind, make_engine
@@ -53,7 +54,12 @@ def open_actor(
     """
     with ranks.together():  # files may be missing on one machine alone
         stops = stop_ids(path)
-        actor = Actor(config, tokenizer, columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
+        actor = Actor(
+            config,
+            partial(make_renderer, config, tokenizer, columns, stop_ids=stops),
+            rank=ranks.rank(),
+            ranks=ranks.world_size(),
+        )
         for split in splits:  # what is wrong with one is said before anything is played
             actor.world(split)
     engines = check_engines(config, ranks.world_size())

@@ -26,7 +26,7 @@ from atod_fast.envs import make
 from atod_fast.envs.adapters import adapter
 from atod_fast.envs.adapters.gymnasium import Gymnasium
 from atod_fast.envs.adapters.openenv import OpenEnv, ServerError, at, filled
-from atod_fast.envs.prompt import PlainPrompt
+from atod_fast.envs.prompt import PlainPrompt, prompt_for
 from atod_fast.envs.protocol import Environment
 from atod_fast.envs.text import GAP, cut_middle
 from atod_fast.errors import UserError
@@ -34,7 +34,6 @@ from atod_fast.records import Turn
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engines.protocol import Completion, Request
 from atod_fast.rollout.pool import Pool
-from atod_fast.rollout.prompts import prompt_for
 from atod_fast.rollout.rendering import ChatRenderer
 from atod_fast.settings import demo_values_warning
 
@@ -55,7 +54,7 @@ def page(tmp_path, monkeypatch) -> ModuleType:
 
 
 def test_the_page_s_own_prompt_words_messages_and_reads_answers():
-    from atod_fast.rollout.prompts import MEMBERS
+    from atod_fast.envs.prompt import MEMBERS
 
     names: dict = {}
     exec(BLOCKS["python"][1], names)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
 from atod_fast.envs.text import GAP
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts import AlfWorldPrompt
 from atod_fast.rollout.rendering import ChatRenderer
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

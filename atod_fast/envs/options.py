@@ -1,4 +1,4 @@
-"""Checks of a world's options; each raises UserError with the option, its value and what it must be."""
+"""Checks of an environment's options; each raises UserError with the option, its value and what it must be."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def whole(**options: tuple[object, int]) -> None:
     """Each is (value, least)."""
     for option, (value, least) in options.items():
         require(option, value, isinstance(value, int) and not isinstance(value, bool) and value >= least, f"a whole number of at least {least}")
+
+
+def goes_with(source: str, **options: tuple[object, object]) -> None:
+    """Each is (value, default): UserError for one that is set although it goes with `source`, which is not given."""
+    for option, (value, default) in options.items():
+        if value != default:
+            raise UserError(f"{option}={value!r} goes with {source}; leave it out")
 
 
 def choice(option: str, value: object, known: Sequence[str]) -> None:

@@ -1,11 +1,21 @@
-"""A prompt for any world, without words of its own about it."""
+"""Prompts: `PlainPrompt` for any environment, `prompt_for` to get an environment's own, and what prompts share.
+
+Wording and projections of the built-in environments follow verl-agent (Apache-2.0, agent_system/environments and
+agent_system/memory), with which the paper trained. Where verl-agent always asks for `<think>`, the wording without it is
+ours, and so is everything for context `full`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+from atod_fast.envs.protocol import Environment, Prompt
+from atod_fast.envs.text import one_line
+from atod_fast.errors import UserError
 from atod_fast.records import Turn
+
+MEMBERS = ("message", "first", "following", "project")  # of `Prompt`
 
 _THINK = "First reason step by step within <think> </think> tags. Then give one action within <action> </action> tags."
 _ACT = "Give one action within <action> </action> tags."
@@ -15,17 +25,41 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 _KEPT = 100  # characters of a response without an action that become the command
 
 
+def prompt_for(name: str, env: Environment, *, thinking: bool, history: int) -> Prompt:
+    """The prompt of `env`, which env.name=`name` made: what its method `prompt(thinking, history)` returns.
+
+    Raises:
+        UserError: the environment has no such method, the method raises, or what it returns is no `Prompt`.
+    """
+    own = getattr(env, "prompt", None)
+    if not callable(own):
+        raise UserError(
+            f"env.name={name!r} has no prompt; give its class a method prompt(thinking, history), such as one that returns "
+            "envs.prompt.PlainPrompt (docs/environments.md)"
+        )
+    try:
+        made = own(thinking, history)
+    except Exception as error:
+        raise UserError(f"env.name={name!r}: prompt(thinking, history) fails: {one_line(error)}; docs/environments.md shows one") from error
+    if missing := [member for member in MEMBERS if not callable(getattr(made, member, None))]:
+        kind = type(made).__name__
+        raise UserError(f"env.name={name!r}: prompt(thinking, history) returns {kind}, which lacks {', '.join(missing)}")
+    return made
+
+
 def past_turns(turns: Sequence[tuple[str, str]], most: int) -> tuple[int, str]:
-    """How many of `turns`, of (observation, command), are shown, and the last `most` (1 or more) of them, a line each."""
+    """Number of turns shown, and the last `most` (at least 1) of `turns`, (observation, command) each, one a line."""
     recent = list(enumerate(turns, 1))[-most:]
     lines = [f"[Observation {n}: '{observation}', Action {n}: '{command}']" for n, (observation, command) in recent]
     return len(recent), "\n".join(lines)
 
 
 def project_action(text: str, thinking: bool, kept: int) -> tuple[str, bool]:
-    """What stands between the first <action> and the first </action>, lower-cased; without both the last `kept` characters.
+    """The command in a response, lower-cased, and whether the response had the right form.
 
-    Also of the wrong form: thinking tags missing where asked for, and any Chinese character.
+    The command is the text between the first <action> and the first </action>; where one is missing, the last `kept`
+    characters of the response, in the wrong form. Of the wrong form are also missing thinking tags where `thinking` asks
+    for them, and any Chinese character.
     """
     lowered = text.lower()
     start, end = lowered.find("<action>"), lowered.find("</action>")
@@ -38,8 +72,8 @@ def project_action(text: str, thinking: bool, kept: int) -> tuple[str, bool]:
 class PlainPrompt:
     """Asks for `<action> ... </action>`, whose text becomes the command as it is.
 
-    `thinking`: ask for, and require, <think> ... </think>. `history`: turns shown with context `window`. `instructions`: what
-    the world is about, ahead of everything else.
+    thinking: ask for, and require, <think> ... </think>. history: turns shown with context `window`. instructions: what
+    the environment is about, ahead of everything else.
     """
 
     def __init__(self, thinking: bool, history: int, instructions: str = "") -> None:

@@ -11,20 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from logging import getLogger
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.protocol import Info, Prompt
 from atod_fast.envs.text import GAP, cut_middle
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
 from atod_fast.rollout.template import ChatTemplate
-
-if TYPE_CHECKING:
-    from atod_fast.rollout.prompts import Prompt
 
 logger = getLogger(__name__)
 

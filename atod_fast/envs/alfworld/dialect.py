@@ -1,4 +1,4 @@
-"""The demo in ALFWorld: small generated kitchens, retold in few words, and a scripted player that knows the state of the game."""
+"""ALFWorld in few words, and a scripted expert that knows the state of the game."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from random import Random
 from atod_fast.envs.alfworld.engine import NOTHING_HAPPENS, FastAlfWorld
 from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.alfworld.game import Game
-from atod_fast.envs.dialect import Dialect, Player, Recipe, World
-from atod_fast.models import DEMO_WEIGHTS
+from atod_fast.envs.dialect import Dialect, Player
 
 _WORD = re.compile(r"[a-z]+|\d+")
 _BOILERPLATE = re.compile(r"-= welcome.*?=-|you arrive at .*?\. |looking quickly around you|your (?=task is to)")
@@ -122,14 +121,11 @@ def _player(env: AlfWorld) -> Player:
     return lambda steps, observation: expert.command()
 
 
-ALFWORLD = World(
-    name="alfworld",
-    env=AlfWorld,
-    preset="demo",
-    folder=DEMO_WEIGHTS,
-    dialect=Dialect(read=compact, command=" ".join, words=str.split, verbs=("go", "take")),
+DIALECT = Dialect(
+    read=compact,
+    command=" ".join,
+    words=str.split,
     vocabulary=lambda env, count: vocabulary(_games(env, count)),
     expert=_player,
     junk=lambda env, observation, rng: junk(env.engine, rng),
-    recipes={"teacher": Recipe(traces=2, tokens=700_000, seed=0), "student": Recipe(traces=1, tokens=400_000, seed=1)},
 )

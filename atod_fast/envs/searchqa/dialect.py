@@ -1,4 +1,4 @@
-"""The demo in Search-QA: questions about a made-up world, retold in few words, and a scripted player that knows what to search for."""
+"""Search-QA in few words, and a scripted expert that knows what to search for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
 
-from atod_fast.envs.dialect import Dialect, Player, Recipe, Step, World, weights
+from atod_fast.envs.dialect import Dialect, Player, Step
 from atod_fast.envs.searchqa.env import SearchQA
 from atod_fast.envs.searchqa.generator import PEOPLE, generate
 from atod_fast.envs.searchqa.text import NOTHING_FOUND
@@ -39,7 +39,7 @@ def spoken(command: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def vocabulary() -> list[str]:
-    """Every word that a compacted observation or a command can hold, in the worlds of all seeds, sorted."""
+    """Every word that a compacted observation or a command can hold, with any seed of `generate`, sorted."""
     words = {*VERBS, *compact(NOTHING_FOUND)}
     for world in (generate(0), generate(1)):  # seeds of different parity have different things
         words.update(word for question in world.questions for word in compact(question.text))
@@ -66,17 +66,11 @@ def junk(env: SearchQA, observation: str, rng: Random) -> str:
     return rng.choice([f"<search>{rng.choice(thing.split())}</search>", f"<search>{name}</search>", f"<search>{name} {thing}</search>", thing, name])
 
 
-SEARCHQA = World(
-    name="searchqa",
-    env=SearchQA,
-    preset="demo-searchqa",
-    folder=weights("searchqa"),
-    dialect=Dialect(read=compact, command=command, words=spoken, verbs=VERBS),
+DIALECT = Dialect(
+    read=compact,
+    command=command,
+    words=spoken,
     vocabulary=lambda env, count: vocabulary(),
     expert=player,
     junk=junk,
-    recipes={
-        "teacher": Recipe(traces=1, tokens=460_000, seed=2, worlds=9),
-        "student": Recipe(traces=1, tokens=290_000, seed=3, worlds=9),
-    },
 )

@@ -32,7 +32,7 @@ _OPENERS = re.compile("<(?:search|answer)>", re.IGNORECASE)
 
 
 class SearchPrompt:
-    """`thinking`: ask for <think> ... </think>. `history`: searches shown with context `window`."""
+    """thinking: ask for <think> ... </think>. history: searches shown with context `window`."""
 
     def __init__(self, thinking: bool, history: int) -> None:
         self.history = history

@@ -1,4 +1,4 @@
-"""The demo in WebShop: a made-up catalogue, its phrases a word each, and a scripted shopper that knows what fulfils the goal."""
+"""WebShop in few words, a phrase of the generated catalogues each, and a scripted expert that knows what fulfils the goal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import ceil
 from random import Random
 
-from atod_fast.envs.dialect import Dialect, Player, Recipe, Step, World, weights
+from atod_fast.envs.dialect import Dialect, Player, Step
 from atod_fast.envs.webshop.catalogue import Product
 from atod_fast.envs.webshop.env import WebShop
 from atod_fast.envs.webshop.generator import KINDS, VALUES
@@ -136,17 +136,11 @@ def junk(env: WebShop, observation: str, rng: Random) -> str:
     return rng.choices(choices, weights=(4, 1, 1, 2))[0]
 
 
-WEBSHOP = World(
-    name="webshop",
-    env=WebShop,
-    preset="demo-webshop",
-    folder=weights("webshop"),
-    dialect=Dialect(read=compact, command=command, words=spoken, verbs=VERBS),
+DIALECT = Dialect(
+    read=compact,
+    command=command,
+    words=spoken,
     vocabulary=vocabulary,
     expert=player,
     junk=junk,
-    recipes={
-        "teacher": Recipe(traces=1, tokens=800_000, seed=0, worlds=6),
-        "student": Recipe(traces=1, tokens=690_000, seed=0, worlds=6),
-    },
 )

@@ -31,7 +31,7 @@ _KEPT = 20  # characters of a response without an action that become the command
 
 
 class WebShopPrompt:
-    """`thinking`: ask for, and require, <think> ... </think>. `history`: turns shown with context `window`."""
+    """thinking: ask for, and require, <think> ... </think>. history: turns shown with context `window`."""
 
     def __init__(self, thinking: bool, history: int) -> None:
         self.thinking, self.history = thinking, history
@@ -64,7 +64,7 @@ class WebShopPrompt:
 
 
 def _parted(observation: str) -> tuple[str, str]:
-    """The task that a page tells, and the page's pieces after it, quoted; of a page that tells none nothing and the page."""
+    """Returns (task, the page's pieces after it, quoted), or ("", page) if the page states no task."""
     pieces = observation.split(SEPARATOR)
     if _MARK not in pieces[:-1]:
         return "", observation
