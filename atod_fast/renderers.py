@@ -33,16 +33,15 @@ def make_renderer(
         UserError: no such renderer; the tokenizer has no usable chat template and names no renderer; the environment has
             no prompt; or the named renderer cannot show it.
     """
-    name, tokenizer_name = tokenizer.init_kwargs.get("atod_renderer"), tokenizer.name_or_path
+    name, model = tokenizer.init_kwargs.get("atod_renderer"), tokenizer.name_or_path
     if name is not None:
         if name not in RENDERERS:
-            raise UserError(
-                f"student.path: tokenizer_config.json of {tokenizer_name!r} has atod_renderer={name!r}, which is none of {', '.join(RENDERERS)}; correct it"
-            )
+            file, known = f"tokenizer_config.json of {model!r}", ", ".join(RENDERERS)
+            raise UserError(f"student.path: atod_renderer={name!r} in {file} is none of {known}; correct it")
         return RENDERERS[name](config, tokenizer, env)
     if tokenizer.chat_template is None:
         raise UserError(
-            f"student.path: tokenizer {tokenizer_name!r} has no chat template; use a chat or instruct model (a demo model "
+            f"student.path: tokenizer {model!r} has no chat template; use a chat or instruct model (a demo model "
             'built by an earlier version: add "atod_renderer": "compact" and, for its environment, "atod_environment": '
             '"alfworld", "searchqa" or "webshop" to its tokenizer_config.json)'
         )

@@ -252,8 +252,8 @@ def test_the_demo_s_models_are_refused_in_a_world_of_another_kind():
     ("asked", "words"),
     [
         ({}, 'no chat template; use a chat or instruct model .*add "atod_renderer": "compact" and .*"atod_environment"'),
-        ({"atod_renderer": "compct", "atod_environment": "alfworld"}, "has atod_renderer='compct', which is none of compact; correct it"),
-        ({"atod_renderer": "compact"}, "has atod_environment=None, which is none of alfworld, searchqa, webshop; correct it"),
+        ({"atod_renderer": "compct", "atod_environment": "alfworld"}, "atod_renderer='compct' in tokenizer_config.json of .* is none of compact; correct it"),
+        ({"atod_renderer": "compact"}, "atod_environment=None in tokenizer_config.json of .* is none of alfworld, searchqa, webshop; correct it"),
     ],
 )
 def test_a_model_that_asks_for_no_renderer_or_an_unknown_one_is_refused(asked, words, tmp_path):

@@ -72,9 +72,8 @@ def compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: En
         raise UserError(f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full")
     name = tokenizer.init_kwargs.get("atod_environment")
     if name not in DEMOS:
-        raise UserError(
-            f"student.path: tokenizer_config.json of {tokenizer.name_or_path!r} has atod_environment={name!r}, which is none of {', '.join(DEMOS)}; correct it"
-        )
+        file, known = f"tokenizer_config.json of {tokenizer.name_or_path!r}", ", ".join(DEMOS)
+        raise UserError(f"student.path: atod_environment={name!r} in {file} is none of {known}; correct it")
     demo = DEMOS[name]
     if not isinstance(env, demo.env):
         preset = next((other.preset for other in DEMOS.values() if isinstance(env, other.env)), None)

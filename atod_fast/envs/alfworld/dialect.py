@@ -41,10 +41,10 @@ def vocabulary(games: Iterable[Game]) -> list[str]:
 
 
 class Expert:
-    """Looks for the object, in places that can hold it first, treats it as the task asks, and puts it down.
+    """Plays one episode: finds the object, first in places that can hold it, treats it as the task asks, puts it down.
 
-    It searches as a player would, opening and looking, but knows names, kinds and what has been done to an object. It can
-    take over in any state. ValueError for a task type that is not in TREATMENT.
+    It opens and looks as a player would, but knows names, kinds and what has been done to an object. It can take over in
+    any state. Raises ValueError for a task type that is not in TREATMENT.
     """
 
     def __init__(self, world: FastAlfWorld) -> None:

@@ -22,12 +22,12 @@ _BLOCK = re.compile(r"<(search|answer)>(.*)</\1>")
 
 
 def compact(observation: str) -> list[str]:
-    """The words of a question or of search results that tell one from another, lower-cased; only letters."""
+    """The telling words of a question or of search results, lower-cased; only letters."""
     return [word for word in _WORD.findall(_TITLE.sub("", observation.lower())) if word not in _DROPPED]
 
 
 def command(words: Sequence[str]) -> str:
-    """`search red lamp` -> `<search>red lamp</search>`; what begins with neither verb stays as it is, and is no command."""
+    """`search red lamp` -> `<search>red lamp</search>`; words that begin with neither verb stay as they are: no command."""
     verb, *rest = words or [""]
     return f"<{verb}>{' '.join(rest)}</{verb}>" if verb in VERBS else " ".join(words)
 

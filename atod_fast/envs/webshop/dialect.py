@@ -1,4 +1,4 @@
-"""WebShop in few words, a phrase of the generated catalogues each, and a scripted expert that knows what fulfils the goal."""
+"""WebShop in few words, one for a phrase of the generated catalogues, and a scripted expert that knows the goal."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _COMMAND = re.compile(r"(search|click)\[(.*)\]")
 
 
 def compact(page: str) -> list[str]:
-    """What tells a page from another, a word each: attributes, option values, products, prices, and `buy` where that is possible.
+    """The telling phrases of a page, a word each: attributes, option values, products, prices, and `buy` if it is offered.
 
-    The instruction, and with it the kind of product, is read on the first page only. Prices, of a range the lower end, are
-    rounded up to the tens of dollars that limits are made of.
+    The instruction, and with it the kind of product, is read on the first page only. Prices are rounded up to tens of
+    dollars, as price limits are; of a range the lower end counts.
     """
     text = page.lower()
     _, inside, rest = text.partition(BACK)
@@ -83,7 +83,10 @@ def spoken(command: str) -> list[str]:
 
 
 def vocabulary(env: WebShop, count: int) -> list[str]:
-    """Every word that a compacted page or a command can hold, in any catalogue of this size, sorted. Pages after the sixth are unknown words."""
+    """Every word that a compacted page or a command can hold, in any catalogue of this size, sorted.
+
+    Numbers of pages after the sixth are unknown words.
+    """
     products = (f"b{int(product.asin[1:])}" for product in env.shop.catalogue.products)
     prices = (f"${int(step)}" for step in STEPS if step <= HIGHEST_LIMIT)
     return sorted({*VERBS, *BUTTONS, *_TEXTS, *products, *prices, *(f"page{number}" for number in range(1, 7))})
@@ -129,7 +132,7 @@ def _clicked(step: Step) -> str:
 
 
 def junk(env: WebShop, observation: str, rng: Random) -> str:
-    """Detours, clicks on what is no button, half a search, or words that are no command. No purchases: they would end the episode."""
+    """A detour, a click on what is no button, half a search, or no command. No purchase: it would end the episode."""
     shown = [word for word in compact(observation) if word not in BUTTONS and not word.startswith(("$", "page"))] or [_WORDS[env.goal.product.query]]
     word = rng.choice(shown)
     choices = [f"click[{_text(word)}]", f"search[{_text(word)}]", word, f"click[{rng.choice((BACK, PREVIOUS, NEXT, *SUB_PAGES))}]"]
