@@ -3,7 +3,8 @@
     python bench/demo_worlds.py
 
 One run each of `torchrun --nproc_per_node 2 -m atod_fast.train --preset ...`, one after the other. Writes
-demo_worlds.json and .md, whose first table is the README's. Changes that are not committed are refused without --dirty.
+demo_worlds.json and .md, whose first table is that of docs/quickstart.md. Changes that are not committed are refused
+without --dirty.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def three(value: float) -> str:
 
 
 def readme_table(runs: dict[str, dict]) -> str:
-    """The README's table."""
+    """The table of docs/quickstart.md."""
     lines = ["| preset | steps | minutes | student before | after | teacher |", "|---|---|---|---|---|---|"]
     for preset, run in runs.items():
         before, *_, after = run["success"].values()
