@@ -3,8 +3,8 @@
     python bench/demo_worlds.py
 
 One run each of `torchrun --nproc_per_node 2 -m atod_fast.train --preset ...`, one after the other. Writes
-demo_worlds.json and .md. The README has the rows of the second and the third. Held-out tasks are of a seed that no
-setting was chosen on. Changes that are not committed are refused without --dirty.
+demo_worlds.json and .md. docs/quickstart.md has the rows of the second and the third. Held-out tasks are of a seed that
+no setting was chosen on. Changes that are not committed are refused without --dirty.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def three(value: float) -> str:
 
 
 def readme_table(runs: dict[str, dict]) -> str:
-    """The README's table."""
+    """The table of docs/quickstart.md."""
     lines = ["| preset | steps | minutes | student before | after | teacher |", "|---|---|---|---|---|---|"]
     for preset, run in runs.items():
         before, *_, after = run["success"].values()
