@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 import demo_study  # noqa: E402
+import demo_worlds  # noqa: E402
 
 
 def interval(drawn: np.ndarray) -> tuple[float, float]:
@@ -55,3 +56,9 @@ def test_the_readme_s_table_is_the_result_s():
     result = json.loads((demo_study.RESULTS / "demo_study.json").read_text())
     assert demo_study.readme_table(result) in (ROOT / "README.md").read_text(encoding="utf-8")
     assert demo_study.report(result) == (demo_study.RESULTS / "demo_study.md").read_text(encoding="utf-8")
+
+
+def test_the_quickstart_s_table_of_the_other_demos_is_the_result_s():
+    runs = json.loads((demo_worlds.RESULTS / "demo_worlds.json").read_text())["runs"]
+    others = {preset: run for preset, run in runs.items() if preset != "demo"}
+    assert demo_worlds.readme_table(others) in (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
