@@ -96,8 +96,7 @@ def describe(config: Config, ranks: int) -> str:
 def shape_of(model: PreTrainedModel) -> Shape:
     """Sizes of a model, which may be on the meta device. UserError where the trainer cannot take it apart."""
     config = model.config
-    layout = find_layout(model)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.get_submodule(layout.blocks)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_layout(model).parts(model).blocks]
     text = config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())
     return Shape(

@@ -29,7 +29,7 @@ from atod_fast.published import CONFIGS
 from atod_fast.rollout.actor import make_renderer, open_split
 from atod_fast.rollout.engines import ENGINES
 from atod_fast.runtime import Runtime, used_models
-from atod_fast.settings import check_env, check_model, check_world
+from atod_fast.settings import check_env, check_model, check_ranks
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -76,7 +76,7 @@ def look(
     Raises:
         UserError: the settings contradict each other, the environment's options are wrong, or a model cannot be used so.
     """
-    check_world(config, ranks)
+    check_ranks(config, ranks)
     check_env(config)  # before a model is fetched for an environment that is not there
     sources, unchecked = {}, []
     for role, path in used_models(config).items():

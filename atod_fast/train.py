@@ -50,7 +50,7 @@ def train(run: Run) -> None:
                 everyone = run.roll_out(step=step)
                 trajectories = [t for t in everyone if t.failure is None]
                 sequences = rows(trajectories)
-            minibatches, minibatch_turns = learner.plan(sequences, step=step)
+            minibatches, minibatch_turns = learner.partition(sequences, step=step)
 
             with clock("teacher"):
                 if imitates:

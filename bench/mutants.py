@@ -206,7 +206,7 @@ MUTANTS = {  # by file below atod_fast/
             "for scored",
         ),
         Mutant(
-            "plan-of-step-0",
+            "partition-of-step-0",
             "every step has the same mini-batches",
             "default_rng([train.seed, step])",
             "default_rng([train.seed, 0])",

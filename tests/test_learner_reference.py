@@ -143,7 +143,7 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
     orders = []
     for number in (1, 2):
         # --- the product
-        minibatches, wholes = learner.plan(sequences, number)
+        minibatches, wholes = learner.partition(sequences, number)
         if kappa:
             learner.score_teacher(minibatches)
         learner.score_student(minibatches, with_teacher=kappa > 0)

@@ -127,7 +127,7 @@ def update(student, teacher, *settings):
     rows = random_rows(12)
     turns = 2 * len(rows)
     kappa, rho = (schedules.make(slide).value(20) for slide in (config.schedule.kappa, config.schedule.rho))
-    minibatches, wholes = trainer.plan(rows, step=1)
+    minibatches, wholes = trainer.partition(rows, step=1)
     if kappa:
         trainer.score_teacher(minibatches)
     trainer.score_student(minibatches, with_teacher=kappa > 0)

@@ -1,6 +1,6 @@
 """Scoring and learning over a step's rows: tokens and weight streams, nothing of turns, rewards or schedules.
 
-A step's rows are planned once into mini-batches and micro-batches. The same micro-batches are scored by the teacher,
+A step's rows are partitioned once into mini-batches and micro-batches. The same micro-batches are scored by the teacher,
 scored by the student and then learnt from, so what scoring keeps lies beside the tokens it belongs to. FSDP gathers a
 unit whenever any rank uses it, so every rank runs the same number of micro-batches, empty ones included.
 """
@@ -23,7 +23,7 @@ from atod_fast.config import Config
 from atod_fast.errors import GuardError
 from atod_fast.objective import FULL_VOCABULARY, Streams, Tokens, diagnostics, loss_function, token_signals
 from atod_fast.policy.model import HeadJob, build_student
-from atod_fast.policy.packing import collate, plan
+from atod_fast.policy.packing import collate, partition
 from atod_fast.policy.sharding import reshard, shard
 from atod_fast.policy.teacher import Teacher, TeacherHead
 from atod_fast.policy.teacher.local import LocalTeacher
@@ -82,11 +82,11 @@ class Learner:
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
 
-    def plan(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[Tensor]]:
+    def partition(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[Tensor]]:
         """Returns this rank's micro-batches, and the turns [M] of each whole mini-batch, over all ranks."""
         train = self.config.train
         rng = np.random.default_rng([train.seed, step])
-        whole = plan(rows, ranks=ranks.world_size(), minibatch_rows=train.minibatch_rows, budget=train.microbatch_tokens, packed=self.packed, rng=rng)
+        whole = partition(rows, ranks=ranks.world_size(), minibatch_rows=train.minibatch_rows, budget=train.microbatch_tokens, packed=self.packed, rng=rng)
         mine = [[collate([rows[r] for r in micro], packed=self.packed) for micro in minibatch[ranks.rank()]] for minibatch in whole]
         members = [[r for rank in minibatch for micro in rank for r in micro] for minibatch in whole]
         turns = [torch.tensor([turn for r in part for turn in rows[r].turns]) for part in members]

@@ -77,15 +77,6 @@ class Head(nn.Module):
         return linear_token_loss(job.loss, *operands, inputs=job.inputs, schedule=job.schedule, check=job.check, **options)
 
 
-class Parts(NamedTuple):
-    """The modules of a `Layout`: a tuple, so that they are registered under the checkpoint's names alone."""
-
-    backbone: nn.Module
-    blocks: nn.ModuleList
-    embedding: nn.Embedding
-    head: Head
-
-
 class CausalPolicy(nn.Module):
     """Backbone and head; parameter names are those of the Hugging Face checkpoint."""
 
@@ -97,9 +88,8 @@ class CausalPolicy(nn.Module):
         logits = find_logits(source, self.layout)
         for name, child in source.named_children():
             self.add_module(name, Head(child, logits) if name == self.layout.head else child)
-        names = self.layout
-        self.parts = Parts(*map(self.get_submodule, (names.backbone, names.blocks, names.embedding, names.head)))
-        self.tied = self.parts.head.weight is self.parts.embedding.weight
+        self.parts = self.layout.parts(self)
+        self.tied = self.layout.tied
         self.compute_dtype = self.parts.head.weight.dtype  # until `shard` says otherwise
         self.recurrent = recurrent(source)
         # Models without an argument for positions count them, or need none.
