@@ -98,7 +98,8 @@ def parse_evaluation(argv: Sequence[str], description: str | None) -> tuple[argp
     arguments = parser.parse_intermixed_args(argv)
     # This model is all there is: a preset that leaves student and teacher to its user needs no others.
     own = [f"{role}.path={arguments.model}" for role in ("student", "teacher")]
-    return arguments, load(arguments.preset, arguments.config, [*own, *arguments.settings])
+    chooses_nothing = ["checkpoint.keep_best=false", "schedule.kappa.kind=linear"]
+    return arguments, load(arguments.preset, arguments.config, [*own, *chooses_nothing, *arguments.settings])
 
 
 def answer_early(parse: Callable[[Sequence[str]], object]) -> None:

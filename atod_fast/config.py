@@ -57,11 +57,18 @@ class Env(Section):
     # Odd seeds share no game with training; of this one's games none is among those of eval's either.
     dev: dict[str, Any] = Field(
         {"generate": 2400, "seed": 5},
-        description="options of the tasks that choose: schedule.kappa.kind=adaptive and checkpoint.keep_best look at "
-        "success on them; without either they are not opened",
+        description="options of the tasks to choose by: schedule.kappa.kind=adaptive and checkpoint.keep_best look at "
+        "success on them; without either they are not opened; empty where env.train or env.eval is replaced and this is not",
     )
     workers: int = Field(8, ge=1, description="threads for environments that do not answer at once")
     step_timeout: float = Field(60.0, gt=0, description="seconds an environment may take for one step; then its trajectory ends as failed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new_tasks(cls, given: Any) -> Any:
+        """The default's tasks to choose by belong to the default's training and held-out tasks alone."""
+        replaced = isinstance(given, Mapping) and ("train" in given or "eval" in given)
+        return {"dev": {}, **given} if replaced else given
 
 
 class Rollout(Section):
@@ -110,7 +117,7 @@ class Rollout(Section):
 
 class Eval(Section):
     every: int = Field(20, ge=0, description="steps between evaluations; 0 = only first and last")
-    tasks: int = Field(400, ge=1, description="held-out tasks, one episode each; and of env.dev, where something chooses")
+    tasks: int = Field(400, ge=1, description="held-out tasks, one episode each; as many of env.dev, where it is played")
     temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy")
     teacher: bool = Field(True, description="also evaluate the teacher, once, before training (with transformers); schedule.kappa.kind=adaptive needs it")
 
@@ -155,7 +162,8 @@ class Objective(Section):
     gigpo_gamma: float = Field(0.95, gt=0, le=1, description="discount of GiGPO's step returns")
     invalid_penalty: float = Field(0.0, ge=0, description="taken from the reward of a turn whose action is invalid")
     invalid: Literal["form", "accepted"] = Field(
-        "form", description="what makes an action invalid: form, a response without the required form (paper); accepted, that or an action the world refuses"
+        "form",
+        description="what invalid_penalty falls on: form, a response without the required form (verl-agent); accepted, that or an action the world refuses",
     )
     clip: float = Field(0.2, gt=0, description="PPO clip range")
     dual_clip: float = Field(3.0, ge=0, description="dual clip bound for negative advantages; 0 = off")

@@ -26,7 +26,8 @@ from atod_fast.models import (
 )
 from atod_fast.policy.model import CausalPolicy
 from atod_fast.published import CONFIGS
-from atod_fast.rollout.actor import make_renderer, open_split
+from atod_fast.renderers import make_renderer
+from atod_fast.rollout.actor import open_split
 from atod_fast.rollout.engines import ENGINES
 from atod_fast.runtime import Runtime, used_models
 from atod_fast.settings import check_env, check_model, check_ranks

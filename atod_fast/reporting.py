@@ -6,6 +6,7 @@ import resource
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,37 @@ MOST_TYPES = 20
 FEW_ACTIONS = 32  # of which most may be the same by chance
 
 
-class Reporter:
-    """Writes into the folder of a run, on rank 0 alone, and says on the console what was written."""
+class Callback:
+    """Is told what a run writes down. Subclass it and override what you need.
 
-    def __init__(self, run_dir: Path, config: Config, console: Console, tokenizer: PreTrainedTokenizerBase):
+    Rank 0 alone calls it, right after it has written. It must not communicate with other ranks, nor change what it is
+    given. What it raises stops the run on all ranks, after what was trained is saved.
+    """
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        """Called after each step with its line of metrics.jsonl, which includes the evaluation of that step."""
+
+    def on_evaluation(self, metrics: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
+        """Called after each evaluation, those before the first step included, with all ranks' trajectories.
+
+        The metrics are `step` and the outcomes: `eval/success` on env.eval, `dev/success` on env.dev,
+        `eval/teacher_success` of the teacher, ...
+        """
+
+
+class Reporter:
+    """Writes into the folder of a run and calls the callbacks, on rank 0 alone; says on the console what was written."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        console: Console,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: Sequence[Callback] = (),
+    ):
         self.run_dir, self.config, self.console, self.tokenizer = run_dir, config, console, tokenizer
+        self.callbacks = callbacks if ranks.rank() == 0 else ()
         self.log = MetricsLog(run_dir / "metrics.jsonl")
         self.advice = Advice(config)
 
@@ -60,6 +87,14 @@ class Reporter:
             self.console.say(f"warning: {line}", style="yellow")
         if every and step % every == 0:
             self.trajectories(f"step_{step:06d}", trajectories, signals)
+        for callback in self.callbacks:
+            callback.on_step(metrics)
+
+    def evaluation(self, name: str, step: int, metrics: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
+        """Write the trajectories of an evaluation after `step` as trajectories/`name`.jsonl."""
+        self.trajectories(name, trajectories)
+        for callback in self.callbacks:
+            callback.on_evaluation({"step": step, **metrics}, trajectories)
 
     def draw(self) -> bool:
         """Draw curves.png. Returns whether that worked; a failure is printed and ends no run."""

@@ -26,6 +26,7 @@ from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner, MiniBatches
 from atod_fast.policy.resync import stream_weights
 from atod_fast.records import Trajectory
+from atod_fast.renderers import make_renderer
 from atod_fast.rollout.actor import Actor, dated
 from atod_fast.rollout.duration import limit
 from atod_fast.rollout.engines import make_engine
@@ -53,7 +54,12 @@ def open_actor(
     """
     with ranks.together():  # files may be missing on one machine alone
         stops = stop_ids(path)
-        actor = Actor(config, tokenizer, columns, stops, rank=ranks.rank(), ranks=ranks.world_size())
+        actor = Actor(
+            config,
+            partial(make_renderer, config, tokenizer, columns, stop_ids=stops),
+            rank=ranks.rank(),
+            ranks=ranks.world_size(),
+        )
         for split in splits:  # what is wrong with one is said before anything is played
             actor.world(split)
     engines = check_engines(config, ranks.world_size())
@@ -69,7 +75,7 @@ class Run:
         UserError: the settings, a model, an environment or the run folder cannot be used.
     """
 
-    def __init__(self, options: Options, interrupt: Interrupt):
+    def __init__(self, options: Options, interrupt: Interrupt, callbacks: Sequence[reporting.Callback] = ()):
         self.interrupt = interrupt
         device, mesh = ranks.start()
         self.console = console = Console(speaks=ranks.rank() == 0)
@@ -80,6 +86,7 @@ class Run:
         if finished:
             steps, model = config.train.steps, self.run_dir / "hf"
             raise rundir.Finished(
+                self.run_dir,
                 f"{self.run_dir} is finished: {steps} steps, model {model}; give more train.steps to go on",
             )
         if options.resume == "auto" and not resume:
@@ -119,7 +126,7 @@ class Run:
         self.whole_at = self.learner.updates  # weights are those after step `done` as long as there are no more
         self.saved = self.done if place.here else 0  # the newest step with a checkpoint in the run folder
         self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
-        self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer)
+        self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer, callbacks)
         with ranks.together():
             if ranks.rank() == 0:
                 beyond = self.done if place.here else -1
@@ -133,7 +140,9 @@ class Run:
                     say=console.say,
                 )
         if config.checkpoint.keep_best and place.here:
-            self.best = checkpoint.agreed_best(self.run_dir, state.get("best"))
+            # Success on other tasks than env.dev's is not to be compared with.
+            told = state.get("best") if "dev/success" in self.before else None
+            self.best = checkpoint.agreed_best(self.run_dir, told)
         console.say(f"run folder {self.run_dir}, rollouts by {runtime.engine}")
         self.resync()
         if not resume:
@@ -221,12 +230,14 @@ class Run:
         label += " on env.dev" * (split == "dev")
         ranks.doing(label)
         everyone = self.player.play(label, partial(self.actor.evaluate, engine, split))
+        metrics = reporting.evaluation_metrics(everyone, f"{split}/" + "teacher_" * teacher)
         with ranks.together():
-            self.reporter.trajectories(f"{split}_{self.done:06d}" + "_teacher" * teacher, everyone)
+            name = f"{split}_{self.done:06d}" + "_teacher" * teacher
+            self.reporter.evaluation(name, self.done, metrics, everyone)
         if lost := sum(t.failure is not None for t in everyone):
             tasks = self.config.eval.tasks
             self.console.say(f"{label}: {lost} of {tasks} environments failed, and count as not solved")
-        return reporting.evaluation_metrics(everyone, f"{split}/" + "teacher_" * teacher)
+        return metrics
 
     def evaluate_before(self) -> dict[str, float]:
         """Evaluate the student and, with eval.teacher and a teacher, the teacher before any training.

@@ -32,6 +32,10 @@ class Finished(Exception):
 
     exit_code = 0
 
+    def __init__(self, run_dir: Path, line: str):
+        super().__init__(line)
+        self.run_dir = run_dir
+
 
 class Place(NamedTuple):
     """Where a run stands."""
@@ -155,7 +159,7 @@ def _find(options: Options) -> Place:
             f"into {_free(run)}, or --run-dir NEW for a run of its own"
         )
     if config.schedule.kappa.kind == "adaptive" and (state.get("adaptive") is None or "dev/teacher_success" not in state["before"]):
-        raise UserError(f"schedule.kappa.kind=adaptive: the run of {path} did not follow its evaluations; start a run of its own")
+        raise UserError(f"schedule.kappa.kind=adaptive: the run of {path} did not measure its teacher on env.dev; start a run of its own")
     return Place(run_dir, path, finished=here and step == newest == steps and (run / "hf" / "config.json").is_file())
 
 

@@ -26,14 +26,19 @@ from atod_fast.errors import UserError
 from atod_fast.methods import OBJECTIVES, Level, nest
 
 LARGEST_TINY = 10_000_000  # parameters of a model that the demo's values may fit
-FOLDER = Path(__file__).with_name("presets")
+FOLDER = Path(__file__).parent
 
-# A preset is one or more files laid over each other: the paper's common settings, its task, its models, and what belongs to that pair alone.
+PAPER = "presets/paper"
+
+# The TOML files of each preset, in FOLDER; later files override earlier ones. A preset of the paper's runs is made of the
+# settings that all runs share, those of the environment, the models, and what only this pair has.
 PRESETS: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in ("demo", "demo-searchqa", "demo-webshop")},
-    "own": ("paper", "own"),
-    **{f"{task}-{size}": ("paper", task, size) for task in ("alfworld", "webshop", "searchqa") for size in ("0.6b", "1.7b", "4b")},
-    "alfworld-1.7b": ("paper", "alfworld", "1.7b", "alfworld-1.7b"),
+    "demo": ("envs/alfworld/demo",),
+    "demo-searchqa": ("envs/searchqa/demo",),
+    "demo-webshop": ("envs/webshop/demo",),
+    "own": (PAPER, "presets/own"),
+    **{f"{env}-{size}": (PAPER, f"envs/{env}/preset", f"presets/{size}") for env in ("alfworld", "webshop", "searchqa") for size in ("0.6b", "1.7b", "4b")},
+    "alfworld-1.7b": (PAPER, "envs/alfworld/preset", "presets/1.7b", "envs/alfworld/preset-1.7b"),
 }
 
 
@@ -91,8 +96,8 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 SAME_TASKS = {
     ("train", "eval"): "held-out success will be that of training tasks",
-    ("train", "dev"): "what chooses will look at training tasks",
-    ("eval", "dev"): "held-out success will be that of the tasks that chose",
+    ("train", "dev"): "the tasks to choose by will be training tasks",
+    ("eval", "dev"): "held-out success will be that of the tasks that were chosen by",
 }
 
 
@@ -173,7 +178,7 @@ def preset_level(name: str) -> Level:
 
 def preset_summary(name: str) -> str:
     """What a preset is: the first comment of its last files."""
-    files = [FOLDER / f"{part}.toml" for part in PRESETS[name] if part != "paper"]
+    files = [FOLDER / f"{part}.toml" for part in PRESETS[name] if part != PAPER]
     return ", ".join(file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".") for file in files)
 
 
@@ -253,6 +258,8 @@ def _lay_over(merged: Level, level: Level) -> None:
         level = OBJECTIVES.get(objective, {}) | level
     if level.get("env.name", merged["env.name"]) != merged["env.name"]:
         merged |= dict.fromkeys(TABLES, {})  # one world's options mean nothing to another
+    if level.keys() & {"env.train", "env.eval"}:
+        merged["env.dev"] = {}  # tasks to choose by belong to those they are apart from
     for key, value in level.items():
         if table := _table_of(key):
             merged[table] = _with_option(merged[table], key.removeprefix(f"{table}.").split("."), value, key)

@@ -23,6 +23,7 @@ if __name__ == "__main__":
     cli.answer_early(cli.parse)
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -97,20 +98,25 @@ def train(run: Run) -> None:
         run.finish()
 
 
-def start(options: cli.Options, interrupt: Interrupt) -> None:
-    """Do what the command line asks for: print the plan of a dry run, or train."""
+def start(
+    options: cli.Options,
+    interrupt: Interrupt,
+    callbacks: Sequence[reporting.Callback] = (),
+) -> Path | None:
+    """Print the plan of a dry run, or train. Returns the folder of the run, which may have been finished already."""
     speaks = ranks.rank() == 0
     if options.dry_run:
         if speaks:
             print(plan.describe(rundir.resumed_config(options, rundir.choose(options).resume), ranks.world_size()))
-        return
+        return None
     try:
-        run = Run(options, interrupt)
+        run = Run(options, interrupt, callbacks)
     except rundir.Finished as finished:
         if speaks:
             print(finished)
-        return
+        return finished.run_dir
     train(run)
+    return run.run_dir
 
 
 @record

@@ -3,7 +3,7 @@
     python bench/aot_audit.py                                 # all kernels, sm_80 sm_90 sm_100 gfx942: bench/results/aot_audit.{csv,md}
     python bench/aot_audit.py --check --arch sm_90 --out ''   # a gate: exit 1 on a fault, nothing written
 
-Each kernel is compiled in representative variants of what `triton_backend.py` launches, with the configurations of `triton_configs.json`. The CSV has a
+Each kernel is compiled in representative variants of what `backend.py` launches, with the configurations of `configs.json`. The CSV has a
 row per variant; rows of other versions of Triton and of other architectures are kept, so that running under several versions fills one table.
 
 A fault is a compile failure, a spill, shared or tensor memory beyond the architecture's, a fused kernel of 16-bit operands without
@@ -35,8 +35,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     raise SystemExit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
 
 import triton
-from atod_kernels import triton_fused, triton_tiles, triton_turns
-from atod_kernels.triton_configs import TABLE, choose
+from atod_kernels.triton import fused, tiles, turns
+from atod_kernels.triton.configs import TABLE, choose
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -45,7 +45,7 @@ NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 KINDS = ("", "reverse_kl", "forward_kl", "jsd")
 MIXTURES = ("jsd", "skew_reverse_kl", "skew_forward_kl")
-COMBINE_BLOCK = 128  # `triton_backend.statistics_of_sums`
+COMBINE_BLOCK = 128  # `triton/backend.py`, statistics_of_sums
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def launch(variant: Variant, arch: str, rows: list[dict[str, Any]], version: str
         name = variant.kernel.removeprefix("tile_")
         if name == "combine":
             return {"BLOCK": COMBINE_BLOCK}
-        return {"BLOCK": triton_turns.BLOCK} if name.endswith("kernel") else choose(rows, name, arch, variant.bits, version)
+        return {"BLOCK": turns.BLOCK} if name.endswith("kernel") else choose(rows, name, arch, variant.bits, version)
     config = choose(rows, "fused", arch, variant.bits, version)
     if not variant.even or (config["TMA"] and not variant.tma):
         config = choose(rows, "ragged", arch, variant.bits, version)
@@ -121,7 +121,7 @@ def launch(variant: Variant, arch: str, rows: list[dict[str, Any]], version: str
 def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
     """The kernel with the types and constants of the launch, and the compiler's options. What is not specialised counts as not aligned."""
     v = variant
-    function = next(getattr(module, v.kernel) for module in (triton_tiles, triton_fused, triton_turns) if hasattr(module, v.kernel))
+    function = next(getattr(module, v.kernel) for module in (tiles, fused, turns) if hasattr(module, v.kernel))
     operand, teacher = "bf16" if v.bits == 16 else "fp32", bool(v.kind)
     constants: dict[str, Any] = {"KIND": v.kind, "A": 0.0, "B": 0.0, "CAP_S": 0.0, "CAP_T": 0.0, "SCALE_T": 1.0}
     constants |= {"PRECISION": "ieee", "PARTS": 1}

@@ -6,9 +6,9 @@
 Every run is the main job's command in one process with one thread. The final models, the student before and the teacher
 then play the same 2,000 held-out games, with the same seeds, at temperature 1, at 0.5 and greedily. Intervals are 95%
 percentiles of a bootstrap over seeds and games at once: a draw takes games with replacement, the same ones for all
-models, so that differences are paired by game, and for each method as many of its seeds with replacement. With three
-seeds that part is coarse: there are ten different draws of them, and a draw shows two thirds of the variance between
-seeds. Teacher and student before are one model each.
+models, so that differences are paired by game, and for each method as many of its seeds with replacement. With few
+seeds that part is coarse: of n seeds a draw shows (n - 1) / n of the variance between seeds. Teacher and student before
+are one model each.
 
 Writes demo_study.json, .md (whose first table is the README's) and .png. All of it is of one commit: changes that are
 not committed are refused without --dirty, and so is a work folder made at another commit.
@@ -201,9 +201,8 @@ other rows have ATOD's.
 
 Success on {result["games"]:,} held-out games that no setting was chosen on, the same for all: mean over seeds {seeds},
 and 95% interval of a bootstrap over seeds and games at once ({result["draws"]:,} draws); differences are paired by
-game. With three seeds the part of the seeds is coarse: there are ten different draws of three, and a draw shows two
-thirds of the variance between seeds, so that intervals are somewhat too narrow. Teacher and student before are one
-model each.
+game. With few seeds their part is coarse: of n seeds a draw shows (n - 1) / n of the variance between seeds, so that the
+intervals are somewhat too narrow. Teacher and student before are one model each.
 
 {readme_table(result)}
 

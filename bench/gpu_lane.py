@@ -35,7 +35,7 @@ if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from atod_kernels import linear_divergence, linear_token_loss, naive, problem, tiles, turns
+from atod_kernels import algebra, linear_divergence, linear_token_loss, naive, problem, turns
 from torch import Tensor
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
@@ -261,14 +261,14 @@ def single_model(lane: Lane, interpreted: bool, target: Tensor | None, lean: boo
 
 def recompute(lane: Lane, interpreted: bool) -> None:
     """The fused gradient's logits are its forward's: at a row's largest logit u = z - max is 0 to the last bit, so that p is exp(-log S)."""
-    from atod_kernels import triton_backend
+    from atod_kernels.triton import backend
 
     p = single_model(lane, interpreted, None, lean=True)
-    stats = triton_backend.head_statistics(p)
+    stats = backend.head_statistics(p)
     t, v = p.tokens, p.columns
     upstream = torch.zeros(3, t, device=lane.device)
     upstream[1] = 1  # entropy: the gradient is -p (u - log S + entropy), at u = 0 p (log S - entropy)
-    fused = triton_backend.Fused(p)
+    fused = backend.Fused(p)
     dz = torch.empty(t, v, device=lane.device)
     for rows in (slice(0, t // 3), slice(t // 3, t)):  # not the forward's blocks
         for columns in (slice(0, v // 2), slice(v // 2, v)):
@@ -277,7 +277,7 @@ def recompute(lane: Lane, interpreted: bool) -> None:
     logits = p.student.hidden.double() @ p.student.weight.double().T
     at = logits.argmax(1)
     sure = logits.topk(2).values.diff(dim=1)[:, 0].abs() > 1e-3
-    entropy, log_s = stats[tiles.ENTROPY].double(), stats[tiles.LOG_S].double()
+    entropy, log_s = stats[algebra.ENTROPY].double(), stats[algebra.LOG_S].double()
     expected = (log_s - entropy) * (-log_s).exp()
     got = dz.gather(1, at[:, None])[:, 0].double()
     slack = 4e-7 * (log_s.abs() + entropy.abs()) + 1e-9  # of fp32 in this formula; a logit off by its last bit moves the result by 4e-6 p
@@ -286,23 +286,23 @@ def recompute(lane: Lane, interpreted: bool) -> None:
 
 
 def out_of_range(lane: Lane, interpreted: bool) -> None:
-    from atod_kernels import triton_backend
+    from atod_kernels.triton import backend
 
     for lean in (False, True):
         p = single_model(lane, interpreted, None, lean)
         target = torch.full((p.tokens,), 1, device=lane.device)
         target[2], target[3] = p.columns, -100
         p = single_model(lane, interpreted, target, lean)
-        stats = triton_backend.head_statistics(p)
-        logp = stats[tiles.LOGP].isnan().cpu()
+        stats = backend.head_statistics(p)
+        logp = stats[algebra.LOGP].isnan().cpu()
         upstream = torch.ones(3, p.tokens, device=lane.device)
-        dx, _, _ = triton_backend.head_gradients(p, stats, upstream, True, True, False)
+        dx, _, _ = backend.head_gradients(p, stats, upstream, True, True, False)
         passed = bool(logp[2]) and int(logp.sum()) == 1 and not dx[2:4].any() and bool(dx.isfinite().all())
         lane.check(f"target out of range, {'lean' if lean else 'fast'}", passed, f"NaN in {logp.nonzero()[:, 0].tolist()}, expected [2]; no gradient there")
 
 
 def turn_kernels(lane: Lane, interpreted: bool) -> None:
-    from atod_kernels import triton_turns
+    from atod_kernels.triton import turns as triton_turns
 
     g = torch.Generator().manual_seed(0)
     count = 12 if interpreted else 5000

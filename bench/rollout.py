@@ -22,6 +22,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from atod_fast.policy.model import HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.policy.teacher.local import LocalTeacher
 from atod_fast.records import Trajectory
+from atod_fast.renderers import make_renderer
 from atod_fast.rollout import agent
 from atod_fast.rollout.actor import Actor
 from atod_fast.rollout.engines import make_engine
@@ -202,7 +204,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, path in (("demo, 0.2M", "demo:student"), ("random, 3.4M", larger(folder))):
             config = Config.model_validate({"student": {"path": path}, "env": {"options": {}}})
-            actor = Actor(config, load_tokenizer("demo:student"), load_config(path).vocab_size, rank=0, ranks=1)
+            renderer = partial(make_renderer, config, load_tokenizer("demo:student"), load_config(path).vocab_size)
+            actor = Actor(config, renderer, rank=0, ranks=1)
             score = Scorer(Config.model_validate({"teacher": {"path": path}}), mesh, device)
             for kind in ("transformers", "vllm") if vllm_limits.supported() else ("transformers",):
                 engine = make_engine(config, kind, Runtime.of(config, device).student, device)

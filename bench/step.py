@@ -34,9 +34,9 @@ from head import hardware
 from machine import version
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from atod_fast.demo.alfworld import ALFWORLD, compact
 from atod_fast.demo.rendering import CompactRenderer
 from atod_fast.demo.tokenizer import ACT, BOS, CONTROL, build_tokenizer
+from atod_fast.envs.alfworld.dialect import DIALECT, compact
 from atod_fast.models import resolve
 from atod_fast.observe import metrics
 
@@ -104,7 +104,7 @@ def prepare(name: str, folder: Path) -> str:
     else:
         words = ("".join(letters) for letters in product(ascii_lowercase, repeat=3))
         spoken = islice((word for word in words if compact(word) == [word]), 8192 - len(CONTROL) - 1)
-        build_tokenizer(list(spoken), max_length=512).save_pretrained(folder)
+        build_tokenizer(list(spoken), max_length=512, environment="alfworld").save_pretrained(folder)
         sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
         torch.manual_seed(0)
         ids = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 4}
@@ -113,7 +113,7 @@ def prepare(name: str, folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     words = sorted(word for word in tokenizer.get_vocab() if compact(word) == [word])
     prompts = [" ".join(Random(task).choices(words, k=PROMPT - 2)) for task in range(PROMPTS)]
-    shown = [CompactRenderer(tokenizer, ALFWORLD.dialect).prompt([], prompt, {}) for prompt in prompts]
+    shown = [CompactRenderer(tokenizer, DIALECT).prompt([], prompt, {}) for prompt in prompts]
     assert shown == tokenizer([f"{BOS} {prompt} {ACT}" for prompt in prompts])["input_ids"] and {len(ids) for ids in shown} == {PROMPT}
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return f"Qwen3 of {(folder / 'model.safetensors').stat().st_size / 4e6:.1f}M parameters, vocabulary {len(tokenizer)}"
@@ -134,15 +134,14 @@ def steps_of(marks: list[tuple[float, float]], phases: list[dict[str, float]]) -
 
 
 def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, float]]:
-    from atod_fast import train
-    from atod_fast.rollout import actor
+    from atod_fast import run, train
     from atod_fast.run import Run
 
     marks, reported = [], Run.reported
 
-    def endless(config, tokenizer, *others):
-        """The demo's renderer for a world that is not the demo's; no response may hold its stop token."""
-        renderer = CompactRenderer(tokenizer, ALFWORLD.dialect)
+    def endless(config, tokenizer, *others, **options):
+        """The demo's renderer for an environment that is not the demo's; no response may hold its stop token."""
+        renderer = CompactRenderer(tokenizer, DIALECT)
         renderer.valid_columns[list(renderer.stop_ids)] = False
         return renderer
 
@@ -150,7 +149,7 @@ def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, flo
         marks.append(now())
         return reported(run, *arguments, **options)
 
-    actor.make_renderer, Run.reported = endless, marked
+    run.make_renderer, Run.reported = endless, marked
     settings = f"""
     student.path={folder} teacher.path={folder} student.compute_dtype=fp32 env.name=__main__:Recital env.options.prompts={folder / "prompts.json"}
     env.max_turns=1 rollout.engine={engine} rollout.context=full rollout.prompt_tokens={PROMPT + RESPONSE} rollout.response_tokens={RESPONSE}

@@ -1,4 +1,4 @@
-"""Search this machine's GPU for the launch configurations of the Triton kernels, and write them into `triton_configs.json`.
+"""Search this machine's GPU for the launch configurations of the Triton kernels, and write them into `configs.json`.
 
     python bench/tune.py                                 # all kernels at T 4096, H_s 2048, H_t 4096, V 32768, bf16
     python bench/tune.py --kernels fused --shape 8192,151936,2048,4096 --table ''
@@ -27,8 +27,9 @@ from typing import Any
 import torch
 import triton
 from aot_audit import ARCHES, Variant, examine, variants
-from atod_kernels import linear_token_loss, problem, tiles, triton_backend, triton_configs
-from atod_kernels.triton_configs import TABLE, architecture, choose
+from atod_kernels import algebra, linear_token_loss, problem
+from atod_kernels.triton import backend, configs
+from atod_kernels.triton.configs import TABLE, architecture, choose
 from torch import Tensor
 
 Config = dict[str, Any]
@@ -133,32 +134,32 @@ def workload(family: str, shape: tuple[int, ...], dtype: torch.dtype) -> Callabl
     p = make_problem(shape, dtype, kind, family == "fused")
     rows, columns = p.parts()[0], p.slices()[0]
     n, w = rows.stop, columns.stop
-    stats = torch.rand(tiles.STATISTICS, p.tokens, device="cuda")
+    stats = torch.rand(algebra.STATISTICS, p.tokens, device="cuda")
     upstream = torch.randn(3, p.tokens, device="cuda")
-    dz = torch.empty(p.tile[0], p.stride, device="cuda", dtype=triton_backend.gradient_dtype(p))[:n, :w]
+    dz = torch.empty(p.tile[0], p.stride, device="cuda", dtype=backend.gradient_dtype(p))[:n, :w]
     if family == "fused":
 
         def fused(config: Config) -> Callable[[], Any]:
             with_config(family, config)
-            launches = triton_backend.Fused(p)
+            launches = backend.Fused(p)
             return lambda: (launches.statistics(), launches.gradient(rows, columns, dz, stats, upstream))
 
         return fused
-    logits = triton_backend.Tiles.of(p)
+    logits = backend.Tiles.of(p)
     zs, zt = logits.make(rows, columns)
 
     def over_memory(config: Config) -> Callable[[], Any]:
         with_config(family, config)
         if family == "gradient":
-            return lambda: triton_backend.tile_gradient(p, rows, columns, zs, zt, dz, stats[:, rows], upstream[:, rows])
+            return lambda: backend.tile_gradient(p, rows, columns, zs, zt, dz, stats[:, rows], upstream[:, rows])
         one = replace(p, student=narrow(p.student, columns), teacher=narrow(p.teacher, columns))
         made = Made(one, logits.buffer)
-        return lambda: triton_backend.tile_statistics(one, rows, made)
+        return lambda: backend.tile_statistics(one, rows, made)
 
     return over_memory
 
 
-class Made(triton_backend.Tiles):
+class Made(backend.Tiles):
     """A tile whose logits are there already: its products are not what is timed."""
 
     def __init__(self, p: problem.Problem, buffer: Tensor):
@@ -175,7 +176,7 @@ def narrow(layer: problem.Layer, columns: slice) -> problem.Layer:
 
 def with_config(family: str, config: Config) -> None:
     """Make the backend launch one family with a configuration."""
-    triton_backend.configuration = lambda kernel, arch, bits: config if kernel == family else triton_configs.configuration(kernel, arch, bits)
+    backend.configuration = lambda kernel, arch, bits: config if kernel == family else configs.configuration(kernel, arch, bits)
 
 
 def tune_tile(shape: tuple[int, ...], dtype: torch.dtype, timer: Timer, rounds: int) -> dict[tuple[int, int], float]:

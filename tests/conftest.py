@@ -5,7 +5,8 @@ import pytest
 # Read when the kernels are imported: here they run on CPU tensors, in Triton's interpreter.
 os.environ["TRITON_INTERPRET"] = "1"
 
-from atod_kernels import products, torch_backend  # noqa: E402
+from atod_kernels import products  # noqa: E402
+from atod_kernels.torch import backend as torch_backend  # noqa: E402
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Which episodes an actor asks for: tasks, groups, seeds and temperature."""
 
+from functools import partial
+
 import pytest
 from transformers import AutoTokenizer
 
 from atod_fast.errors import UserError
 from atod_fast.models import resolve
+from atod_fast.renderers import make_renderer
 from atod_fast.rollout import actor
 from atod_fast.settings import load
 
@@ -35,7 +38,7 @@ def ask(monkeypatch):
 
         monkeypatch.setattr(actor, "rollout", rollout)
         config = load(None, None, [*SETTINGS, *settings])
-        function(actor.Actor(config, tokenizer, len(tokenizer), rank=rank, ranks=ranks))
+        function(actor.Actor(config, partial(make_renderer, config, tokenizer, len(tokenizer)), rank=rank, ranks=ranks))
         return asked
 
     return ask

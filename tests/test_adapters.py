@@ -22,17 +22,18 @@ from tiny import save_model
 
 from atod_fast import cli, evaluate, train
 from atod_fast.config import Config
-from atod_fast.envs import adapter, make
-from atod_fast.envs.gymnasium_adapter import Gymnasium
-from atod_fast.envs.openenv_adapter import OpenEnv, ServerError, at, filled
+from atod_fast.envs import make
+from atod_fast.envs.adapters import adapter
+from atod_fast.envs.adapters.gymnasium import Gymnasium
+from atod_fast.envs.adapters.openenv import OpenEnv, ServerError, at, filled
+from atod_fast.envs.prompt import PlainPrompt, prompt_for
 from atod_fast.envs.protocol import Environment
+from atod_fast.envs.text import GAP, cut_middle
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engines.protocol import Completion, Request
 from atod_fast.rollout.pool import Pool
-from atod_fast.rollout.prompts import prompt_for
-from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.rollout.rendering import ChatRenderer
 from atod_fast.settings import demo_values_warning
 
@@ -53,7 +54,7 @@ def page(tmp_path, monkeypatch) -> ModuleType:
 
 
 def test_the_page_s_own_prompt_words_messages_and_reads_answers():
-    from atod_fast.rollout.prompts import MEMBERS
+    from atod_fast.envs.prompt import MEMBERS
 
     names: dict = {}
     exec(BLOCKS["python"][1], names)
@@ -406,16 +407,16 @@ def test_without_gymnasium_or_websockets_the_extra_is_named(monkeypatch):
 
 @given(st.text(max_size=200), st.integers(16, 120))
 def test_what_is_shown_is_bounded_and_free_of_control_characters(text, chars):
-    assume(adapter.CUT not in text)
+    assume(GAP not in text)
     env = adapter.Adapter(tasks=1, seed=0, won=1, instructions="", chars=chars)
     shown = env._fit(text + "\x1b[2J\x1b]0;title\x07\u202e\ud800")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", shown) and "[2J" not in shown
-    assert (adapter.CUT in shown) == (len(shown) > chars) and len(shown) <= chars + len(adapter.CUT)
+    assert (GAP in shown) == (len(shown) > chars) and len(shown) <= chars + len(GAP)
 
 
 @given(st.text("ab", min_size=121, max_size=300), st.integers(16, 120))
 def test_of_what_is_too_long_the_middle_is_left_out(text, most):
-    start, end = adapter.cut(text, most).split(adapter.CUT)
+    start, end = cut_middle(text, most).split(GAP)
     assert len(start) + len(end) == most and len(start) - len(end) in (0, 1) and text.startswith(start) and text.endswith(end)
 
 
@@ -423,10 +424,10 @@ def check_shown(observation: str, info: dict, chars: int = 4000) -> None:
     """What an adapter makes of `HOSTILE`."""
     text = observation + "".join(map(str, info.values()))
     assert not re.search("[\x1b\u202e]", text + info.get("task_type", ""))
-    assert observation.startswith("seen") and observation.endswith("z" * (chars // 2)) and len(observation) == chars + len(adapter.CUT)
+    assert observation.startswith("seen") and observation.endswith("z" * (chars // 2)) and len(observation) == chars + len(GAP)
     *listed, mark = info["admissible_actions"]
-    assert mark in adapter.CUT and listed[0] == "act" and listed[1].startswith("yy") and adapter.CUT in listed[1]
-    assert len(listed) <= adapter.MOST_ACTIONS and max(map(len, listed)) <= 200 + len(adapter.CUT) and sum(map(len, listed)) <= chars
+    assert mark in GAP and listed[0] == "act" and listed[1].startswith("yy") and GAP in listed[1]
+    assert len(listed) <= adapter.MOST_ACTIONS and max(map(len, listed)) <= 200 + len(GAP) and sum(map(len, listed)) <= chars
 
 
 HOSTILE_TEXT = "\x1b[31mse\u202een" + "z" * 100_000
@@ -438,7 +439,7 @@ def test_what_a_gymnasium_environment_tells_is_cleaned_and_cut(gymnasium):
     env = Gymnasium(id=registered(gymnasium, text=HOSTILE_TEXT, info=info), tasks=1)
     for observation, *_, told in (env.reset(0, 0), env.step("x")):
         check_shown(observation, told)
-        assert len(told["task_type"]) == len(told["task_id"]) == 200 + len(adapter.CUT)
+        assert len(told["task_type"]) == len(told["task_id"]) == 200 + len(GAP)
     assert len(Gymnasium(id="Counter-v0", tasks=1, chars=20).reset(0, 0)[1]["admissible_actions"]) == 2, "the list's characters are counted"
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
+from atod_fast.envs.prompt import PlainPrompt
 from atod_fast.envs.protocol import Info
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts import AlfWorldPrompt
-from atod_fast.rollout.prompts.plain import PlainPrompt
 from atod_fast.rollout.rendering import ChatRenderer
 from atod_fast.rollout.template import ChatTemplate
 

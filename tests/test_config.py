@@ -385,11 +385,20 @@ def test_another_environment_drops_the_options_of_the_one_before():
 
 @pytest.mark.parametrize(("one", "other"), [("train", "eval"), ("train", "dev"), ("eval", "dev")])
 def test_equal_splits_are_said_where_both_are_used(one, other):
-    same = [f"env.{one}={{seed=9}}", f"env.{other}={{seed=9}}"]
+    same = ["env.dev={seed=5}", f"env.{one}={{seed=9}}", f"env.{other}={{seed=9}}"]
     lines = same_tasks(parse([*same, "checkpoint.keep_best=true"]).config)
     assert len(lines) == 1 and lines[0].startswith(f"env.{one} and env.{other} are the same: ")
     assert len(same_tasks(parse(same).config)) == (other != "dev")
     assert same_tasks(parse(["checkpoint.keep_best=true"]).config) == []
+
+
+def test_tasks_to_choose_by_go_with_the_tasks_they_are_apart_from(write):
+    official = write('[env]\ntrain = { split = "train" }\neval = { split = "valid_seen" }')
+    assert parse([official]).config.env.dev == Config(env={"train": {"split": "train"}}).env.dev == {}
+    assert "env.dev, which is empty" in message(official, "checkpoint.keep_best=true")
+    assert parse([official, "env.dev={split='valid_unseen'}"]).config.env.dev == {"split": "valid_unseen"}
+    assert parse(["--preset", "alfworld-1.7b", "env.eval={generate=9}"]).config.env.dev == {}
+    assert parse(["env.eval.seed=3"]).config.env.dev == Config().env.dev, "an option more is no other table"
 
 
 # --- values
@@ -673,7 +682,10 @@ def test_a_rank_other_than_the_first_prints_no_help():
     assert [(done.returncode, bool(done.stdout)) for done in found] == [(0, True), (0, False)]
 
 
-def test_an_evaluation_of_ones_own_needs_no_other_model_than_its_own():
+def test_an_evaluation_of_ones_own_needs_no_other_model_and_no_other_tasks(write):
+    for chooser in ("checkpoint.keep_best=true", "schedule.kappa.kind='adaptive'"):
+        saved = write(f"{chooser}\nenv.name='guess:Guess'")
+        assert parse_evaluation(["mine", "--config", saved], None)[1].choosers == [], "an evaluation chooses nothing"
     arguments, config = parse_evaluation(["Qwen/Qwen3-0.6B", "--preset", "own", OWN[2], "eval.tasks=5"], None)
     assert (arguments.model, config.student.path, config.env.name, config.eval.tasks) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "guess:Guess", 5)
 

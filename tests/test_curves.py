@@ -21,9 +21,9 @@ def test_success_on_the_tasks_that_choose_is_drawn_where_there_is_one(tmp_path, 
     drawn, real = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.append((style["label"], y)) or real(self, x, y, **style))
     curves.draw(LINES, tmp_path / "a.png")
-    assert "student, tasks that choose" not in dict(drawn)
+    assert "student, tasks to choose by" not in dict(drawn)
     curves.draw([line | {"dev/success": 0.3} for line in LINES], tmp_path / "a.png")
-    assert dict(drawn)["student, tasks that choose"] == (0.3,) * 4
+    assert dict(drawn)["student, tasks to choose by"] == (0.3,) * 4
 
 
 def test_drawing_leaves_the_environment_as_it_was(tmp_path, monkeypatch):

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from atod_fast.demo import build
-from atod_fast.demo.alfworld import ALFWORLD, Expert, compact, junk, vocabulary
+from atod_fast.demo.build import trace
+from atod_fast.demo.demos import DEMOS
 from atod_fast.demo.rendering import OBSERVATION_TOKENS, CompactRenderer
 from atod_fast.demo.tokenizer import ACT, BOS, CONTROL, CUT, EOA, PAD, UNK
-from atod_fast.demo.world import trace
 from atod_fast.envs import make
+from atod_fast.envs.alfworld.dialect import DIALECT, Expert, compact, junk, vocabulary
 from atod_fast.envs.alfworld.engine import FastAlfWorld
 from atod_fast.envs.alfworld.env import AlfWorld
 from atod_fast.envs.alfworld.game import Game
@@ -24,6 +25,7 @@ from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec
 from atod_fast.models import DEMO_WEIGHTS
 from atod_fast.records import Turn
 
+ALFWORLD = DEMOS["alfworld"]
 SHIPPED = sorted(ALFWORLD.recipes)
 
 
@@ -34,7 +36,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @lru_cache(maxsize=1)
 def renderer() -> CompactRenderer:
-    return CompactRenderer(tokenizer(), ALFWORLD.dialect)
+    return CompactRenderer(tokenizer(), DIALECT)
 
 
 @lru_cache(maxsize=4)
@@ -134,7 +136,7 @@ def test_actions_hold_words_and_their_end_and_nothing_else():
 
 def test_the_expert_wins_every_game():
     for task in range(200):
-        steps, won = trace(ALFWORLD, kitchens(0, 200), task, Random(0), 0.0, max_turns=20)
+        steps, won = trace(DIALECT, kitchens(0, 200), task, Random(0), 0.0, max_turns=20)
         assert won, task
         assert not any(step.junk for step in steps)
 
@@ -161,7 +163,7 @@ def test_the_expert_refuses_what_it_cannot_do():
 
 
 def test_supervision_falls_on_the_experts_actions_and_never_on_junk():
-    played = (trace(ALFWORLD, kitchens(0, 50), task, Random(1), 0.5, 12)[0] for task in range(50))
+    played = (trace(DIALECT, kitchens(0, 50), task, Random(1), 0.5, 12)[0] for task in range(50))
     steps = next(steps for steps in played if any(step.junk for step in steps))
     example = build.encode(steps, renderer())
     taught = [i for i, w in zip(example.ids, example.weight, strict=True) if w == 1]

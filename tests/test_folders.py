@@ -174,7 +174,7 @@ def test_files_of_others_are_not_set_aside(run_dir):
 def test_adaptive_kappa_asks_for_the_evaluations_of_the_run_first(run_dir, capsys, mode):
     before = tree(run_dir)
     settings = "schedule.kappa.kind=adaptive", "eval.every=1", "train.steps=4"
-    assert "did not follow its evaluations" in refused(capsys, "--resume", "auto", "--run-dir", run_dir, *settings, *mode)
+    assert "did not measure its teacher on env.dev" in refused(capsys, "--resume", "auto", "--run-dir", run_dir, *settings, *mode)
     assert tree(run_dir) == before
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton, which compiles without a GPU")
 
-from atod_kernels.triton_configs import INTERPRETER, TABLE, choose
+from atod_kernels.triton.configs import INTERPRETER, TABLE, choose
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from atod_kernels import linear_divergence, linear_logprob, naive, operators, problem, products, tiles, torch_backend
+from atod_kernels import algebra, linear_divergence, linear_logprob, naive, operators, problem, products
+from atod_kernels.torch import backend as torch_backend
 from gloo import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -409,7 +410,7 @@ def test_a_target_out_of_range_that_was_not_checked_is_nan_and_has_no_gradient()
     case = make(9, ignored=0, scale=300)
     case["target"][4] = 43
     weight = case["student_weight"].requires_grad_()
-    out = operators.head(*arguments(case, "reverse_kl"))[: tiles.OUTPUTS]
+    out = operators.head(*arguments(case, "reverse_kl"))[: algebra.OUTPUTS]
     assert out[:, 4].isnan().all() and not out[:, torch.arange(9) != 4].isnan().any()
     out[:3].nan_to_num().sum().backward()
     gradient, weight.grad = weight.grad, None
@@ -437,7 +438,7 @@ def test_products_of_16_bit_operands_have_fp32_results_of_the_right_shape(diverg
     case = {k: v.to("meta") for k, v in make(30, dtype=torch.bfloat16).items()}
     p = operators.problem(*arguments(case, divergence, lean, student_bias=torch.empty(50, device="meta")))
     stats = torch_backend.head_statistics(p)
-    assert stats.shape == (tiles.STATISTICS, 30) and stats.dtype == torch.float32
+    assert stats.shape == (algebra.STATISTICS, 30) and stats.dtype == torch.float32
     grads = torch_backend.head_gradients(p, stats, stats, True, True, True)
     assert [(x.shape, x.dtype) for x in grads] == [((30, 6), torch.bfloat16), ((50, 6), torch.bfloat16), ((50,), torch.float32)]
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from atod_kernels import TokenLogprob, linear_divergence, linear_logprob, linear_token_loss, naive, operators, problem, torch_backend
+from atod_kernels import TokenLogprob, linear_divergence, linear_logprob, linear_token_loss, naive, operators, problem
+from atod_kernels.torch import backend as torch_backend
 from gloo import run_ranks
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from atod_kernels import linear_divergence, linear_logprob, linear_token_loss, naive, operators, problem, tiles, turn_reduce, turn_weight_report, turns
+from atod_kernels import algebra, linear_divergence, linear_logprob, linear_token_loss, naive, operators, problem, turn_reduce, turn_weight_report, turns
 from gloo import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,8 +48,8 @@ def test_near_the_teacher_values_and_gradients_equal_the_reference(schedule, div
 @pytest.mark.parametrize("width", (8, 12, 9))
 def test_operands_through_descriptors(width, monkeypatch):
     """As on sm_90 and later: hidden sizes of whole blocks, of a padded one, and one whose rows no descriptor can stand for."""
-    triton_configs = pytest.importorskip("atod_kernels.triton_configs")
-    monkeypatch.setitem(triton_configs.INTERPRETER, "fused", triton_configs.INTERPRETER["fused"] | {"TMA": True, "BK": 8})
+    configs = pytest.importorskip("atod_kernels.triton.configs")
+    monkeypatch.setitem(configs.INTERPRETER, "fused", configs.INTERPRETER["fused"] | {"TMA": True, "BK": 8})
     case = make(5, student=(50, width), teacher=(45, 8), dtype=torch.float32)
     assert_equal_runs([[x.double() for x in part] for part in triton(case, schedule="lean")], reference(case), 2e-5)
 
@@ -213,7 +213,7 @@ def test_a_target_out_of_range_or_left_out_is_nan_and_has_no_gradient(target, le
     case["target"][2] = target
     weight = case["student_weight"].requires_grad_()
     flat = (*arguments(case, "jsd", lean)[:-1], backend == "triton")
-    out = operators.head(*flat)[: tiles.OUTPUTS]
+    out = operators.head(*flat)[: algebra.OUTPUTS]
     assert out[:, 2].isnan().all() and not out[:, torch.arange(5) != 2].isnan().any()
     out[:3].nan_to_num().sum().backward()
     gradient, weight.grad = weight.grad, None

@@ -77,12 +77,17 @@ def test_one_action_is_no_collapse_where_it_is_right_or_the_only_one():
     assert told(*[same] * STEPS).keys() == {"collapse"}
     assert told(*[same | {"train/success": 0.4}] * STEPS) == {}, "it is right more often than not"
     assert told(*[same] * STEPS, first=same) == {}, "nothing else was ever said"
+    for cause in ("invalid", "cut off"):
+        assert told(*[same | FAULTS[cause][0]] * STEPS).keys() == {cause}, "answers of no form are read alike"
     assert told(*[{"rollout/same_action": float("nan")}] * STEPS) == {}, "too few to tell"
 
 
 def test_a_collapse_is_told_by_the_run_s_first_step():
     advice, fallen = Advice(load()), HEALTHY | FAULTS["collapse"][0]
     assert [len(advice.after(step, [])) for step in (HEALTHY, fallen, fallen, fallen, fallen)] == [0, 0, 0, 1, 0]
+    late = Advice(load())
+    few = HEALTHY | {"rollout/same_action": float("nan")}
+    assert [len(late.after(step, [])) for step in (few, HEALTHY, fallen, fallen, fallen)] == [0, 0, 0, 0, 1]
     always = Advice(load())
     assert not any(always.after(fallen, []) for _ in range(5))
 

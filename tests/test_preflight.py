@@ -39,7 +39,7 @@ class Counted:
     def close(self): ...
 
     def prompt(self, thinking, history):
-        from atod_fast.rollout.prompts.plain import PlainPrompt
+        from atod_fast.envs.prompt import PlainPrompt
 
         return PlainPrompt(thinking, history)
 """

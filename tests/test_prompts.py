@@ -9,10 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from atod_fast.envs import make
+from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
+from atod_fast.envs.prompt import PlainPrompt, prompt_for
+from atod_fast.envs.searchqa.prompt import SearchPrompt
+from atod_fast.envs.webshop.prompt import WebShopPrompt
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts import AlfWorldPrompt, SearchPrompt, WebShopPrompt, prompt_for
-from atod_fast.rollout.prompts.plain import PlainPrompt
 
 INTRO = "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room.\n\nYour task is to: put a mug in desk."
 ADMISSIBLE = ["go to desk 1", "help", "inventory", "look"]

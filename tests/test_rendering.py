@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
+from atod_fast.envs.text import GAP
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts import AlfWorldPrompt
-from atod_fast.rollout.rendering import CUT, ChatRenderer
+from atod_fast.rollout.rendering import ChatRenderer
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
@@ -130,7 +131,7 @@ def test_a_long_window_prompt_loses_its_oldest_history_first():
     shorter = make_renderer(prompt_tokens=limit).prompt(turns, "Now.", ADMISSIBLE)
     text = TOKENIZER.decode(shorter)
     assert len(shorter) <= limit
-    assert "Old" not in text and f"[Observation 2: '{CUT}', Action 2: 'look']" in text
+    assert "Old" not in text and f"[Observation 2: '{GAP}', Action 2: 'look']" in text
     assert "Recent " * 10 in text and "Now." in text and "put a mug on the desk" in text
     assert make_renderer(prompt_tokens=len(whole)).prompt(turns, "Now.", ADMISSIBLE) == whole
 
@@ -144,7 +145,7 @@ def test_a_long_observation_loses_its_middle_and_as_little_as_needed(spare, hist
     ids = make_renderer(prompt_tokens=limit).prompt([make_turn(START)] * history, START.replace("desk 1", "desk 1 " * 500), ADMISSIBLE)
     text = TOKENIZER.decode(ids)
     assert limit - 8 <= len(ids) <= limit
-    assert text.count(CUT) == 1 + min(history, 2) and text.count("<|im_end|>") == 1 and "'inventory'" in text
+    assert text.count(GAP) == 1 + min(history, 2) and text.count("<|im_end|>") == 1 and "'inventory'" in text
     assert text.endswith(TOKENIZER.decode(renderer.prompt([], "", ADMISSIBLE))[-40:])
     if spare > 300:
         assert "Welcome" in text and "put a mug on the desk" in text

@@ -40,7 +40,8 @@ from atod_fast.envs.searchqa.score import exact_match, f1, normalise
 from atod_fast.envs.searchqa.server import main as server_main
 from atod_fast.envs.searchqa.server import make_server
 from atod_fast.envs.searchqa.store import build, load
-from atod_fast.envs.searchqa.text import CUT, clean, information
+from atod_fast.envs.searchqa.text import clean, information
+from atod_fast.envs.text import CUT
 from atod_fast.errors import UserError
 from atod_fast.rollout.pool import Pool
 

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 
 from atod_fast.envs import make
 from atod_fast.envs.protocol import Environment
+from atod_fast.envs.text import CUT
 from atod_fast.envs.webshop import catalogue as cleaning
 from atod_fast.envs.webshop import nouns, reading
-from atod_fast.envs.webshop.catalogue import CUT, Catalogue, Facts, Instruction, parse_product
+from atod_fast.envs.webshop.catalogue import Catalogue, Facts, Instruction, parse_product
 from atod_fast.envs.webshop.env import WebShop
 from atod_fast.envs.webshop.generator import generate_files
 from atod_fast.envs.webshop.goals import SPLITS, Goals

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from atod_fast.envs.prompt import PlainPrompt
 from atod_fast.envs.protocol import Info
 from atod_fast.records import Turn
-from atod_fast.rollout.prompts.plain import PlainPrompt
 
 VOCABULARY, STOP, CLOSE = 53, 1, 2
 

@@ -1,17 +1,1 @@
-"""The embedded demo: tiny models that learn in minutes on a CPU, in three worlds."""
-
-from __future__ import annotations
-
-from collections.abc import Container
-
-from atod_fast.demo.alfworld import ALFWORLD
-from atod_fast.demo.searchqa import SEARCHQA
-from atod_fast.demo.webshop import WEBSHOP
-from atod_fast.demo.world import World
-
-WORLDS = {world.name: world for world in (ALFWORLD, SEARCHQA, WEBSHOP)}
-
-
-def world_of(vocabulary: Container[str]) -> World | None:
-    """The world that a tokenizer with this vocabulary speaks of; None for one that is not the demo's."""
-    return next((world for world in WORLDS.values() if all(verb in vocabulary for verb in world.dialect.verbs)), None)
+"""The embedded demo: tiny models that learn in minutes on a CPU, in three environments."""

@@ -1,7 +1,7 @@
 """Rebuild the demo's models from nothing: python -m atod_fast.demo.build [--world NAME] [--out DIR] [--seed N]
 
 A scripted expert plays the training tasks; two small Qwen3 models learn its actions (and, at a tenth of the weight, what
-the world answers). The teacher sees more of it than the student, and both see what follows a bad action, whose own
+the environment answers). The teacher sees more of it than the student, and both see what follows a bad action, whose own
 tokens weigh nothing: a teacher that never had to recover cannot tell a straying student what to do.
 """
 
@@ -23,11 +23,11 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from atod_fast.config import Env
-from atod_fast.demo import WORLDS
+from atod_fast.demo.demos import DEMOS, Demo, Recipe
 from atod_fast.demo.rendering import CompactRenderer
 from atod_fast.demo.tokenizer import build_tokenizer
-from atod_fast.demo.world import Recipe, Step, World, trace
 from atod_fast.envs import make
+from atod_fast.envs.dialect import Dialect, Step
 from atod_fast.envs.protocol import Environment
 from atod_fast.models import load_tokenizer
 from atod_fast.records import Turn
@@ -62,16 +62,49 @@ def encode(steps: Sequence[Step], renderer: CompactRenderer) -> Example:
     return Example(ids, weight)
 
 
-def examples(world: World, settings: Env, tasks: int | None, renderer: CompactRenderer, recipe: Recipe) -> list[Example]:
-    """Traces of the first `tasks` training tasks (None = all) in each of the recipe's worlds."""
+def trace(
+    dialect: Dialect,
+    env: Environment,
+    task: int,
+    rng: Random,
+    junk_rate: float,
+    max_turns: int,
+) -> tuple[list[Step], bool]:
+    """Let the expert play `task`, with junk in place of each command at probability `junk_rate`.
+
+    Returns the steps, and whether the episode was won.
+    """
+    observation, info = env.reset(0, task)
+    player = dialect.expert(env)
+    steps: list[Step] = []
+    over = False
+    while len(steps) < max_turns and not over:
+        wanted, bad = player(steps, observation), rng.random() < junk_rate
+        command = dialect.junk(env, observation, rng) if bad else wanted
+        steps.append(Step(observation, command, bad))
+        observation, _, terminated, truncated, info = env.step(command)
+        over = terminated or truncated
+    return steps, info["won"]
+
+
+def examples(
+    demo: Demo,
+    settings: Env,
+    tasks: int | None,
+    renderer: CompactRenderer,
+    recipe: Recipe,
+) -> list[Example]:
+    """Traces of the first `tasks` training tasks (None = all) in each of the recipe's environments."""
     rng = Random(recipe.seed)
     found: list[Example] = []
     own = settings.train["seed"]
     others = (seed for seed in count() if seed not in (own, settings.eval["seed"], settings.dev["seed"]))
-    for seed in [own, *islice(others, recipe.worlds - 1)]:
+    for seed in [own, *islice(others, recipe.environments - 1)]:
         env = training_tasks(settings, seed=seed)
         order = [task for task in range(tasks or len(env)) for _ in range(recipe.traces)]
-        found += [encode(trace(world, env, task, rng, rng.choice(JUNK_RATES), settings.max_turns)[0], renderer) for task in order]
+        for task in order:
+            steps, _ = trace(demo.dialect, env, task, rng, rng.choice(JUNK_RATES), settings.max_turns)
+            found.append(encode(steps, renderer))
     return found
 
 
@@ -160,45 +193,46 @@ def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, 
             return
 
 
-def success(world: World, folder: Path, tasks: int, temperature: float) -> float:
-    """Share of the world's `tasks` held-out tasks that the model in `folder` solves, as an evaluation of the demo draws them."""
-    config = load(world.preset, overrides=[f"student.path={folder}", f"eval.tasks={tasks}", f"eval.temperature={temperature}"])
+def success(demo: Demo, folder: Path, tasks: int, temperature: float) -> float:
+    """Success rate of the model in `folder` on `tasks` held-out tasks, those that an evaluation of the demo draws."""
+    config = load(demo.preset, overrides=[f"student.path={folder}", f"eval.tasks={tasks}", f"eval.temperature={temperature}"])
     runtime = Runtime.of(config, torch.device("cpu"))
     engine = make_engine(config, runtime.engine, runtime.student, runtime.device)
     tokenizer = load_tokenizer(config.student.path)
-    played = Actor(config, tokenizer, len(tokenizer), rank=0, ranks=1).evaluate(engine)
+    renderer = CompactRenderer(tokenizer, demo.dialect)
+    played = Actor(config, lambda env: renderer, rank=0, ranks=1).evaluate(engine)
     return sum(trajectory.success for trajectory in played) / len(played)
 
 
-def build(world: World, out: Path, seed: int = 0, tasks: int | None = None, share: float = 1.0) -> None:
-    """Write `out`/teacher and `out`/student, taught on the first `tasks` training tasks of the world's preset (None = all).
+def build(demo: Demo, out: Path, seed: int = 0, tasks: int | None = None, share: float = 1.0) -> None:
+    """Write `out`/teacher and `out`/student, taught on the first `tasks` training tasks of the demo's preset (None = all).
 
     `share` scales the supervision. One thread, so that a seed gives one result.
     """
     torch.set_num_threads(1)
-    settings = load(world.preset).env
+    settings = load(demo.preset).env
     env = training_tasks(settings)
-    tokenizer = build_tokenizer(world.vocabulary(env, tasks or len(env)), POSITIONS)
-    renderer = CompactRenderer(tokenizer, world.dialect)
-    for name, recipe in world.recipes.items():
+    tokenizer = build_tokenizer(demo.dialect.vocabulary(env, tasks or len(env)), POSITIONS, demo.name)
+    renderer = CompactRenderer(tokenizer, demo.dialect)
+    for name, recipe in demo.recipes.items():
         recipe = replace(recipe, tokens=int(recipe.tokens * share), seed=recipe.seed + 1000 * seed)
         model = new_model(tokenizer, recipe.seed)
-        supervise(model, examples(world, settings, tasks, renderer, recipe), recipe, name)
+        supervise(model, examples(demo, settings, tasks, renderer, recipe), recipe, name)
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m atod_fast.demo.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, default="alfworld", help="whose models (default alfworld)")
+    parser.add_argument("--world", choices=DEMOS, default="alfworld", help="environment of the models (default alfworld)")
     parser.add_argument("--out", type=Path, help="folder for teacher/ and student/ (default: those of the package)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, traces and order (default 0, the shipped models)")
     options = parser.parse_args(arguments)
-    world = WORLDS[options.world]
-    out = options.out or world.folder
-    build(world, out, options.seed)
-    for name in world.recipes:
-        shares = ", ".join(f"{label} {success(world, out / name, 400, t):.3f}" for label, t in (("T = 1", 1.0), ("T = 0.5", 0.5), ("greedy", 0.0)))
+    demo = DEMOS[options.world]
+    out = options.out or demo.folder
+    build(demo, out, options.seed)
+    for name in demo.recipes:
+        shares = ", ".join(f"{label} {success(demo, out / name, 400, t):.3f}" for label, t in (("T = 1", 1.0), ("T = 0.5", 0.5), ("greedy", 0.0)))
         print(f"{name}: success on 400 held-out tasks: {shares}", flush=True)
 
 

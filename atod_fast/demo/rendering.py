@@ -1,4 +1,4 @@
-"""How the demo's word-level models are shown a world: one growing sequence of few words.
+"""The renderer of the demo's word-level models: one growing sequence of few words.
 
     <bos> cabinet 1 countertop 1 ... task put mug shelf <act> go to countertop 1 <eoa> countertop 1 mug 1 <act> take ...
 
@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from atod_fast.config import Config
+from atod_fast.demo.demos import DEMOS
 from atod_fast.demo.tokenizer import ACT, BOS, CUT, EOA, PAD, UNK
-from atod_fast.demo.world import Dialect
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.dialect import Dialect
+from atod_fast.envs.protocol import Environment, Info
+from atod_fast.errors import UserError
 from atod_fast.records import Turn
 
 OBSERVATION_TOKENS = 60  # a longer observation is cut there and ends in CUT
 
 
 class CompactRenderer:
-    """The `Renderer` of tokenizers built by `atod_fast.demo.tokenizer`, for the world of `dialect`."""
+    """The `Renderer` of tokenizers built by `atod_fast.demo.tokenizer`, for the environment of `dialect`."""
 
     stop_ids: tuple[int, ...]
     valid_columns: Tensor | None  # bool [V]: False for the tokens that no action may hold
@@ -57,3 +60,23 @@ class CompactRenderer:
 
     def _encode(self, words: Sequence[str]) -> list[int]:
         return [self._ids.get(word, self._ids[UNK]) for word in words]
+
+
+def compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: Environment) -> CompactRenderer:
+    """The renderer for a demo model, whose tokenizer_config.json names its environment as `atod_environment`.
+
+    Raises:
+        UserError: rollout.context is not `full`, or the model is not one for `env`.
+    """
+    if config.rollout.context != "full":
+        raise UserError(f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full")
+    name = tokenizer.init_kwargs.get("atod_environment")
+    if name not in DEMOS:
+        file, known = f"tokenizer_config.json of {tokenizer.name_or_path!r}", ", ".join(DEMOS)
+        raise UserError(f"student.path: atod_environment={name!r} in {file} is none of {known}; correct it")
+    demo = DEMOS[name]
+    if not isinstance(env, demo.env):
+        preset = next((other.preset for other in DEMOS.values() if isinstance(env, other.env)), None)
+        others = f"--preset {preset} for models of this world" if preset else "set student.path and teacher.path to chat models"
+        raise UserError(f"env.name={config.env.name!r}: the demo's model speaks of {name} only; use --preset {demo.preset} for that, or {others}")
+    return CompactRenderer(tokenizer, demo.dialect)

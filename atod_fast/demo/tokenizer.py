@@ -1,4 +1,4 @@
-"""A word-level tokenizer for the demo's worlds: every word they can say is one token."""
+"""A word-level tokenizer for the demo's environments: every word of a dialect is one token."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ CONTROL = PAD, ACT, EOA, UNK, BOS = ("<pad>", "<act>", "<eoa>", "<unk>", "<bos>"
 CUT = "..."  # stands for the end of an observation that was left out
 
 
-def build_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
-    """Control tokens, `CUT` and `words` get ids in this order; text is split at blanks."""
+def build_tokenizer(words: Sequence[str], max_length: int, environment: str) -> PreTrainedTokenizerFast:
+    """Control tokens, `CUT` and `words` get ids in this order; text is split at blanks.
+
+    Its configuration asks for the renderer `compact` and names the environment whose dialect the words are.
+    """
     model = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*CONTROL, CUT, *words])}, unk_token=UNK))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -24,4 +27,6 @@ def build_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenize
         additional_special_tokens=[ACT],
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
+        atod_renderer="compact",
+        atod_environment=environment,
     )

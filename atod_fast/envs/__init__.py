@@ -1,4 +1,4 @@
-"""Worlds for agents to act in. `make` finds one by name."""
+"""Environments that agents act in: `make` constructs one by name, `check` validates name and options."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import NotHere, UserError
 
-GROUP = "atod_fast.envs"  # entry points by which other packages offer their worlds
+GROUP = "atod_fast.envs"  # entry points by which other packages offer environments
 OPTIONS = "env.options, env.train, env.eval or env.dev"  # where options are given
 MEMBERS = ("instant", "__len__", "reset", "step", "clone", "close")  # of the protocol
 BUILT_IN = {
     "alfworld": "atod_fast.envs.alfworld.env:AlfWorld",
     "webshop": "atod_fast.envs.webshop.env:WebShop",
     "searchqa": "atod_fast.envs.searchqa.env:SearchQA",
-    "gymnasium": "atod_fast.envs.gymnasium_adapter:Gymnasium",
-    "openenv": "atod_fast.envs.openenv_adapter:OpenEnv",
+    "gymnasium": "atod_fast.envs.adapters.gymnasium:Gymnasium",
+    "openenv": "atod_fast.envs.adapters.openenv:OpenEnv",
 }
 
 
 def make(name: str, **options: Any) -> Environment:
-    """The environment `name` with its options.
+    """Construct the environment `name` with its options.
 
-    `name`: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`.
+    name: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`.
 
     Raises:
-        UserError: as `check`; whatever its constructor raises, in one line; it makes no `Environment`.
+        UserError: as `check`; the constructor raised, told in one line; or what it made is no `Environment`.
         NotHere: the constructor did not find a file or a server.
     """
     factory = check(name, options)
@@ -56,10 +56,11 @@ def make(name: str, **options: Any) -> Environment:
 
 
 def check(name: str, options: Mapping[str, Any]) -> Any:
-    """What makes the environment `name`, which is not made yet.
+    """Return the class, or other callable, that constructs the environment `name`. It is not called.
 
     Raises:
-        UserError: an unknown name or option, an option that is missing, a value that is not what the option is annotated as.
+        UserError: the name or an option is unknown, a required option is missing, or a value is not of the type that the
+            option is annotated with.
     """
     factory = find(name)
     try:
@@ -86,7 +87,7 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def find(name: str) -> Any:
-    """What makes the environment `name`; UserError where there is none."""
+    """Return what constructs the environment `name`. Raises UserError for an unknown name."""
     if name in BUILT_IN:
         return _load(BUILT_IN[name], name)
     offered = {point.name: point for point in entry_points(group=GROUP)}
@@ -112,7 +113,7 @@ def _load(target: str, name: str) -> Any:
 
 
 def _hints(factory: Any) -> dict[str, Any]:
-    """Annotations of the arguments of `factory`; none where they cannot be resolved."""
+    """Annotations of the arguments of `factory`; empty if they cannot be resolved."""
     try:
         return get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
     except Exception:
@@ -120,9 +121,9 @@ def _hints(factory: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type, as far as that is a plain one, a container or a choice of these; else True.
+    """Whether a value is of an annotated type: a plain type, a container or a union of these. True for any other type.
 
-    Contents of containers are not looked at. A whole number is a float, a path is a str, true and false are no numbers.
+    Does not look into containers. A whole number counts as float, a path as str; true and false are no numbers.
     """
     origin = get_origin(kind) or kind
     if origin in (Union, UnionType):
@@ -136,7 +137,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _named(kind: Any) -> str:
-    """A type in the words of a configuration."""
+    """The name of a type as a user of the configuration would say it."""
     origin = get_origin(kind) or kind
     if origin in (Union, UnionType):
         return " or ".join(_named(part) for part in get_args(kind) if part is not NoneType)  # TOML has no word for None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isnan
 from typing import Any
 
 from atod_fast.config import Config
@@ -27,7 +28,8 @@ class Advice:
 
     def after(self, metrics: Metrics, trajectories: Sequence[Trajectory]) -> list[str]:
         """The lines that this step's metrics are the first to deserve; an example comes from its trajectories."""
-        self.first = self.first or metrics
+        if self.first is None and not isnan(metrics["rollout/same_action"]):
+            self.first = metrics
         self.recent = [*self.recent, metrics][-STEPS:]
         found = {}
         if len(self.recent) == STEPS:
@@ -38,11 +40,12 @@ class Advice:
         return list(found.values())
 
 
-def advise(steps: Sequence[Metrics], config: Config, example: str = "", first: Metrics | None = None) -> Iterator[tuple[str, str]]:
+def advise(steps: Sequence[Metrics], config: Config, example: str, first: Metrics | None) -> Iterator[tuple[str, str]]:
     """(cause, line) of what is true of each of `steps`; `example` is a response whose action is invalid, `first` the metrics
-    of the first step, from which a collapse is told.
+    of the first step with enough actions to tell a collapse from.
 
-    Responses that are cut off have no valid form either: then only their own line comes. Where one action is right, or the
+    Responses that are cut off have no valid form either: then only their own line comes. Responses without a form may all
+    be read as the same empty action: that is no collapse. Where one action is right, or the
     only one, a model may say little else: that is no collapse as long as it did so from the start, or succeeds more often.
     """
 
@@ -50,6 +53,8 @@ def advise(steps: Sequence[Metrics], config: Config, example: str = "", first: M
         return min(step[key] for step in steps)
 
     last = steps[-1]
+    success = sum(step["train/success"] for step in steps) / len(steps)
+    same = all(step["rollout/same_action"] > SAME for step in steps)  # NaN is not
     if lowest("rollout/cut_off") > CUT_OFF:
         share, limit = last["rollout/cut_off"], config.rollout.response_tokens
         thinking = ", or set rollout.thinking=false" if config.rollout.thinking else ""
@@ -62,9 +67,7 @@ def advise(steps: Sequence[Metrics], config: Config, example: str = "", first: M
             f"{last['rollout/invalid_actions']:.0%} of actions are invalid: the model does not keep the response's form, or the environment "
             f"knows no such action{shown}; take a model that was trained to answer so, or say in the prompt how to{where}",
         )
-    success = sum(step["train/success"] for step in steps) / len(steps)
-    same = all(step["rollout/same_action"] > SAME for step in steps)
-    if same and first and first["rollout/same_action"] <= SAME and success <= first["train/success"]:
+    elif same and first and first["rollout/same_action"] <= SAME and success <= first["train/success"]:
         yield (
             "collapse",
             f"{last['rollout/same_action']:.0%} of actions are one and the same, {first['rollout/same_action']:.0%} at "

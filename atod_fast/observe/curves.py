@@ -27,7 +27,7 @@ def draw(lines: list[dict], path: Path) -> None:
     success, schedule, signals, policy = axes.flat
     series(success, "train/success", "student, training tasks", alpha=0.35, linewidth=1)
     series(success, "eval/success", "student, held-out tasks", marker="o", markersize=4)
-    series(success, "dev/success", "student, tasks that choose", marker=".", linestyle=":")
+    series(success, "dev/success", "student, tasks to choose by", marker=".", linestyle=":")
     teacher = [line["eval/teacher_success"] for line in lines if line.get("eval/teacher_success") is not None]
     if teacher:
         success.axhline(teacher[0], color="black", linestyle="--", linewidth=1, label="teacher, held-out tasks")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.envs import make
-from atod_fast.envs.adapter import one_line
 from atod_fast.envs.protocol import Environment
+from atod_fast.envs.text import one_line
 from atod_fast.errors import EnvironmentsLost, UserError
 from atod_fast.records import Trajectory
 from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engines.lockstep import Lockstep
 from atod_fast.rollout.engines.protocol import Engine
-from atod_fast.rollout.prompts import prompt_for
-from atod_fast.rollout.rendering import ChatRenderer, Renderer
+from atod_fast.rollout.rendering import Renderer
 
 Progress = Callable[[int, int, int, int], None]  # finished, total, turns, tokens
 
@@ -31,13 +29,14 @@ class Actor:
     """This rank's share of every rollout. Group g of a step belongs to rank g modulo their number, and so do an
     evaluation's tasks in turn.
 
-    Ranks that are one engine together count as one, and their first plays.
+    Ranks that are one engine together count as one, and their first plays. make_renderer: gets the environment of
+    env.eval; its renderer shows all splits.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, stop_ids: Sequence[int] = (), *, rank: int, ranks: int):
+    def __init__(self, config: Config, make_renderer: Callable[[Environment], Renderer], *, rank: int, ranks: int):
         self.config, self.rank, self.ranks = config, rank, ranks
         self._worlds: dict[str, Environment] = {}
-        self.renderer = make_renderer(config, tokenizer, columns, self.world("eval"), stop_ids)
+        self.renderer = make_renderer(self.world("eval"))
 
     def world(self, split: str) -> Environment:
         """That of env.`split`, opened when first asked for: an evaluation needs no other than env.eval."""
@@ -104,46 +103,10 @@ def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
-def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, columns: int, env: Environment, stop_ids: Sequence[int] = ()) -> Renderer:
-    """Chat messages for a model with a chat template; few words for the demo's word-level tokenizers.
-
-    `columns` is the width of the model's head: those without a token are never sampled. `stop_ids`: see `ChatRenderer`.
-    """
-    if "<act>" in tokenizer.get_vocab() and tokenizer.chat_template is None:
-        return _compact_renderer(config, tokenizer, env)
-    prompt = prompt_for(config.env.name, env, thinking=config.rollout.thinking, history=config.rollout.history)
-    return ChatRenderer(
-        tokenizer,
-        prompt,
-        context=config.rollout.context,
-        thinking=config.rollout.thinking,
-        prompt_tokens=config.rollout.prompt_tokens,
-        columns=columns,
-        stop_ids=stop_ids,
-        day=date.fromisoformat(config.rollout.date) if config.rollout.date else None,
-    )
-
-
 def dated(config: Config, day: str = "") -> Config:
     """`config` with a `rollout.date`: its own, else `day`, else rank 0's today, so that all prompts of a run show one. Collective."""
     shown = config.rollout.date or day or ranks.from_first(date.today().isoformat())
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"date": shown})})
-
-
-def _compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: Environment) -> Renderer:
-    from atod_fast.demo import WORLDS, world_of
-    from atod_fast.demo.rendering import CompactRenderer
-
-    if config.rollout.context != "full":
-        raise UserError(f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full")
-    spoken = world_of(tokenizer.get_vocab())
-    if spoken is None:
-        raise UserError(f"student.path: tokenizer {tokenizer.name_or_path!r} has <act> but knows none of {', '.join(WORLDS)}; use the demo's or a chat model")
-    if not isinstance(env, spoken.env):
-        preset = next((world.preset for world in WORLDS.values() if isinstance(env, world.env)), None)
-        others = f"--preset {preset} for models of this world" if preset else "set student.path and teacher.path to chat models"
-        raise UserError(f"env.name={config.env.name!r}: the demo's model speaks of {spoken.name} only; use --preset {spoken.preset} for that, or {others}")
-    return CompactRenderer(tokenizer, spoken.dialect)
 
 
 def check_failures(trajectories: list[Trajectory], limit: float, label: str) -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atod_fast.config import Config
-from atod_fast.envs.adapter import one_line
 from atod_fast.envs.protocol import Environment
+from atod_fast.envs.text import one_line
 from atod_fast.errors import UserError
 from atod_fast.records import Trajectory, Turn
 from atod_fast.rollout.engines.protocol import Completion, Engine, Request, Sampling

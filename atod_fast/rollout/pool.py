@@ -14,8 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from atod_fast.envs.adapter import encodable, known_facts, one_line
-from atod_fast.envs.protocol import Environment, Info
+from atod_fast.envs.protocol import Environment, Info, known_facts
+from atod_fast.envs.text import encodable, one_line
 
 
 @dataclass(frozen=True, slots=True)

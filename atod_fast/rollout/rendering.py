@@ -11,22 +11,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from logging import getLogger
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.protocol import Info, Prompt
+from atod_fast.envs.text import GAP, cut_middle
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
 from atod_fast.rollout.template import ChatTemplate
 
-if TYPE_CHECKING:
-    from atod_fast.rollout.prompts import Prompt
-
 logger = getLogger(__name__)
-CUT = " [... cut ...] "  # stands where text was left out to fit rollout.prompt_tokens
 
 
 class Renderer(Protocol):
@@ -54,7 +51,7 @@ class ChatRenderer:
 
     Prompts are token for token those of `tokenizer.apply_chat_template` (see `ChatTemplate` for the one exception).
     `prompt` words the messages. In context `window` a prompt longer than `prompt_tokens` loses observations of its
-    history, oldest first, then the middle of the current one; `CUT` marks each. In context `full` the answers stay as
+    history, oldest first, then the middle of the current one; `GAP` marks each. In context `full` the answers stay as
     they were sampled and only the tokens of what follows them are appended, also where the template would render past
     answers in another way (without their reasoning, say).
 
@@ -118,10 +115,10 @@ class ChatRenderer:
 
         def prompt(cuts: int) -> list[int]:
             """With the observations of the `cuts` oldest turns left out; cuts beyond are characters of the current one."""
-            past = [replace(turn, observation=CUT) for turn in history[:cuts]] + history[cuts:]
+            past = [replace(turn, observation=GAP) for turn in history[:cuts]] + history[cuts:]
             kept = len(observation) - max(cuts - len(turns), 0)
             # Out of the middle: worlds tell the task at the beginning or at the end.
-            shown = observation if kept == len(observation) else observation[: kept - kept // 2] + CUT + observation[len(observation) - kept // 2 :]
+            shown = cut_middle(observation, kept)
             return self._template.first(self._words.message(task, past, quoted(shown), admissible))
 
         ids = prompt(0)

@@ -20,3 +20,5 @@ __all__ = [
     "turn_weights",
     "unweighted",
 ]
+
+__version__ = "0.1.0"

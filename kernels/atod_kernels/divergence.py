@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import operators, tiles, validate
+from . import algebra, operators, validate
 from .problem import compute_dtype
 
 
@@ -109,13 +109,13 @@ def head_arguments(
 def public(statistics: Tensor, teacher: bool, target: bool) -> TokenDivergence | TokenLogprob:
     """Statistics [STATISTICS, T] as the public tuple; the teacher's values carry no gradient."""
     if not teacher:
-        return TokenLogprob(statistics[tiles.LOGP], statistics[tiles.ENTROPY])
+        return TokenLogprob(statistics[algebra.LOGP], statistics[algebra.ENTROPY])
     return TokenDivergence(
-        statistics[tiles.DIVERGENCE],
-        statistics[tiles.ENTROPY],
-        statistics[tiles.LOGP] if target else None,
-        statistics[tiles.TEACHER_LOGP].detach() if target else None,
-        statistics[tiles.TEACHER_ENTROPY].detach(),
+        statistics[algebra.DIVERGENCE],
+        statistics[algebra.ENTROPY],
+        statistics[algebra.LOGP] if target else None,
+        statistics[algebra.TEACHER_LOGP].detach() if target else None,
+        statistics[algebra.TEACHER_ENTROPY].detach(),
     )
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles, torch_backend
+from . import algebra
 from .problem import Layer, Problem, compute_dtype
 from .products import Gradients
+from .torch import backend as torch_backend
 
 TENSORS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
@@ -51,7 +52,7 @@ def compute(function: str, p: Problem, *args: Any) -> Any:
     """A function of the problem's backend, on its device: Triton launches on the current one."""
     if not p.triton:
         return getattr(torch_backend, function)(p, *args)
-    from . import triton_backend
+    from .triton import backend as triton_backend
 
     with torch.cuda.device_of(p.student.hidden):
         return getattr(triton_backend, function)(p, *args)
@@ -59,13 +60,13 @@ def compute(function: str, p: Problem, *args: Any) -> Any:
 
 @torch.library.custom_op("atod_kernels::head", mutates_args=(), schema=f"({COMMON}) -> Tensor")
 def head(*common: Any) -> Tensor:
-    """Statistics [STATISTICS, T] of all tokens (`tiles` names the rows)."""
+    """Statistics [STATISTICS, T] of all tokens (`algebra` names the rows)."""
     return compute("head_statistics", problem(*common))
 
 
 @head.register_fake
 def _(student_hidden: Tensor, *args: Any) -> Tensor:
-    return student_hidden.new_empty(tiles.STATISTICS, student_hidden.shape[0], dtype=compute_dtype(student_hidden, args[2]))
+    return student_hidden.new_empty(algebra.STATISTICS, student_hidden.shape[0], dtype=compute_dtype(student_hidden, args[2]))
 
 
 @torch.library.custom_op(
@@ -131,7 +132,7 @@ chunk_forward, chunk_backward = torch.ops.atod_kernels.chunk_forward.default, to
 @torch.library.register_fake("atod_kernels::chunk_forward")
 def _(*args: Any) -> Tensor:
     first, last, kept = args[WIDTH:]
-    return kept.new_empty(tiles.STATISTICS, last - first)
+    return kept.new_empty(algebra.STATISTICS, last - first)
 
 
 @torch.library.register_fake("atod_kernels::chunk_backward")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import tiles
+from . import algebra
 
 # Tokens and columns of a tile. CPU: a product needs about 256 rows to run at full speed, and tiles of 512 columns cost it 5 to 10%.
 # Accelerators: enough rows for the product to be compute bound, few enough columns for the temporaries to be small.
@@ -64,8 +64,8 @@ class Problem:
         return compute_dtype(self.student.hidden, None if self.teacher is None else self.teacher.hidden)
 
     @property
-    def mixture(self) -> tiles.Mixture | None:
-        return tiles.Mixture.of(self.kind, self.alpha)
+    def mixture(self) -> algebra.Mixture | None:
+        return algebra.Mixture.of(self.kind, self.alpha)
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators, tiles, validate
+from . import algebra, operators, validate
 from .divergence import TokenDivergence, TokenLogprob, head_arguments, public
 from .problem import Problem
 from .products import Gradients
@@ -39,7 +39,7 @@ class TokenLoss:
             if self.target is not None:
                 losses = losses.masked_fill(self.target[rows] == IGNORE, 0)
             upstream = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0] if losses.requires_grad else None
-        return losses.detach().to(stats.dtype), (torch.zeros_like(stats) if upstream is None else upstream)[: tiles.LOGP + 1]
+        return losses.detach().to(stats.dtype), (torch.zeros_like(stats) if upstream is None else upstream)[: algebra.LOGP + 1]
 
     def in_parts(self, stats: Tensor, parts: list[slice]) -> tuple[Tensor, Tensor]:
         """The same over all tokens, evaluated part by part."""
@@ -110,6 +110,9 @@ def linear_token_loss(
 ) -> tuple[Tensor, Statistics]:
     """The sum over tokens of loss_fn(statistics), with its gradient from the same pass: one logits product per model.
 
+    Arguments that are not listed are those of `linear_divergence`. A token whose target is -100 adds nothing, whatever
+    loss_fn returns for it.
+
     Args:
         loss_fn: called as loss_fn(stats, **inputs) on a chunk of C tokens; returns their losses [C]. stats is a TokenDivergence, or a
             TokenLogprob without a teacher, of [C] tensors; the loss is differentiated with respect to divergence, entropy and logp.
@@ -121,7 +124,6 @@ def linear_token_loss(
             a time and recomputes the logits for the gradient. auto is fast because it does a third fewer products.
         check: evaluate loss_fn once more with the tokens grouped otherwise and refuse a different value or gradient. It costs [T]-sized
             work; on by default unless Python runs with -O.
-        The others are `linear_divergence`'s. A token whose target is -100 adds nothing, whatever loss_fn gives for it.
 
     Returns:
         (loss, stats): the scalar sum, fp32 (fp64 if an input is), differentiable once with respect to student_hidden, student_weight and
@@ -191,8 +193,8 @@ def one_pass(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], check:
     p: Problem = operators.problem(*arguments)
     kept = p.kept()
     gradients = Gradients.of(p, *wanted)
-    stats = kept.new_empty(tiles.STATISTICS, p.tokens)
-    losses, upstream = kept.new_empty(p.tokens), kept.new_empty(tiles.LOGP + 1, p.tokens)
+    stats = kept.new_empty(algebra.STATISTICS, p.tokens)
+    losses, upstream = kept.new_empty(p.tokens), kept.new_empty(algebra.LOGP + 1, p.tokens)
     parts = p.parts()
     for rows in parts:
         stats[:, rows] = operators.chunk_forward(*arguments, rows.start, rows.stop, kept)

@@ -11,9 +11,10 @@ from atod_fast.envs.alfworld.engine import FastAlfWorld
 from atod_fast.envs.alfworld.game import Game
 from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec, generate
 from atod_fast.envs.alfworld.loader import SPLITS, find_games, playable, read_file, split_folder, task_id
+from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
 from atod_fast.envs.alfworld.textworld import TextWorldEngine
-from atod_fast.envs.options import choice, whole
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.options import choice, goes_with, whole
+from atod_fast.envs.protocol import Info, copy_with
 from atod_fast.errors import UserError
 
 CACHED_GAMES = 256  # parsed games kept, 75 to 250 kB each
@@ -75,9 +76,8 @@ class AlfWorld:
         for kind in task_types:
             choice("task_types", kind, TASK_TYPES)
         if generate is None:
-            for name, value, default in (("seed", seed, 0), ("scene", scene, "small"), ("receptacles", receptacles, 6), ("objects", objects, 6)):
-                if value != default:
-                    raise UserError(f"{name}={value!r} goes with generate=N, not with games that exist already; leave it out")
+            sizes = {"receptacles": (receptacles, 6), "objects": (objects, 6)}
+            goes_with("generate=N, not with games that exist already", seed=(seed, 0), scene=(scene, "small"), **sizes)
             self._games = _official(split, data, games, tuple(task_types) or TASK_TYPES)
         else:
             if data is not None:
@@ -114,9 +114,10 @@ class AlfWorld:
         return observation, self._reward if won else 0.0, won, False, self._info(accepted)
 
     def clone(self) -> AlfWorld:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, engine=None, game=None)
-        return other
+        return copy_with(self, engine=None, game=None)
+
+    def prompt(self, thinking: bool, history: int) -> AlfWorldPrompt:
+        return AlfWorldPrompt(thinking, history)
 
     def close(self) -> None:
         if isinstance(self.engine, TextWorldEngine):

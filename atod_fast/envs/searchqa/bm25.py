@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from threading import Lock
-from types import ModuleType
 
-import numpy as np
-
+from atod_fast.envs import bm25
+from atod_fast.envs.bm25 import K1, B
 from atod_fast.envs.searchqa.passages import Passage
 from atod_fast.errors import UserError
 
-K1, B = 0.9, 0.4
 INSTANT = 1_000_000  # passages up to which a search, 3.5 ms there, is not worth a thread
 _WORD = re.compile(r"\w+")
 _STEMMING = Lock()  # a PyStemmer object serves one thread at a time
 
 
-@cache
-def libraries() -> tuple[ModuleType, ModuleType]:
-    """bm25s and PyStemmer. UserError where they are not installed."""
-    try:
-        import bm25s
-        import Stemmer
-    except ImportError as error:
-        raise UserError(f"retriever: search in this process needs bm25s and PyStemmer ({error}); pip install 'atod_fast[search]'") from None
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG on import
-    return bm25s, Stemmer
+libraries = partial(bm25.libraries, "retriever: search in this process")
 
 
 @cache
@@ -99,8 +87,4 @@ class Bm25:
     def scored(self, query: str, topk: int) -> list[tuple[Passage, float]]:
         """At most `topk` passages that share a term with `query`, best first, those of equal score in the corpus's order."""
         scores = self._index.get_scores_from_ids(self._index.get_tokens_ids([term(word) for word in _WORD.findall(query.lower())]))
-        found = np.flatnonzero(scores > 0)
-        if len(found) > topk:
-            found = found[scores[found] >= np.partition(scores[found], -topk)[-topk]]
-        best = found[np.argsort(-scores[found], kind="stable")][:topk]
-        return [(self._passages[place], float(scores[place])) for place in best.tolist()]
+        return [(self._passages[place], float(scores[place])) for place in bm25.best(scores, topk).tolist()]

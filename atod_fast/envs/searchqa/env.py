@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atod_fast.envs.options import choice, whole
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.options import choice, goes_with, whole
+from atod_fast.envs.protocol import Info, copy_with
 from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.client import HttpRetriever
 from atod_fast.envs.searchqa.generator import generate as generate_world
+from atod_fast.envs.searchqa.prompt import SearchPrompt
 from atod_fast.envs.searchqa.questions import Question, read_questions
 from atod_fast.envs.searchqa.retriever import BadAnswer, Retriever, is_url, local_path, open_local
 from atod_fast.envs.searchqa.score import exact_match, f1
@@ -117,9 +118,10 @@ class SearchQA:
         return observation, 0.0, False, False, self._info(valid)
 
     def clone(self) -> SearchQA:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, question=None)
-        return other
+        return copy_with(self, question=None)
+
+    def prompt(self, thinking: bool, history: int) -> SearchPrompt:
+        return SearchPrompt(thinking, history)
 
     def close(self) -> None:
         self.question = None
@@ -173,10 +175,7 @@ _DEFAULTS = dict(SearchQA.__init__.__kwdefaults__)
 
 
 def _only(source: str, options: dict) -> None:
-    """UserError where one of `options`, which go with `source`, is set."""
-    for name, value in options.items():
-        if value != _DEFAULTS[name] and value != []:
-            raise UserError(f"{name}={value!r} goes with {source}; leave it out")
+    goes_with(source, **{name: (value, _DEFAULTS[name]) for name, value in options.items() if value != []})
 
 
 def _texts(name: str, value: Any, what: str) -> list[str | os.PathLike]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from atod_fast.envs.searchqa.jsonl import read_jsonl, text_of
-from atod_fast.envs.searchqa.text import clean, cut
+from atod_fast.envs.searchqa.text import clean
+from atod_fast.envs.text import cut_end
 from atod_fast.errors import UserError
 
 CHARS = 2000  # of a question; a longer one is cut
@@ -38,7 +39,7 @@ def parse_question(entry: dict[str, Any], path: Path, number: int) -> Question:
     if not answers:
         raise ValueError("golden_answers holds no answer" if "golden_answers" in entry else "no golden_answers")
     source = text_of(entry, "data_source") if entry.get("data_source") is not None else path.stem
-    return Question(clean(text_of(entry, "id")), cut(clean(text_of(entry, "question")).strip(), CHARS), tuple(answers), clean(source))
+    return Question(clean(text_of(entry, "id")), cut_end(clean(text_of(entry, "question")).strip(), CHARS), tuple(answers), clean(source))
 
 
 def read_questions(paths: Iterable[Path], *, sources: Sequence[str] = (), limit: int | None = None, bad_lines: int = 10) -> list[Question]:

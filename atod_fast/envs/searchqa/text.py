@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from atod_fast.envs.adapter import INVISIBLE
+from atod_fast.envs.text import INVISIBLE, cut_end
 
-CUT = " [... cut ...]"  # stands where the end of a text was left out
 NOTHING_FOUND = "No search results found."
 STYLES = ("text", "json")
 
@@ -30,20 +28,13 @@ def information(passages: Sequence[str], *, chars: int, style: str = "text") -> 
     style "json" is what verl-agent's search tool shows (Apache-2.0, skyrl_gym/tools/search.py): the same text as a JSON
     object {"result": "..."}, with line ends and letters beyond ASCII escaped.
     """
-    shown = [cut(clean(passage).strip(), chars, _escaped if style == "json" else len) for passage in passages]
+    shown = [cut_end(clean(passage).strip(), chars, _escaped if style == "json" else len) for passage in passages]
     return enclose("".join(f"Doc {number}: {text}\n" for number, text in enumerate(shown, 1)) or NOTHING_FOUND, style)
 
 
 def enclose(text: str, style: str = "text") -> str:
     """`text` in its <information> block."""
     return f"<information>{json.dumps({'result': text}) if style == 'json' else text}</information>"
-
-
-def cut(text: str, chars: int, length: Callable[[str], int] = len) -> str:
-    """`text`, or the longest beginning of it with a `length` of at most `chars`, and CUT."""
-    if length(text) <= chars:
-        return text
-    return text[: bisect_right(range(chars + 1), chars, key=lambda kept: length(text[:kept])) - 1] + CUT
 
 
 def _escaped(text: str) -> int:

@@ -2,7 +2,7 @@
 
 After princeton-nlp/WebShop (MIT, web_agent_site/engine/engine.py: load_products, generate_product_prices). Two things are
 ours. Text is made safe: `[SEP]`, which parts a page's pieces, is spelt `[sep]` where a product says it, control characters
-and invisible ones give way to spaces, and what exceeds the sizes below ends in `CUT`. And an entry that WebShop would fail on is
+and invisible ones give way to spaces, and what exceeds the sizes below is cut. And an entry that WebShop would fail on is
 left out. None of this touches a character of the 1,000-product set.
 """
 
@@ -18,14 +18,13 @@ from random import Random
 from sys import intern
 from typing import Any
 
-from atod_fast.envs.adapter import INVISIBLE
+from atod_fast.envs.text import INVISIBLE, cut_end
 from atod_fast.envs.webshop.reading import Malformed, read
 from atod_fast.errors import UserError
 
 LONGEST_LINE = 1_000  # characters of a title, an option or an attribute; 232 in the 1,000-product set
 LONGEST_TEXT = 20_000  # characters of a description or a bullet point; 15,481 in that set
 MOST_VALUES = 500  # options with their values, bullet points or attributes of one product; 52 in that set
-CUT = " [... cut ...]"  # ends what was too long
 LONGEST_ASIN = 10  # WebShop leaves out products with longer ones
 NO_PRICE = 100.0  # dollars, of a product without a price
 
@@ -198,8 +197,7 @@ def text(value: str) -> str:
 
 
 def _safe(value: str, longest: int, forbidden: re.Pattern[str]) -> str:
-    if len(value) > longest:
-        value = value[:longest] + CUT
+    value = cut_end(value, longest)
     if not value.isprintable():
         value = forbidden.sub(" ", value)
     return value.replace("[SEP]", "[sep]")

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from random import Random
 
-from atod_fast.envs.options import choice, whole
-from atod_fast.envs.protocol import Info
+from atod_fast.envs.options import choice, goes_with, whole
+from atod_fast.envs.protocol import Info, copy_with
 from atod_fast.envs.webshop.generator import SCALES
 from atod_fast.envs.webshop.goals import SPLITS, Goal
 from atod_fast.envs.webshop.nouns import TAGGERS, tagger
 from atod_fast.envs.webshop.pages import done_page
+from atod_fast.envs.webshop.prompt import WebShopPrompt
 from atod_fast.envs.webshop.reward import matcher, score
 from atod_fast.envs.webshop.shop import Source, generated
 from atod_fast.envs.webshop.visit import Visit
@@ -65,11 +66,11 @@ class WebShop:
         self._alike = matcher()
         self.nouns, self._tag = tagger(nouns)
         if generate is not None:
-            files = (("attributes", attributes, None), ("human_goals", human_goals, None))
-            _only("products=", *files, ("num_products", num_products, None), ("malformed", malformed, 100))
+            files = {"attributes": (attributes, None), "human_goals": (human_goals, None)}
+            goes_with("products=", **files, num_products=(num_products, None), malformed=(malformed, 100))
             self.shop = generated(generate, seed, scale)
         else:
-            _only("generate=N", ("seed", seed, 0), ("scale", scale, "small"))
+            goes_with("generate=N", seed=(seed, 0), scale=(scale, "small"))
             if attributes is None:
                 raise UserError(f"products={str(products)!r} needs attributes=<items_ins_v2.json>, which says what is true of them")
             human = None if human_goals is None else _file("human_goals", human_goals)
@@ -105,9 +106,10 @@ class WebShop:
         return visit.page.text, reward, visit.bought is not None, False, self._info(accepted)
 
     def clone(self) -> WebShop:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _visit=None)
-        return other
+        return copy_with(self, _visit=None)
+
+    def prompt(self, thinking: bool, history: int) -> WebShopPrompt:
+        return WebShopPrompt(thinking, history)
 
     def close(self) -> None:
         self._visit = None
@@ -128,10 +130,3 @@ def _file(option: str, value: File) -> Path:
         return Path(value).expanduser()
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{option}={value!r} is no file's path ({error}); give one of WebShop's data files") from error
-
-
-def _only(source: str, *options: tuple[str, object, object]) -> None:
-    """UserError for an option, of (name, value, default), that is given though it belongs to `source`, which is not."""
-    for name, value, default in options:
-        if value != default:
-            raise UserError(f"{name}={value!r} goes with {source}; leave it out")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from atod_fast.envs.adapter import cut
+from atod_fast.envs.text import cut_middle
 from atod_fast.envs.webshop.catalogue import Product
 
 SEPARATOR = " [SEP] "
@@ -94,4 +94,4 @@ def _string(text: str) -> list[str]:
 
 
 def _page(pieces: list[str], clickables: Iterable[str]) -> Page:
-    return Page(cut(SEPARATOR.join(pieces), LONGEST_PAGE), tuple(dict.fromkeys(clickables)))
+    return Page(cut_middle(SEPARATOR.join(pieces), LONGEST_PAGE), tuple(dict.fromkeys(clickables)))

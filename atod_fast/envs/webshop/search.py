@@ -10,7 +10,6 @@ the first fifty.
 
 from __future__ import annotations
 
-import logging
 import re
 from array import array
 from collections import defaultdict
@@ -19,12 +18,11 @@ from random import Random
 
 import numpy as np
 
+from atod_fast.envs.bm25 import K1, B, best, libraries
 from atod_fast.envs.webshop.catalogue import Product
-from atod_fast.errors import UserError
 
 HITS = 50  # most of a search
 MARKS = ("<a>", "<c>", "<q>")  # ahead of an attribute, a category, a query: find all that have it
-K1, B = 0.9, 0.4
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with".split()
 )
@@ -39,14 +37,9 @@ class SearchEngine:
     """Finds products. Shared, read-only, by all episodes. UserError without bm25s and PyStemmer."""
 
     def __init__(self, products: list[Product]) -> None:
-        try:
-            from bm25s import BM25
-            from Stemmer import Stemmer
-        except ImportError as error:
-            raise UserError(f"env.name='webshop' needs bm25s and PyStemmer ({error}); pip install 'atod_fast[search]'") from error
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it turns on its debugging messages by itself
+        bm25s, stemmer = libraries("env.name='webshop'")
         self._products = products
-        porter = Stemmer("porter").stemWord
+        porter = stemmer.Stemmer("porter").stemWord
 
         @lru_cache(maxsize=CACHED_WORDS)
         def stem(word: str) -> str:
@@ -57,7 +50,7 @@ class SearchEngine:
         self._stem = stem
         self._vocabulary: dict[str, int] = {}
         documents = [array("i", (self._vocabulary.setdefault(word, len(self._vocabulary)) for word in self.words(document(p)))) for p in products]
-        self._bm25 = BM25(k1=K1, b=B, method="lucene")
+        self._bm25 = bm25s.BM25(k1=K1, b=B, method="lucene")
         if self._vocabulary:
             self._bm25.index((documents, self._vocabulary), show_progress=False)
         self._order = np.argsort(np.argsort([p.asin for p in products])).astype(np.int32)
@@ -95,11 +88,7 @@ class SearchEngine:
         words = [self._vocabulary[word] for word in self.words(keywords) if word in self._vocabulary]
         if not words:
             return ()
-        scores = self._bm25.get_scores_from_ids(words)
-        found = np.flatnonzero(scores > 0)
-        if len(found) > HITS:
-            found = found[scores[found] >= np.partition(scores[found], -HITS)[-HITS]]
-        return tuple(found[np.lexsort((self._order[found], -scores[found]))][:HITS].tolist())
+        return tuple(best(self._bm25.get_scores_from_ids(words), HITS, self._order).tolist())
 
 
 def document(product: Product) -> str:

@@ -1,0 +1,1 @@
+"""Environments of other interfaces: gymnasium's, and those behind an OpenEnv server."""

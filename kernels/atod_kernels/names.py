@@ -1,0 +1,28 @@
+"""Names and numbers that several modules share, defined once: divergences, ways to treat turns, special values."""
+
+# Divergences between p, the student's next-token distribution, and q, the teacher's. m is their mixture, alpha its share.
+REVERSE_KL = "reverse_kl"  # KL(p || q)
+FORWARD_KL = "forward_kl"  # KL(q || p)
+JSD = "jsd"  # alpha KL(q || m) + (1 - alpha) KL(p || m), m = alpha q + (1 - alpha) p
+SKEW_REVERSE_KL = "skew_reverse_kl"  # KL(p || m), m = alpha p + (1 - alpha) q
+SKEW_FORWARD_KL = "skew_forward_kl"  # KL(q || m), m = alpha q + (1 - alpha) p
+MIXTURES = (JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL)  # their value needs both normalisers first
+DIVERGENCES = (REVERSE_KL, FORWARD_KL, *MIXTURES)
+NO_TEACHER = ""  # takes the place of a divergence where there is one model alone
+
+IGNORE = -100  # the target of a token that counts for nothing
+MASKED = -1e30  # a logit that means probability 0; finite, because 0 * -inf is NaN
+
+REDUCTIONS = ("mean", "sum", "max", "min")  # of tokens to turns
+NORMALISE = ("minmax", "rank", "none")  # a turn's signal to [0, 1]
+FUSE = (
+    "softor",
+    "mean",
+    "max",
+    "product",
+    "disagreement",
+    "uncertainty",
+    "uniform",
+    "shuffled",
+)  # two signals to a weight
+FLAT = 1e-8  # a signal with a smaller range over its scope does not tell turns apart: it is 0.5 for all of them

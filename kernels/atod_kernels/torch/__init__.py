@@ -1,0 +1,1 @@
+"""The torch backend: runs everywhere, and is what CPUs use."""

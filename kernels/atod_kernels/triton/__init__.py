@@ -1,0 +1,1 @@
+"""The Triton backend: kernels for GPUs. Importing one of its modules needs triton."""
