@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from atod_fast.rollout.actor import dated
 from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.player import Player
 from atod_fast.run import open_actor
+from atod_fast.runtime import Runtime
 from atod_fast.settings import check_engines, check_env, check_model
 
 EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
@@ -53,7 +55,8 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
         check_model(config, model, shape.to_dict())
     config = dated(config)
     actor = open_actor(config, model, tokenizer, shape.get_text_config().vocab_size, ["eval"])
-    engine = make_engine(config, model, device, say=console.say)
+    runtime = Runtime.of(config, device, shapes={"student": shape}, rank=ranks.rank(), ranks=ranks.world_size())
+    engine = make_engine(config, runtime.engine, replace(runtime.student, path=model), device, say=console.say)
     ranks.doing("evaluating")
     console.say(f"{model}: {config.eval.tasks} tasks of {config.env.name}")
     player = Player(config, progress=console.progress, interrupt=interrupt, say=console.say)

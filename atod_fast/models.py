@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,41 +61,21 @@ def resolve(path: str) -> str:
     return folder
 
 
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A checkpoint, and how its model is computed."""
+
+    path: str  # as student.path or teacher.path
+    dtype: torch.dtype
+    attention: str  # of transformers: flash_attention_2, sdpa or eager
+
+
 def is_here(path: str, *names: str) -> bool:
     """Whether one of these files of a model is on this machine, in its folder or in the Hugging Face cache."""
     folder = resolve(path)
     if Path(folder).is_dir():
         return any((Path(folder) / name).is_file() for name in names)
     return any(isinstance(try_to_load_from_cache(folder, name), str) for name in names)
-
-
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on an accelerator and fp32 on a CPU, where bf16 GEMMs are slower."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
-
-def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) -> str:
-    """The attention that a model of the transformers configuration `config` computes with.
-
-    `auto` is flash-attn where it is installed and can run, on CUDA in 16 bits; else sdpa; else, and where sdpa would leave
-    out a softcap of the attention's scores, eager. Flash attention has neither ALiBi nor every model's sinks.
-
-    Raises:
-        UserError: `name` is sdpa for a model whose scores have a softcap.
-    """
-    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
-    if name == "sdpa" and capped:
-        raise UserError(f"student.attention='sdpa' leaves out the softcap of a {config.model_type} model's scores; use auto or eager")
-    if name != "auto":
-        return name
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
-    flash = model._supports_flash_attn and "flash_attention_2" in (model._compatible_flash_implementations or ["flash_attention_2"])
-    flash = flash and not getattr(config.get_text_config(decoder=True), "alibi", False)  # it has no argument for a bias of scores
-    if flash and device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
-        return "flash_attention_2"
-    return "sdpa" if model._supports_sdpa and not capped else "eager"
 
 
 class Reach(NamedTuple):

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from atod_fast import preflight
 from atod_fast.config import Config
-from atod_fast.models import attention_shape, dtype_of
+from atod_fast.models import attention_shape
 from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy.layout import find_layout
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
-from atod_fast.rollout.engines import engine_kind
+from atod_fast.runtime import Runtime, used_models
 from atod_fast.settings import demo_values_warning, same_tasks, to_toml
 
 PHASES = ("teacher's eval", "rollout", "score", "update")
@@ -82,8 +82,8 @@ def describe(config: Config, ranks: int) -> str:
         f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = {step.trajectories:,} trajectories of {step.turns:,} turns",
         f"        {step.rows:,} rows of {step.tokens:,} tokens, {step.action_tokens:,} of them actions, in {step.updates:,} updates",
     ]
-    if all(role in shapes for role, _ in preflight.used_models(config)):
-        lines += ["", *_table(list(memory(config, shapes["student"], shapes.get("teacher"), ranks, device)))]
+    if all(role in shapes for role in used_models(config)):
+        lines += ["", *_table(list(memory(config, shapes["student"], shapes.get("teacher"), found.runtime)))]
     else:
         lines.append("memory: known once the models' config.json files are here")
     lines += ["", "not checked:", *(f"  {line}" for line in found.unchecked), "  the weights themselves: a dry run reads none"]
@@ -96,8 +96,7 @@ def describe(config: Config, ranks: int) -> str:
 def shape_of(model: PreTrainedModel) -> Shape:
     """Sizes of a model, which may be on the meta device. UserError where the trainer cannot take it apart."""
     config = model.config
-    layout = find_layout(model)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.get_submodule(layout.blocks)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_layout(model).parts(model).blocks]
     text = config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())
     return Shape(
@@ -170,7 +169,7 @@ def head_tiles(shape: Shape, kept: int, device: torch.device) -> int:
     return 4 * rows * (4 * columns + kept * max(columns, shape.vocabulary))
 
 
-def memory(config: Config, student: Shape, teacher: Shape | None, ranks: int, device: torch.device) -> Iterator[Item]:
+def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runtime) -> Iterator[Item]:
     """What a rank holds and when. P parameters and c bytes an element of student or teacher, W ranks.
 
     `teacher` is None where it neither scores nor plays.
@@ -180,7 +179,8 @@ def memory(config: Config, student: Shape, teacher: Shape | None, ranks: int, de
     keeps no logits and rounds the weight's gradient slice by slice. On CUDA an engine sleeps through scoring and updates:
     vLLM gives up weights and cache, the transformers engine its cache.
     """
-    c, ct = (dtype_of(part.compute_dtype, device).itemsize for part in (config.student, config.teacher))
+    ranks, device = runtime.ranks, runtime.device
+    c, ct = runtime.student_dtype.itemsize, runtime.teacher_dtype.itemsize
     step, rollout, objective = step_bounds(config), config.rollout, config.objective
     scores, plays = config.teacher_scores, config.teacher_plays
     exact_loss = scores and objective.divergence in FULL_VOCABULARY
@@ -206,7 +206,7 @@ def memory(config: Config, student: Shape, teacher: Shape | None, ranks: int, de
 
     tokens = rollout.concurrency * rollout.longest
     cache = tokens * cache_line(student, c)
-    vllm, together = engine_kind(config, device) == "vllm", rollout.tensor_parallel
+    vllm, together = runtime.engine == "vllm", rollout.tensor_parallel
     if vllm:
         cache = rollout.kv_cache_gib * 2**30 or cache / together
     awake = ("rollout",) if device.type == "cuda" else phases

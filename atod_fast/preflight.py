@@ -10,27 +10,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atod_fast.config import Config
 from atod_fast.errors import NotHere, UserError
 from atod_fast.models import (
-    attention_of,
     check_quantised,
     compare_tokenizers,
-    dtype_of,
     is_here,
     load_config,
     load_tokenizer,
     skeleton,
     stop_ids,
 )
-from atod_fast.policy.model import CausalPolicy, uses_liger
+from atod_fast.policy.model import CausalPolicy
 from atod_fast.published import CONFIGS
 from atod_fast.renderers import make_renderer
 from atod_fast.rollout.actor import open_split
-from atod_fast.rollout.engines import ENGINES, engine_kind
-from atod_fast.settings import check_env, check_model, check_world
+from atod_fast.rollout.engines import ENGINES
+from atod_fast.runtime import Runtime, used_models
+from atod_fast.settings import check_env, check_model, check_ranks
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -58,35 +58,45 @@ class Model:
 
 @dataclass
 class Found:
+    runtime: Runtime
     models: dict[str, Model] = field(default_factory=dict)  # by role; in a dry run those whose shape is known
     unchecked: list[str] = field(default_factory=list)  # what a dry run could not look at, and why
 
 
-def look(config: Config, ranks: int, device: torch.device, *, offline: bool = False) -> Found:
-    """The models of a run of `ranks` processes on `device`.
+def look(
+    config: Config,
+    ranks: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    mesh: DeviceMesh | None = None,
+    offline: bool = False,
+) -> Found:
+    """Returns how a run of `ranks` processes computes on `device`, and its models without their weights.
 
     Raises:
         UserError: the settings contradict each other, the environment's options are wrong, or a model cannot be used so.
     """
-    check_world(config, ranks)
+    check_ranks(config, ranks)
     check_env(config)  # before a model is fetched for an environment that is not there
-    found = Found()
-    for role, path in used_models(config):
+    sources, unchecked = {}, []
+    for role, path in used_models(config).items():
         if offline:
             model = None
-            with _noting(found, f"{role}.path"):
-                model = _offline(role, path, found.unchecked)
+            with _noting(unchecked, f"{role}.path"):
+                model = _offline(role, path, unchecked)
         else:
             model = load_config(path), load_tokenizer(path)
-        if model is None:
-            continue
-        shape, tokenizer = model
-        check_model(config, path, shape.to_dict())
-        found.models[role] = Model(path, shape, _body(config, role, path, shape, device), tokenizer)
-    uses_liger(config.student.liger, device)
+        if model is not None:
+            check_model(config, path, model[0].to_dict())
+            sources[role] = (path, *model)
+    shapes = {role: shape for role, (_, shape, _) in sources.items()}
+    runtime = Runtime.of(config, device, shapes=shapes, mesh=mesh, rank=rank, ranks=ranks)
+    found = Found(runtime, unchecked=unchecked)
+    for role, (path, shape, tokenizer) in sources.items():
+        found.models[role] = Model(path, shape, _body(config, role, path, shape, runtime), tokenizer)
     student, teacher = found.models.get("student"), found.models.get("teacher")
-    kind = ENGINES[engine_kind(config, device)]
-    kind.check(config, student and student.config, dtype_of(config.student.compute_dtype, device), device)
+    ENGINES[runtime.engine].check(config, student and student.config, runtime.student_dtype, device)
     if student and teacher and student.tokenizer is not None:
         if teacher.tokenizer is not None:
             compare_tokenizers(student.tokenizer, teacher.tokenizer)
@@ -103,7 +113,7 @@ def look_at_tasks(config: Config, found: Found) -> None:
     """What a run asks of its environments before it plays: opens the splits in use, and words the prompts for the student."""
     student = found.models.get("student")
     for split in (*config.evaluated, "train"):
-        with _noting(found, f"env.{split}"):
+        with _noting(found.unchecked, f"env.{split}"):
             env = open_split(config, split)
             if split == "eval" and student and student.tokenizer is not None:
                 make_renderer(config, student.tokenizer, student.columns, env, stop_ids(student.path, offline=True))
@@ -112,19 +122,12 @@ def look_at_tasks(config: Config, found: Found) -> None:
 
 
 @contextmanager
-def _noting(found: Found, key: str) -> Iterator[None]:
-    """What is not here is not checked."""
+def _noting(unchecked: list[str], key: str) -> Iterator[None]:
+    """Turn a NotHere in the block into a line of `unchecked`."""
     try:
         yield
     except NotHere as error:
-        found.unchecked.append(f"{key}: {error}")
-
-
-def used_models(config: Config) -> Iterator[tuple[str, str]]:
-    """(role, path) of the models that a run loads."""
-    yield "student", config.student.path
-    if config.teacher_scores or config.teacher_plays:
-        yield "teacher", config.teacher.path
+        unchecked.append(f"{key}: {error}")
 
 
 def _offline(role: str, path: str, unchecked: list[str]) -> tuple[object, PreTrainedTokenizerBase | None] | None:
@@ -147,19 +150,18 @@ def _offline(role: str, path: str, unchecked: list[str]) -> tuple[object, PreTra
     return (shape, tokenizer) if shape else None
 
 
-def _body(config: Config, role: str, path: str, shape, device: torch.device) -> PreTrainedModel:
-    """The model without its weights; UserError where it cannot act, score or learn as it is asked to."""
+def _body(config: Config, role: str, path: str, shape, runtime: Runtime) -> PreTrainedModel:
+    """Returns the model without its weights; UserError where it cannot act, score or learn as it is asked to."""
     check_quantised(path, shape)
-    compute = (config.student if role == "student" else config.teacher).compute_dtype
-    dtype = dtype_of(compute, device)
-    attention = attention_of(config.student.attention, device, dtype, shape)
-    if attention == "flash_attention_2" and dtype == torch.float32:
-        raise UserError(f"student.attention={attention} computes in 16 bits, and {role}.compute_dtype={compute} is fp32 here; set it to bf16")
-    body = skeleton(shape, path, attention)
+    compute = runtime.student if role == "student" else runtime.teacher or runtime.playing_teacher
+    if compute.attention == "flash_attention_2" and compute.dtype == torch.float32:
+        key = f"{role}.compute_dtype={(config.student if role == 'student' else config.teacher).compute_dtype}"
+        raise UserError(f"student.attention={compute.attention} computes in 16 bits, and {key} is fp32 here; set it to bf16")
+    body = skeleton(shape, path, compute.attention)
     if role == "student" or config.teacher_scores:
         CausalPolicy(body)
     if role == "student":
-        ENGINES[engine_kind(config, device)].check_model(config, body)
+        ENGINES[runtime.engine].check_model(config, body)
     elif config.teacher_plays:
         ENGINES["transformers"].check_model(config, body)
     return body

@@ -19,7 +19,7 @@ from atod_fast.cli import Options
 from atod_fast.config import Config
 from atod_fast.errors import GuardError, RankLost
 from atod_fast.interrupt import Interrupt, Interrupted
-from atod_fast.models import dtype_of, stop_ids
+from atod_fast.models import stop_ids
 from atod_fast.observe.console import Console
 from atod_fast.policy import checkpoint
 from atod_fast.policy.export import export
@@ -29,7 +29,7 @@ from atod_fast.records import Trajectory
 from atod_fast.renderers import make_renderer
 from atod_fast.rollout.actor import Actor, dated
 from atod_fast.rollout.duration import limit
-from atod_fast.rollout.engines import engine_kind, make_engine
+from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
 from atod_fast.settings import check_engines, demo_values_warning, same_tasks
@@ -77,7 +77,7 @@ class Run:
 
     def __init__(self, options: Options, interrupt: Interrupt, callbacks: Sequence[reporting.Callback] = ()):
         self.interrupt = interrupt
-        self.device, mesh = ranks.start()
+        device, mesh = ranks.start()
         self.console = console = Console(speaks=ranks.rank() == 0)
         place = rundir.agree(options)
         self.run_dir, resume, finished = place
@@ -92,19 +92,20 @@ class Run:
         if options.resume == "auto" and not resume:
             console.say(f"--resume auto: {self.run_dir} holds no checkpoint; this is a new run")
         with ranks.together():  # before anything is loaded or opened
-            models = preflight.look(config, ranks.world_size(), self.device).models
+            found = preflight.look(config, ranks.world_size(), device, rank=ranks.rank(), mesh=mesh)
+        self.runtime = runtime = found.runtime
         torch.manual_seed(config.train.seed)
 
         for line in same_tasks(config):
             console.say(line)
-        student = models["student"]
+        student = found.models["student"]
         if warning := demo_values_warning(config, student.parameters):
             console.say(warning, style="bold yellow")
         splits = *config.evaluated, "train"
         self.actor = open_actor(config, config.student.path, student.tokenizer, student.columns, splits)
         # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the
         # first sync.
-        self.engine = make_engine(config, config.student.path, self.device, filled=False, say=console.say)
+        self.engine = make_engine(config, runtime.engine, runtime.student, device, filled=False, say=console.say)
         self.player = Player(
             config,
             progress=console.progress,
@@ -113,7 +114,7 @@ class Run:
             refill=self.resync,
         )
         with ranks.together():
-            self.learner = Learner(config, mesh, self.device, self.actor.renderer.valid_columns)
+            self.learner = Learner(config, runtime, self.actor.renderer.valid_columns)
 
         self.done = 0  # steps
         self.before: dict[str, float] = {}  # evaluations before training: the student's, and the teacher's
@@ -134,7 +135,7 @@ class Run:
                     config,
                     beyond,
                     options.command,
-                    self.device,
+                    device,
                     from_step=self.done,
                     say=console.say,
                 )
@@ -142,7 +143,7 @@ class Run:
             # Success on other tasks than env.dev's is not to be compared with.
             told = state.get("best") if "dev/success" in self.before else None
             self.best = checkpoint.agreed_best(self.run_dir, told)
-        console.say(f"run folder {self.run_dir}, rollouts by {engine_kind(config, self.device)}")
+        console.say(f"run folder {self.run_dir}, rollouts by {runtime.engine}")
         self.resync()
         if not resume:
             self.before = self.evaluate_before()
@@ -168,7 +169,7 @@ class Run:
             GuardError: they differ by more than guard.logprob_gap on average.
         """
         mean, largest = self.learner.logprob_gap(minibatches)
-        limit = self.config.guard.logprob_gap or LOGPROB_GAP[dtype_of(self.config.student.compute_dtype, self.device)]
+        limit = self.config.guard.logprob_gap or LOGPROB_GAP[self.runtime.student_dtype]
         if not mean <= limit:
             raise GuardError(
                 f"step {step}: rollout and trainer log-probs differ by {mean:.2g} on average (limit {limit:g}): the "
@@ -250,7 +251,8 @@ class Run:
         if config.teacher_plays:
             # With transformers: a second vLLM could not be taken down without the first one's process groups.
             self.engine.sleep()
-            teacher = make_engine(config, config.teacher.path, self.device, "transformers", say=self.console.say)
+            runtime, say = self.runtime, self.console.say
+            teacher = make_engine(config, "transformers", runtime.playing_teacher, runtime.device, say=say)
             for split in config.evaluated if config.schedule.kappa.kind == "adaptive" else ("eval",):
                 found |= self.evaluate(teacher, "evaluating the teacher", split, teacher=True)
             del teacher

@@ -83,7 +83,7 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump())
 
 
-def check_world(config: Config, ranks: int) -> None:
+def check_ranks(config: Config, ranks: int) -> None:
     """UserError unless `ranks` processes can share a step's tasks evenly."""
     tasks, together = config.train.tasks_per_step, config.rollout.tensor_parallel
     engines = check_engines(config, ranks)

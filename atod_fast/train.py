@@ -51,7 +51,7 @@ def train(run: Run) -> None:
                 everyone = run.roll_out(step=step)
                 trajectories = [t for t in everyone if t.failure is None]
                 sequences = rows(trajectories)
-            minibatches, minibatch_turns = learner.plan(sequences, step=step)
+            minibatches, minibatch_turns = learner.partition(sequences, step=step)
 
             with clock("teacher"):
                 if imitates:
@@ -87,7 +87,7 @@ def train(run: Run) -> None:
             metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, "sync/bytes": sent, **gap}
             metrics |= reporting.rollout_metrics(everyone, table) | reporting.policy_metrics(learned)
             metrics |= reporting.turn_metrics(table, weights, advantages, with_teacher=imitates)
-            metrics |= reporting.cost_metrics(clock, tokens=int(table.length.sum()), device=run.device)
+            metrics |= reporting.cost_metrics(clock, tokens=int(table.length.sum()), device=run.runtime.device)
             with run.reported(
                 metrics,
                 trajectories=everyone,

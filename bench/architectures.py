@@ -27,7 +27,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 from atod_fast import ranks
 from atod_fast.batches import Row
 from atod_fast.errors import UserError
-from atod_fast.models import attention_of, load_model, skeleton
+from atod_fast.models import Compute, load_model, skeleton
 from atod_fast.plan import shape_of
 from atod_fast.policy.export import export
 from atod_fast.policy.layout import Logits
@@ -35,10 +35,11 @@ from atod_fast.policy.model import CausalPolicy, HeadJob, build_student
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
-from atod_fast.policy.teacher import Teacher
+from atod_fast.policy.teacher.local import LocalTeacher
 from atod_fast.rollout.engines.protocol import Request, Sampling
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 from atod_fast.rollout.engines.transformers.forward import AnewForward, CacheForward, SlotForward
+from atod_fast.runtime import Runtime, attention_of
 from atod_fast.settings import load as load_settings
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -365,7 +366,8 @@ def teach(path: str, load: Callable[[], PreTrainedModel]) -> None:
         student.weight = nn.Parameter(weight)
         close("a teacher's log-probs", student(other, job).teacher_logp, expected)
         _, mesh = ranks.start()
-        half = Teacher(load_settings(None, None, [f"teacher.path={path}", "teacher.compute_dtype=bf16"]), mesh, CPU)
+        settings = load_settings(None, None, [f"teacher.path={path}", "teacher.compute_dtype=bf16"])
+        half = LocalTeacher(Runtime.of(settings, CPU).teacher, mesh, offload=False)
         alike("log-probs", half.logp(batch, HeadJob(batch.target, 0.7)), expected, 0.98)
         job = job._replace(teacher_hidden=half.hidden(batch))
         with half.head() as whole:
@@ -394,9 +396,9 @@ def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
             assert parameter.grad is None or not parameter.grad.full_tensor().abs().max(), f"a gradient of {name}"
             continue
         close(f"gradient of {name}", parameter.grad.full_tensor(), expected, 2e-3)
-    checkpoints = f"student.gradient_checkpointing={str(student.supports_gradient_checkpointing).lower()}"
-    half = load_settings(None, None, [f"student.path={path}", "student.compute_dtype=bf16", checkpoints]).student
-    half = shard(build_student(half, CPU).train(), mesh, torch.bfloat16)
+    compute = Compute(path, torch.bfloat16, attention_of("auto", CPU, torch.bfloat16, student.config))
+    half = build_student(compute, liger=False, checkpointing=student.supports_gradient_checkpointing)
+    half = shard(half.train(), mesh, torch.bfloat16)
     (half(batch, HeadJob(batch.target, 0.7)).logp * weight).sum().backward()
     taught = [(p.grad.full_tensor(), gradients[name]) for name, p in half.named_parameters() if p.grad is not None and gradients[name] is not None]
     alike("gradients", *(torch.cat([tensor.flatten() for tensor in side]) for side in zip(*taught, strict=True)), 0.95)

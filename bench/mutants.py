@@ -37,7 +37,7 @@ TESTS = {  # nearest first
     "objective/turns.py": ("test_objective.py", "test_learner_reference.py"),
     "policy/learner.py": LEARNER,
     "policy/packing.py": ("test_packing.py", *LEARNER),
-    "policy/teacher.py": LEARNER,
+    "policy/teacher/local.py": LEARNER,
     "rollout/actor.py": ("test_actor.py", *LOOP),
     "rollout/agent.py": ("test_rollout.py", *LOOP),
     "train.py": LOOP,
@@ -206,7 +206,7 @@ MUTANTS = {  # by file below atod_fast/
             "for scored",
         ),
         Mutant(
-            "plan-of-step-0",
+            "partition-of-step-0",
             "every step has the same mini-batches",
             "default_rng([train.seed, step])",
             "default_rng([train.seed, 0])",
@@ -246,7 +246,7 @@ MUTANTS = {  # by file below atod_fast/
             "len(rows) // minibatch_rows",
         ),
     ],
-    "policy/teacher.py": [
+    "policy/teacher/local.py": [
         Mutant(
             "teacher-at-1",
             "the teacher scores at temperature 1",

@@ -35,7 +35,7 @@ from atod_fast.config import Config
 from atod_fast.models import load_config, load_tokenizer
 from atod_fast.policy.model import HeadJob
 from atod_fast.policy.packing import collate
-from atod_fast.policy.teacher import Teacher
+from atod_fast.policy.teacher.local import LocalTeacher
 from atod_fast.records import Trajectory
 from atod_fast.renderers import make_renderer
 from atod_fast.rollout import agent
@@ -43,6 +43,7 @@ from atod_fast.rollout.actor import Actor
 from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.engines.protocol import Engine, Request, Sampling
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
+from atod_fast.runtime import Runtime
 
 ROUNDS = 5
 LARGER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
@@ -138,7 +139,8 @@ class Scorer:
     """The teacher's log-probs of trajectories, in micro-batches."""
 
     def __init__(self, config: Config, mesh, device: torch.device):
-        self.teacher, self.config = Teacher(config, mesh, device), config
+        self.teacher = LocalTeacher(Runtime.of(config, device).teacher, mesh, offload=False)
+        self.config = config
 
     def __call__(self, trajectories: list[Trajectory]) -> None:
         found = rows(trajectories)
@@ -206,7 +208,7 @@ def main() -> None:
             actor = Actor(config, renderer, rank=0, ranks=1)
             score = Scorer(Config.model_validate({"teacher": {"path": path}}), mesh, device)
             for kind in ("transformers", "vllm") if vllm_limits.supported() else ("transformers",):
-                engine = make_engine(config, path, device, kind)
+                engine = make_engine(config, kind, Runtime.of(config, device).student, device)
                 tokens, played, alone, raw, ratio = efficiency(actor, engine, config)
                 efficient.append(f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} | {tokens / raw:.0f} |")
                 rollout, teacher, both, share = overlap(actor, engine, score)

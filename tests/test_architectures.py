@@ -26,7 +26,7 @@ from transformers import (
 
 from atod_fast import preflight, train
 from atod_fast.errors import UserError
-from atod_fast.models import DEMO_WEIGHTS, Reach, as_saved, attention_of, load_model, one_as_saved, skeleton
+from atod_fast.models import DEMO_WEIGHTS, Reach, as_saved, load_model, one_as_saved, skeleton
 from atod_fast.plan import shape_of
 from atod_fast.policy.layout import Logits, find_layout, find_logits
 from atod_fast.policy.model import CausalPolicy, Head, HeadJob
@@ -36,6 +36,7 @@ from atod_fast.rollout.engines.transformers import forward, tryout
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 from atod_fast.rollout.engines.transformers.forward import AnewForward, CacheForward, SlotForward
 from atod_fast.rollout.engines.vllm.limits import check_experts
+from atod_fast.runtime import Runtime, attention_of
 from atod_fast.settings import check_model, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,7 +208,7 @@ def test_sdpa_does_not_drop_a_softcap_of_scores_silently():
 
 
 def test_flash_attention_is_taken_where_it_computes_all_of_the_attention(monkeypatch):
-    monkeypatch.setattr("atod_fast.models.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("atod_fast.runtime.importlib.util.find_spec", lambda name: name)
     names = ("Gemma 2", "Falcon", "Falcon, ALiBi", "gpt-oss")
     found = [attention_of("auto", torch.device("cuda"), torch.bfloat16, make(NAMES[name]).config) for name in names]
     assert found == ["flash_attention_2", "flash_attention_2", "sdpa", "eager"]
@@ -387,5 +388,5 @@ def test_a_hybrid_student_trains(tmp_path, capsys):
     before = Lfm2ForCausalLM.from_pretrained(tmp_path / "student")
     assert not torch.equal(exported.model.layers[0].conv.conv.weight, before.model.layers[0].conv.conv.weight)
     config = load(None, None, [paths[0], "student.attention=eager"])
-    engine = make_engine(config, config.student.path, CPU, "transformers")
+    engine = make_engine(config, "transformers", Runtime.of(config, CPU).student, CPU)
     assert engine._model.config._attn_implementation == "eager"

@@ -14,12 +14,12 @@ from atod_fast import run as running
 from atod_fast.config import Config
 from atod_fast.errors import EngineFailure, GuardError, UserError
 from atod_fast.policy.learner import Learner
-from atod_fast.rollout.engines import engine_kind
 from atod_fast.rollout.engines.lockstep import Lockstep
 from atod_fast.rollout.engines.protocol import Completion, Request, Sampling, checked
 from atod_fast.rollout.engines.vllm import engine as vllm_engine
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.rollout.engines.vllm.engine import Mask, VllmEngine
+from atod_fast.runtime import engine_of
 
 SHAPES = {"model.embed.weight": torch.Size([5, 2]), "lm_head.weight": torch.Size([5, 2])}
 WEIGHTS = [(name, torch.ones(shape)) for name, shape in SHAPES.items()]
@@ -173,7 +173,7 @@ def test_auto_takes_vllm_on_cuda_where_the_version_fits(monkeypatch):
     config, cuda, cpu = Config(), torch.device("cuda"), torch.device("cpu")
     for found, kind in (("0.32.1", "vllm"), ("0.31.0", "transformers"), (None, "transformers")):
         monkeypatch.setattr(vllm_limits, "installed", lambda found=found: found)
-        assert engine_kind(config, cuda) == kind and engine_kind(config, cpu) == "transformers"
+        assert [engine_of(config.rollout.engine, device) for device in (cuda, cpu)] == [kind, "transformers"]
 
 
 class Sentinel:

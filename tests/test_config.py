@@ -26,7 +26,7 @@ from atod_fast.settings import (
     PRESETS,
     TABLES,
     check_model,
-    check_world,
+    check_ranks,
     defaults,
     demo_values_warning,
     is_section,
@@ -555,16 +555,16 @@ def test_an_unreadable_file_is_one_line(tmp_path):
 def test_ranks_that_cannot_share_the_tasks_are_refused(tasks, ranks, remedy):
     config = load(overrides=[f"train.tasks_per_step={tasks}"])
     with pytest.raises(UserError, match=remedy):
-        check_world(config, ranks)
-    check_world(config, 4)
+        check_ranks(config, ranks)
+    check_ranks(config, 4)
 
 
 def test_engines_of_several_ranks_are_whole_and_share_the_tasks():
     config = load(overrides=["rollout.engine=vllm", "rollout.tensor_parallel=4", "train.tasks_per_step=2"])
-    check_world(config, 8)
+    check_ranks(config, 8)
     for ranks, line in ((6, "rollout.tensor_parallel=4 does not divide 6 ranks"), (12, "train.tasks_per_step=2 cannot .* 3 engines of 12 ranks; use 3")):
         with pytest.raises(UserError, match=line):
-            check_world(config, ranks)
+            check_ranks(config, ranks)
 
 
 @pytest.mark.parametrize("model", [{"max_position_embeddings": 128}, {"text_config": {"max_position_embeddings": 128}}])

@@ -12,6 +12,7 @@ from atod_fast import objective, ranks
 from atod_fast.batches import rows, turn_table
 from atod_fast.policy.learner import Learner
 from atod_fast.records import Trajectory, Turn
+from atod_fast.runtime import Runtime
 from atod_fast.schedules import LearningRate
 from atod_fast.settings import load
 
@@ -119,7 +120,7 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
     kappa = 0.0 if config.objective.preset == "grpo" else KAPPA
 
     valid = torch.zeros(VOCABULARY, dtype=torch.bool).index_fill(0, COLUMNS, True)
-    learner = Learner(config, mesh, device, valid)
+    learner = Learner(config, Runtime.of(config, device, mesh=mesh), valid)
     clipped = []  # the gradients that AdamW gets
 
     def watch(*_):
@@ -142,7 +143,7 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
     orders = []
     for number in (1, 2):
         # --- the product
-        minibatches, wholes = learner.plan(sequences, number)
+        minibatches, wholes = learner.partition(sequences, number)
         if kappa:
             learner.score_teacher(minibatches)
         learner.score_student(minibatches, with_teacher=kappa > 0)

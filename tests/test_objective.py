@@ -20,9 +20,9 @@ from atod_fast.objective import (
     token_loss,
     token_signals,
     token_weights,
-    value,
     weigh_turns,
 )
+from atod_fast.schedules import make as make_schedule
 
 torch.set_num_threads(1)
 
@@ -519,7 +519,7 @@ def losses_of(objective, turns, kappa, rho, step=30):
     full_kl, entropy = torch.rand(2, len(tokens.turn), generator=torch.Generator().manual_seed(1))
     signals = token_signals(turns, tokens.old_logp, tokens.teacher_logp, entropy, full_kl)
     table.disagreement[:], table.uncertainty[:] = (torch.bincount(tokens.turn, x.double()) / table.length for x in signals)
-    streams = streams_of(table, tokens, objective, value(kappa, step), value(rho, step), turns=turns)
+    streams = streams_of(table, tokens, objective, make_schedule(kappa).value(step), make_schedule(rho).value(step), turns=turns)
     return token_loss(statistics(tokens.logp, entropy, full_kl), streams, objective)
 
 

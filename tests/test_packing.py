@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_rows
 
-from atod_fast.policy.packing import collate, plan
+from atod_fast.policy.packing import collate, partition
 
 
 @settings(max_examples=60, deadline=None)
@@ -18,7 +18,7 @@ from atod_fast.policy.packing import collate, plan
 )
 def test_every_row_is_learnt_from_once_and_all_ranks_run_the_same_number_of_passes(count, ranks, minibatch_rows, budget, packed, seed):
     rows = random_rows(count, seed)
-    made = plan(rows, ranks=ranks, minibatch_rows=minibatch_rows, budget=budget, packed=packed, rng=np.random.default_rng(seed))
+    made = partition(rows, ranks=ranks, minibatch_rows=minibatch_rows, budget=budget, packed=packed, rng=np.random.default_rng(seed))
     flat = sorted(row for minibatch in made for rank in minibatch for micro in rank for row in micro)
     assert flat == list(range(count))
     for minibatch in made:
@@ -34,14 +34,14 @@ def test_every_row_is_learnt_from_once_and_all_ranks_run_the_same_number_of_pass
 
 def test_which_rows_share_an_update_does_not_depend_on_the_number_of_ranks():
     rows = random_rows(23)
-    one, three = (plan(rows, ranks=n, minibatch_rows=8, budget=64, packed=False, rng=np.random.default_rng(5)) for n in (1, 3))
+    one, three = (partition(rows, ranks=n, minibatch_rows=8, budget=64, packed=False, rng=np.random.default_rng(5)) for n in (1, 3))
     members = [[{row for rank in minibatch for micro in rank for row in micro} for minibatch in made] for made in (one, three)]
     assert members[0] == members[1]
 
 
 def test_tokens_are_shared_evenly_over_ranks():
     rows = random_rows(64)
-    (minibatch,) = plan(rows, ranks=4, minibatch_rows=0, budget=128, packed=True, rng=np.random.default_rng(0))
+    (minibatch,) = partition(rows, ranks=4, minibatch_rows=0, budget=128, packed=True, rng=np.random.default_rng(0))
     load = [sum(len(rows[row].ids) for micro in rank for row in micro) for rank in minibatch]
     assert max(load) - min(load) <= 40
 

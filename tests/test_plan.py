@@ -12,6 +12,7 @@ from atod_fast.errors import UserError
 from atod_fast.models import attention_shape, load_config, skeleton
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.rollout.engines.vllm.limits import BLOCK, cache_bytes
+from atod_fast.runtime import Runtime
 from atod_fast.settings import load
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def shape_of(config) -> plan.Shape:
 
 def held(config, phase: str, ranks: int = 1, device=CPU) -> dict[str, float]:
     shapes = [model.path and shape_of(load_config(model.path)) for model in (config.student, config.teacher)]
-    return {item.name: item.size for item in plan.memory(config, *shapes, ranks, device) if phase in item.phases}
+    return {item.name: item.size for item in plan.memory(config, *shapes, Runtime.of(config, device, ranks=ranks)) if phase in item.phases}
 
 
 @pytest.mark.parametrize("parameters", PUBLISHED)

@@ -18,6 +18,7 @@ from atod_fast.policy.model import CausalPolicy, HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
+from atod_fast.runtime import Runtime
 from atod_fast.settings import load
 
 
@@ -122,11 +123,11 @@ def update(student, teacher, *settings):
     # With checkpointing as large models do: gather each block again for the backward pass.
     sharding.RESHARD_PARAMETERS = 0 if config.student.gradient_checkpointing else 50_000_000
     device, mesh = ranks.start()
-    trainer = Learner(config, mesh, device, None)
+    trainer = Learner(config, Runtime.of(config, device, mesh=mesh), None)
     rows = random_rows(12)
     turns = 2 * len(rows)
     kappa, rho = (schedules.make(slide).value(20) for slide in (config.schedule.kappa, config.schedule.rho))
-    minibatches, wholes = trainer.plan(rows, step=1)
+    minibatches, wholes = trainer.partition(rows, step=1)
     if kappa:
         trainer.score_teacher(minibatches)
     trainer.score_student(minibatches, with_teacher=kappa > 0)

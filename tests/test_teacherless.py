@@ -16,7 +16,7 @@ def without_teacher(lines):
 
 
 def test_a_run_without_a_teacher_is_the_run_whose_teacher_only_plays(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner, "Teacher", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(learner, "LocalTeacher", lambda *_: pytest.fail("loaded"))
     named = run(tmp_path / "named", "train.steps=2", GRPO)
     assert named[0]["eval/teacher_success"] > 0
     unnamed = run(tmp_path / "unnamed", "train.steps=2", GRPO, "teacher.path=")

@@ -33,6 +33,7 @@ from atod_fast.models import load_tokenizer
 from atod_fast.records import Turn
 from atod_fast.rollout.actor import Actor
 from atod_fast.rollout.engines import make_engine
+from atod_fast.runtime import Runtime
 from atod_fast.settings import load
 
 POSITIONS = 512
@@ -195,7 +196,8 @@ def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, 
 def success(demo: Demo, folder: Path, tasks: int, temperature: float) -> float:
     """Success rate of the model in `folder` on `tasks` held-out tasks, those that an evaluation of the demo draws."""
     config = load(demo.preset, overrides=[f"student.path={folder}", f"eval.tasks={tasks}", f"eval.temperature={temperature}"])
-    engine = make_engine(config, config.student.path, torch.device("cpu"))
+    runtime = Runtime.of(config, torch.device("cpu"))
+    engine = make_engine(config, runtime.engine, runtime.student, runtime.device)
     tokenizer = load_tokenizer(config.student.path)
     renderer = CompactRenderer(tokenizer, demo.dialect)
     played = Actor(config, lambda env: renderer, rank=0, ranks=1).evaluate(engine)

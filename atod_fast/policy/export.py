@@ -40,7 +40,7 @@ def write(path: Path, weights: Mapping[str, Tensor], source: str, tokenizer: Pre
     model = skeleton(config)
     layout = find_layout(model)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+    if layout.tied:
         wanted.pop(f"{layout.head}.weight", None)
     if odd := [name for name, shape in wanted.items() if name not in weights or weights[name].shape != shape]:
         raise UserError(f"the weights are not those of student.path={source!r}: {odd[0]} is missing or of another shape; name the model that was trained")

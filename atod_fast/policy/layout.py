@@ -21,22 +21,36 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Module names, as `get_submodule` takes them."""
+class Parts(NamedTuple):
+    """The modules that a `ModelLayout` names. A tuple, so that a module may hold it without registering them again."""
 
-    backbone: str  # its forward ends in the last hidden states
+    backbone: nn.Module
+    blocks: nn.ModuleList
+    embedding: nn.Embedding
+    head: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """Where the parts of a model are: names of modules, as `get_submodule` takes them."""
+
+    backbone: str  # its forward ends in the last hidden states, after the last norm
     blocks: str  # a ModuleList, one entry a layer
     embedding: str
     head: str  # a linear layer
+    tied: bool  # the head's weight is the embedding's
+
+    def parts(self, model: nn.Module) -> Parts:
+        """Returns the modules themselves, in `model` or what has its names."""
+        return Parts(*map(model.get_submodule, (self.backbone, self.blocks, self.embedding, self.head)))
 
 
 def refuse(config, what: str) -> NoReturn:
     raise UserError(f"a model of type {config.model_type!r} {what}; use another model")
 
 
-def find_layout(model: PreTrainedModel) -> Layout:
-    """The parts of a decoder-only causal language model, of real weights or on the meta device.
+def find_layout(model: PreTrainedModel) -> ModelLayout:
+    """Returns the layout of a decoder-only causal language model, of real weights or on the meta device.
 
     Raises:
         UserError: a part is missing, is not of the expected kind, or lies in a model that is more than a text decoder.
@@ -66,7 +80,8 @@ def find_layout(model: PreTrainedModel) -> Layout:
     apart = sum(len(list(block.parameters())) for block in blocks)
     if apart != len(list(blocks.parameters())) or any(p is embedding.weight for p in blocks.parameters()):
         refuse(config, "shares parameters between its blocks")
-    return Layout(backbone, names[blocks], names[embedding], names[head])
+    tied = head.weight is embedding.weight
+    return ModelLayout(backbone, names[blocks], names[embedding], names[head], tied)
 
 
 class _Hidden:
@@ -90,8 +105,8 @@ class Logits(NamedTuple):
 
 
 @torch.no_grad()
-def find_logits(model: PreTrainedModel, layout: Layout) -> Logits:
-    """The softcap and the scale, 1 or what one of `SCALES` says, with which the head gives what the model's own forward
+def find_logits(model: PreTrainedModel, layout: ModelLayout) -> Logits:
+    """Returns the softcap and the scale, 1 or what one of `SCALES` says, with which the head gives what the model's own forward
     makes of some hidden states; 1 and none on the meta device, where there are no values.
 
     Raises:

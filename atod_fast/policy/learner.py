@@ -1,6 +1,6 @@
 """Scoring and learning over a step's rows: tokens and weight streams, nothing of turns, rewards or schedules.
 
-A step's rows are planned once into mini-batches and micro-batches. The same micro-batches are scored by the teacher,
+A step's rows are partitioned once into mini-batches and micro-batches. The same micro-batches are scored by the teacher,
 scored by the student and then learnt from, so what scoring keeps lies beside the tokens it belongs to. FSDP gathers a
 unit whenever any rank uses it, so every rank runs the same number of micro-batches, empty ones included.
 """
@@ -10,23 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from atod_kernels import turn_reduce
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from atod_fast import ranks
 from atod_fast.batches import Batch, Row
 from atod_fast.config import Config
 from atod_fast.errors import GuardError
-from atod_fast.models import dtype_of
 from atod_fast.objective import FULL_VOCABULARY, Streams, Tokens, diagnostics, loss_function, token_signals
 from atod_fast.policy.model import HeadJob, build_student
-from atod_fast.policy.packing import collate, plan
+from atod_fast.policy.packing import collate, partition
 from atod_fast.policy.sharding import reshard, shard
 from atod_fast.policy.teacher import Teacher, TeacherHead
+from atod_fast.policy.teacher.local import LocalTeacher
+
+if TYPE_CHECKING:
+    from atod_fast.runtime import Runtime
 
 
 @dataclass(slots=True)
@@ -50,34 +53,40 @@ MiniBatches = list[list[Scored]]  # [mini-batch][micro-batch] of this rank
 
 
 class Learner:
-    """The student, its frozen teacher (None where no step of the schedule looks at one) and the optimiser over the mesh."""
+    """The student, its frozen teacher (None where no step of the schedule looks at one) and the optimiser over the mesh.
 
-    def __init__(self, config: Config, mesh: DeviceMesh, device: torch.device, valid_columns: Tensor | None):
-        self.config, self.device = config, device
-        dtype = dtype_of(config.student.compute_dtype, device)
-        self.student = shard(build_student(config.student, device).to(device), mesh, dtype)
+    valid_columns: bool [V], of the student's head; False columns hold no token and are left out of every softmax.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, valid_columns: Tensor | None):
+        self.config, self.device = config, runtime.device
+        compute, how = runtime.student, config.student
+        student = build_student(compute, liger=runtime.liger, checkpointing=how.gradient_checkpointing)
+        self.student = shard(student.to(runtime.device), runtime.mesh, compute.dtype)
         assert all(p.dtype == torch.float32 for p in self.student.parameters()), "AdamW needs fp32 masters"
-        self.teacher = Teacher(config, mesh, device) if config.teacher_scores else None
+        self.teacher: Teacher | None = None
+        if config.teacher_scores:
+            self.teacher = LocalTeacher(runtime.teacher, runtime.mesh, offload=config.teacher.offload)
         # Fused: torch's default steps DTensors one by one, five times as long for a small model.
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
         )
         self.updates = 0  # of the weights, so far; one that has begun counts
         columns = self.student.parts.head.weight.shape[0]
-        if valid_columns is None and self.teacher and columns != self.teacher.policy.parts.head.weight.shape[0]:
+        if valid_columns is None and self.teacher and columns != self.teacher.columns:
             valid_columns = torch.ones(columns, dtype=torch.bool)
-        self.valid_columns = None if valid_columns is None else valid_columns.to(device)
+        self.valid_columns = None if valid_columns is None else valid_columns.to(runtime.device)
         # sdpa would compute the attention of all rows to all others; a recurrent layer's state would leak from row to row.
-        self.packed = self.student.packs and (self.teacher is None or self.teacher.policy.packs)
+        self.packed = self.student.packs and (self.teacher is None or self.teacher.packs)
         # The loss, or only the turn signal, may need the teacher's whole distribution; the signal is the reverse KL then.
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
 
-    def plan(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[Tensor]]:
+    def partition(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[Tensor]]:
         """Returns this rank's micro-batches, and the turns [M] of each whole mini-batch, over all ranks."""
         train = self.config.train
         rng = np.random.default_rng([train.seed, step])
-        whole = plan(rows, ranks=ranks.world_size(), minibatch_rows=train.minibatch_rows, budget=train.microbatch_tokens, packed=self.packed, rng=rng)
+        whole = partition(rows, ranks=ranks.world_size(), minibatch_rows=train.minibatch_rows, budget=train.microbatch_tokens, packed=self.packed, rng=rng)
         mine = [[collate([rows[r] for r in micro], packed=self.packed) for micro in minibatch[ranks.rank()]] for minibatch in whole]
         members = [[r for rank in minibatch for micro in rank for r in micro] for minibatch in whole]
         turns = [torch.tensor([turn for r in part for turn in rows[r].turns]) for part in members]
@@ -104,7 +113,7 @@ class Learner:
                 scored.teacher_logp = self.teacher.logp(scored.batch, self._job(scored, None, None))
             else:
                 scored.teacher_hidden = self.teacher.hidden(scored.batch)
-        reshard(self.teacher.policy)
+        self.teacher.rest()
 
     @torch.no_grad()
     def score_student(self, minibatches: MiniBatches, *, with_teacher: bool) -> None:
@@ -139,7 +148,7 @@ class Learner:
         """Free what the device holds between updates beyond shards and optimiser, for a rollout engine to wake up in."""
         reshard(self.student)
         if self.teacher:
-            reshard(self.teacher.policy)
+            self.teacher.rest()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

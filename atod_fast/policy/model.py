@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from atod_fast.batches import Batch
-from atod_fast.config import Student, Teacher
-from atod_fast.errors import UserError
-from atod_fast.models import attention_of, dtype_of, load_config, load_model, reaches, recurrent, round_buffers
+from atod_fast.models import Compute, load_model, reaches, recurrent, round_buffers
 from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
 
 
@@ -80,15 +77,6 @@ class Head(nn.Module):
         return linear_token_loss(job.loss, *operands, inputs=job.inputs, schedule=job.schedule, check=job.check, **options)
 
 
-class Parts(NamedTuple):
-    """The modules of a `Layout`: a tuple, so that they are registered under the checkpoint's names alone."""
-
-    backbone: nn.Module
-    blocks: nn.ModuleList
-    embedding: nn.Embedding
-    head: Head
-
-
 class CausalPolicy(nn.Module):
     """Backbone and head; parameter names are those of the Hugging Face checkpoint."""
 
@@ -100,9 +88,8 @@ class CausalPolicy(nn.Module):
         logits = find_logits(source, self.layout)
         for name, child in source.named_children():
             self.add_module(name, Head(child, logits) if name == self.layout.head else child)
-        names = self.layout
-        self.parts = Parts(*map(self.get_submodule, (names.backbone, names.blocks, names.embedding, names.head)))
-        self.tied = self.parts.head.weight is self.parts.embedding.weight
+        self.parts = self.layout.parts(self)
+        self.tied = self.layout.tied
         self.compute_dtype = self.parts.head.weight.dtype  # until `shard` says otherwise
         self.recurrent = recurrent(source)
         # Models without an argument for positions count them, or need none.
@@ -155,38 +142,31 @@ def _attends_by_positions(model: PreTrainedModel) -> bool:
     return len(told) == config.num_hidden_layers and all(told)
 
 
-def uses_liger(mode: str, device: torch.device) -> bool:
-    """Whether `student.liger` means yes on this device; UserError for `on` where it cannot be."""
-    present = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    if mode == "on" and not present:
-        raise UserError("student.liger='on' needs CUDA and liger-kernel; pip install 'atod_fast[cuda]' or set student.liger=auto")
-    return mode != "off" and present
-
-
-def apply_liger(model: PreTrainedModel, mode: str, device: torch.device) -> None:
-    """liger-kernel's RMSNorm, RoPE and SwiGLU in place of transformers' (its loss heads are not used)."""
-    if not uses_liger(mode, device):
-        return
+def apply_liger(model: PreTrainedModel) -> None:
+    """Put liger-kernel's RMSNorm, RoPE and SwiGLU in place of transformers' (its loss heads are not used)."""
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
-    _apply_liger_kernel_to_instance(model=model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
+    heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(model=model, rope=True, rms_norm=True, swiglu=True, **heads)
 
 
-def build_student(config: Student, device: torch.device) -> CausalPolicy:
-    """fp32 masters whatever the checkpoint holds: AdamW at 1e-6 leaves bf16 weights unchanged."""
-    dtype = dtype_of(config.compute_dtype, device)
-    model = load_model(config.path, torch.float32, attention_of(config.attention, device, dtype, load_config(config.path)))
-    round_buffers(model, dtype)
-    apply_liger(model, config.liger, device)
-    if config.gradient_checkpointing:
+def build_student(compute: Compute, *, liger: bool, checkpointing: bool) -> CausalPolicy:
+    """Load the student on the CPU with fp32 masters, whatever the checkpoint holds: AdamW at 1e-6 leaves bf16 unchanged.
+
+    checkpointing: recompute each block's activations in the backward pass (UserError where the model cannot).
+    """
+    model = load_model(compute.path, torch.float32, compute.attention)
+    round_buffers(model, compute.dtype)
+    if liger:
+        apply_liger(model)
+    if checkpointing:
         if not model.supports_gradient_checkpointing:
             refuse(model.config, "has no gradient checkpointing (set student.gradient_checkpointing=false)")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return CausalPolicy(model)
 
 
-def build_teacher(config: Teacher, attention: str, device: torch.device) -> CausalPolicy:
-    """Frozen, in its compute precision."""
-    dtype = dtype_of(config.compute_dtype, device)
-    model = load_model(config.path, dtype, attention_of(attention, device, dtype, load_config(config.path)))
+def build_teacher(compute: Compute) -> CausalPolicy:
+    """Load the teacher on the CPU, frozen, in its compute precision."""
+    model = load_model(compute.path, compute.dtype, compute.attention)
     return CausalPolicy(model.eval().requires_grad_(False))

@@ -1,6 +1,6 @@
 """Rows to micro-batches: which row is learnt from when, on which rank, beside which others.
 
-The plan is a pure function of the rows and the seed, so every rank makes the same one without talking.
+The partition is a pure function of the rows and the seed, so every rank makes the same one without talking.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import torch
 
 from atod_fast.batches import Batch, Row
 
-Plan = list[list[list[list[int]]]]  # [mini-batch][rank][micro-batch] -> row numbers
+Partition = list[list[list[list[int]]]]  # [mini-batch][rank][micro-batch] -> row numbers
 
 
-def plan(rows: Sequence[Row], *, ranks: int, minibatch_rows: int, budget: int, packed: bool, rng: np.random.Generator) -> Plan:
+def partition(rows: Sequence[Row], *, ranks: int, minibatch_rows: int, budget: int, packed: bool, rng: np.random.Generator) -> Partition:
     """Shuffle rows into mini-batches of at most `minibatch_rows` (0 = one), even in size; spread each over the ranks
     by tokens, longest first; cut each rank's share into micro-batches of at most `budget` tokens (a longer row goes
     alone). Every rank gets the same number of micro-batches; missing ones are empty.
     """
     order = rng.permutation(len(rows))
     count = max(1, -(-len(rows) // minibatch_rows)) if minibatch_rows else 1
-    out: Plan = []
+    out: Partition = []
     for minibatch in np.array_split(order, count):
         share: list[list[int]] = [[] for _ in range(ranks)]
         load = [0] * ranks

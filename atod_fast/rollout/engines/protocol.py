@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from atod_fast.config import Config
 from atod_fast.errors import GuardError
+from atod_fast.models import Compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +96,13 @@ class Kind(Protocol):
     def make(
         self,
         config: Config,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        attention: str,
+        compute: Compute,
         device: torch.device,
+        *,
         filled: bool,
         say: Callable[[str], None],
     ) -> Engine:
-        """Make an engine for the model at `path`. See `engines.make_engine`."""
+        """Make an engine for the model `compute`. See `engines.make_engine`."""
 
 
 def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from atod_fast.config import Config
-from atod_fast.models import load_model
+from atod_fast.models import Compute, load_model
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 
 
@@ -27,15 +27,13 @@ class TransformersKind:
     def make(
         self,
         config: Config,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        attention: str,
+        compute: Compute,
         device: torch.device,
+        *,
         filled: bool,
         say: Callable[[str], None],
     ) -> TransformersEngine:
-        model = load_model(path, dtype, attention).to(device)
+        model = load_model(compute.path, compute.dtype, compute.attention).to(device)
         longest = config.rollout.longest
         engine = TransformersEngine(model, slots=config.rollout.concurrency, max_model_len=longest, device=device)
         if engine.slower:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from atod_fast import ranks
 from atod_fast.config import Config
 from atod_fast.errors import UserError
-from atod_fast.models import attention_shape, check_weights, load_config, saved_buffers
+from atod_fast.models import Compute, attention_shape, check_weights, load_config, saved_buffers
 from atod_fast.rollout.engines.lockstep import Lockstep
 from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.engines.vllm import engine, limits
@@ -37,15 +37,14 @@ class VllmKind:
     def make(
         self,
         config: Config,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        attention: str,
+        compute: Compute,
         device: torch.device,
+        *,
         filled: bool,
         say: Callable[[str], None],
     ) -> Engine:
-        rollout, shape = config.rollout, attention_shape(load_config(path))
+        path, dtype, rollout = compute.path, compute.dtype, config.rollout
+        shape = attention_shape(load_config(path))
         limits.check_installed()
         limits.check(config, shape, dtype)
         if filled:

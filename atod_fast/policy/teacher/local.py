@@ -1,0 +1,45 @@
+"""A teacher in this process: scores without gradients; its final hidden states are kept, never its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from atod_fast.batches import Batch
+from atod_fast.models import Compute
+from atod_fast.policy.model import CausalPolicy, HeadJob, build_teacher
+from atod_fast.policy.sharding import reshard, shard
+from atod_fast.policy.teacher import TeacherHead
+
+
+class LocalTeacher:
+    """A `Teacher`, FSDP2-sharded over the ranks, with `offload` in CPU memory between uses."""
+
+    def __init__(self, compute: Compute, mesh: DeviceMesh, *, offload: bool):
+        self.policy: CausalPolicy = shard(build_teacher(compute), mesh, compute.dtype, offload=offload)
+        self.columns, self.packs = self.policy.parts.head.weight.shape[0], self.policy.packs
+
+    @torch.no_grad()
+    def logp(self, batch: Batch, job: HeadJob) -> Tensor:
+        return self.policy(batch, job).logp
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.policy(batch, None)
+
+    @contextmanager
+    def head(self) -> Iterator[TeacherHead]:
+        head = self.policy.parts.head
+        (self.policy if self.policy.tied else head).unshard()
+        try:
+            bias = None if head.bias is None else head.bias.detach()
+            yield TeacherHead(head.weight.detach(), bias, head.softcap, head.scale)
+        finally:
+            reshard(self.policy)
+
+    def rest(self) -> None:
+        reshard(self.policy)

@@ -1,0 +1,131 @@
+"""What the settings mean here: device, ranks, precisions, attention, engine. Resolved once at set-up, and passed on.
+
+Nothing else in the package looks at a setting that may be `auto`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+
+from atod_fast.config import Config
+from atod_fast.errors import UserError
+from atod_fast.models import Compute, load_config
+from atod_fast.rollout.engines import ENGINES
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """How this rank computes. A model that is not used, or in a dry run not known, is None."""
+
+    device: torch.device
+    rank: int
+    ranks: int
+    mesh: DeviceMesh | None  # of all ranks; None in a dry run
+    engine: str  # a name in rollout.engines.ENGINES
+    student_dtype: torch.dtype  # of forward and backward passes, and of every rollout; masters are fp32
+    teacher_dtype: torch.dtype  # of scoring
+    liger: bool  # the student computes with liger-kernel's modules
+    student: Compute | None  # as it learns and, with its weights in the rollout engine, plays
+    teacher: Compute | None  # as it scores
+    playing_teacher: Compute | None  # as it is evaluated
+
+    @staticmethod
+    def of(
+        config: Config,
+        device: torch.device,
+        *,
+        shapes: Mapping[str, PretrainedConfig] | None = None,
+        mesh: DeviceMesh | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> Runtime:
+        """Returns what `config` means on `device`.
+
+        shapes: the models' transformers configurations by role. Those that are not given are read.
+
+        Raises:
+            UserError: a model cannot be read, has no such attention, or liger-kernel cannot be used here.
+        """
+        if shapes is None:
+            shapes = {role: load_config(path) for role, path in used_models(config).items()}
+        student_dtype = dtype_of(config.student.compute_dtype, device)
+        teacher_dtype = dtype_of(config.teacher.compute_dtype, device)
+
+        def compute(role: str, path: str, dtype: torch.dtype, used: bool = True) -> Compute | None:
+            if not used or role not in shapes:
+                return None
+            return Compute(path, dtype, attention_of(config.student.attention, device, dtype, shapes[role]))
+
+        return Runtime(
+            device=device,
+            rank=rank,
+            ranks=ranks,
+            mesh=mesh,
+            engine=engine_of(config.rollout.engine, device),
+            student_dtype=student_dtype,
+            teacher_dtype=teacher_dtype,
+            liger=uses_liger(config.student.liger, device),
+            student=compute("student", config.student.path, student_dtype),
+            teacher=compute("teacher", config.teacher.path, teacher_dtype, config.teacher_scores),
+            playing_teacher=compute("teacher", config.teacher.path, student_dtype, config.teacher_plays),
+        )
+
+
+def used_models(config: Config) -> dict[str, str]:
+    """Returns the paths of the models that a run loads, by role."""
+    used = {"student": config.student.path}
+    if config.teacher_scores or config.teacher_plays:
+        used["teacher"] = config.teacher.path
+    return used
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of a `compute_dtype`: auto is bf16 on an accelerator and fp32 on a CPU, where bf16 is slower."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) -> str:
+    """Returns the attention that a model of the transformers configuration `config` computes with.
+
+    `auto` is flash-attn where it is installed and can run, on CUDA in 16 bits; else sdpa; else, and where sdpa would leave
+    out a softcap of the attention's scores, eager. Flash attention has neither ALiBi nor every model's sinks.
+
+    Raises:
+        UserError: `name` is sdpa for a model whose scores have a softcap.
+    """
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+    if name == "sdpa" and capped:
+        model = f"a {config.model_type} model's scores"
+        raise UserError(f"student.attention='sdpa' leaves out the softcap of {model}; use auto or eager")
+    if name != "auto":
+        return name
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
+    implementations = model._compatible_flash_implementations or ["flash_attention_2"]
+    flash = model._supports_flash_attn and "flash_attention_2" in implementations
+    # ALiBi: flash attention has no argument for a bias of scores.
+    flash = flash and not getattr(config.get_text_config(decoder=True), "alibi", False)
+    if flash and device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
+
+
+def engine_of(name: str, device: torch.device) -> str:
+    """Returns the name of the engine that `rollout.engine` means on this device: auto is the first that suits it."""
+    return name if name != "auto" else next(name for name, kind in ENGINES.items() if kind.suits(device))
+
+
+def uses_liger(mode: str, device: torch.device) -> bool:
+    """Returns whether `student.liger` means yes on this device; UserError for `on` where it cannot be."""
+    present = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    if mode == "on" and not present:
+        remedy = "pip install 'atod_fast[cuda]' or set student.liger=auto"
+        raise UserError(f"student.liger='on' needs CUDA and liger-kernel; {remedy}")
+    return mode != "off" and present
