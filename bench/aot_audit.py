@@ -35,7 +35,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     raise SystemExit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
 
 import triton
+from atod_kernels.names import DIVERGENCES, MIXTURES, NO_TEACHER
 from atod_kernels.triton import fused, tiles, turns
+from atod_kernels.triton.backend import COMBINE_BLOCK
 from atod_kernels.triton.configs import TABLE, choose
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -43,9 +45,7 @@ from triton.compiler import ASTSource
 RESULTS = Path(__file__).resolve().parent / "results" / "aot_audit.csv"
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-KINDS = ("", "reverse_kl", "forward_kl", "jsd")
-MIXTURES = ("jsd", "skew_reverse_kl", "skew_forward_kl")
-COMBINE_BLOCK = 128  # `triton/backend.py`, statistics_of_sums
+KINDS = (NO_TEACHER, *DIVERGENCES[:3])  # the two KLs and one mixture
 
 
 @dataclass(frozen=True)
@@ -80,38 +80,47 @@ class Variant:
     @property
     def label(self) -> str:
         named = {"target": self.target, "bias softcap temperature valid": self.extras, "pointers": not self.tma, "odd H": not self.even}
-        dz = f"dz {self.dz}" if self.kernel.endswith("gradient") else None
+        dz = f"dz {self.dz}" if "gradient" in self.kernel else None
         operands = ("bf16" if self.bits == 16 else "fp32") if self.kernel.startswith("fused") else None
-        if self.kernel.endswith("kernel"):
+        if self.kernel.startswith("turn"):
             return self.kind
         return ", ".join(filter(None, [self.kind or "no teacher", operands, dz, *(k for k, v in named.items() if v)]))
 
 
 def variants() -> Iterator[Variant]:
-    yield from (Variant("tile_sums", kind, extras=extras) for kind in KINDS for extras in (False, True))
-    yield from (Variant("tile_look", kind, extras=extras) for kind in MIXTURES for extras in (False, True))
-    yield from (Variant("tile_gradient", kind, extras=extras) for kind in (*KINDS, *MIXTURES[1:]) for extras in (False, True))
-    yield from (Variant("tile_gradient", kind, dz="fp32") for kind in KINDS)
-    yield from (Variant(kernel, "reverse_kl", target=False) for kernel in ("tile_sums", "tile_gradient", "combine", "fused_sums", "fused_gradient"))
-    yield from (Variant("combine", kind) for kind in KINDS)
-    for kernel, kinds in (("fused_sums", KINDS), ("fused_look", MIXTURES), ("fused_gradient", (*KINDS, *MIXTURES[1:]))):
+    yield from (Variant("tile_sums_fwd_kernel", kind, extras=extras) for kind in KINDS for extras in (False, True))
+    yield from (Variant("tile_mixture_fwd_kernel", kind, extras=extras) for kind in MIXTURES for extras in (False, True))
+    every = (NO_TEACHER, *DIVERGENCES)
+    yield from (Variant("tile_gradient_bwd_kernel", kind, extras=extras) for kind in every for extras in (False, True))
+    yield from (Variant("tile_gradient_bwd_kernel", kind, dz="fp32") for kind in KINDS)
+    for kernel in ("tile_sums_fwd", "tile_gradient_bwd", "combine_sums_fwd", "fused_sums_fwd", "fused_gradient_bwd"):
+        yield Variant(f"{kernel}_kernel", "reverse_kl", target=False)
+    yield from (Variant("combine_sums_fwd_kernel", kind) for kind in KINDS)
+    for kernel, kinds in (
+        ("fused_sums_fwd_kernel", KINDS),
+        ("fused_mixture_fwd_kernel", MIXTURES),
+        ("fused_gradient_bwd_kernel", every),
+    ):
         yield from (Variant(kernel, kind, extras=extras) for kind in kinds for extras in (False, True))
-        main = "jsd" if kernel == "fused_look" else "reverse_kl"
+        main = "jsd" if kernel == "fused_mixture_fwd_kernel" else "reverse_kl"
         yield Variant(kernel, main, extras=True, tma=False)
         yield Variant(kernel, main, extras=True, tma=False, even=False)
         yield Variant(kernel, main, extras=True, tma=False, bits=32, dz="fp32")
-    yield Variant("fused_gradient", "reverse_kl", dz="fp32")  # fp16 operands
-    yield from (Variant(kernel, reduce) for kernel in ("reduce_kernel", "reduce_backward_kernel") for reduce in ("mean", "max"))
-    yield from (Variant("weights_kernel", budget) for budget in ("raw", "mean1"))
+    yield Variant("fused_gradient_bwd_kernel", "reverse_kl", dz="fp32")  # fp16 operands
+    for kernel in ("turn_reduce_fwd_kernel", "turn_reduce_bwd_kernel"):
+        yield from (Variant(kernel, reduce) for reduce in ("mean", "max"))
+    yield from (Variant("turn_weights_kernel", budget) for budget in ("raw", "mean1"))
 
 
 def launch(variant: Variant, arch: str, rows: list[dict[str, Any]], version: str) -> dict[str, Any]:
     """Block sizes and launch options, from the table; {} where the kernel has none there."""
-    if not variant.kernel.startswith("fused"):
-        name = variant.kernel.removeprefix("tile_")
-        if name == "combine":
-            return {"BLOCK": COMBINE_BLOCK}
-        return {"BLOCK": turns.BLOCK} if name.endswith("kernel") else choose(rows, name, arch, variant.bits, version)
+    if variant.kernel == "combine_sums_fwd_kernel":
+        return {"BLOCK": COMBINE_BLOCK}
+    if variant.kernel.startswith("turn"):
+        return {"BLOCK": turns.BLOCK}
+    if variant.kernel.startswith("tile"):
+        _, name, *_ = variant.kernel.split("_")
+        return choose(rows, name, arch, variant.bits, version)
     config = choose(rows, "fused", arch, variant.bits, version)
     if not variant.even or (config["TMA"] and not variant.tma):
         config = choose(rows, "ragged", arch, variant.bits, version)
@@ -134,7 +143,7 @@ def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[st
         constants |= {"CAP_S": 30.0, "CAP_T": 50.0 if teacher else 0.0, "SCALE_T": 0.5 if teacher else 1.0}
     else:
         constants |= dict.fromkeys(("bias_s", "bias_t", "valid", "inverse", "temperature"))
-    if v.kernel.endswith("kernel"):
+    if v.kernel.startswith("turn"):
         types |= dict.fromkeys(("values", "upstream", "out", "dx", "disagreement", "uncertainty", "weights"), "*fp32")
         types |= {"offsets": "*i64", "lengths": "*i64", "unweighted": "*i8", "fallback": "*i8"}
         types |= dict.fromkeys(("least", "most", "min_disagreement", "flat"), "fp32")
@@ -300,7 +309,8 @@ def examine(variant: Variant, arch: str, config: dict[str, Any]) -> Row:
     }
     lanes = compiled.metadata.num_warps * spec.target.warp_size
     countable = variant.kernel.startswith("tile") or (variant.kernel.startswith("fused") and backend == "cuda")
-    passed = len(read.opcodes) if variant.kernel == "tile_gradient" else read.hot(spec.tensor)  # which has no loop
+    # The gradient over a tile has no loop.
+    passed = len(read.opcodes) if variant.kernel == "tile_gradient_bwd_kernel" else read.hot(spec.tensor)
     per_pair = round(passed * lanes / pairs(variant, config), 1) if countable else ""
     return Row(
         **head,

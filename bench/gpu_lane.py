@@ -36,9 +36,9 @@ if "--interpret" in sys.argv:
 
 import torch
 from atod_kernels import algebra, linear_divergence, linear_token_loss, naive, problem, turns
+from atod_kernels.names import DIVERGENCES, REDUCTIONS
 from torch import Tensor
 
-KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 GRADIENT_BOUND = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 VALUE_EPS = 2e-4
 OUTPUTS = ("divergence", "entropy", "logp", "teacher_logp", "teacher_entropy", "d hidden", "d weight", "d bias")
@@ -113,12 +113,12 @@ class Case:
 
 def cases(interpreted: bool) -> Iterator[Case]:
     for schedule in ("fast", "lean"):
-        for kind in KINDS:
+        for kind in DIVERGENCES:
             yield Case(kind, schedule, torch.bfloat16, options=kind == "jsd")
             yield Case(kind, schedule, torch.float32, spread=2.0 if interpreted else 30.0, options=kind == "reverse_kl", wider="teacher")
         yield Case("reverse_kl", schedule, torch.bfloat16, spread=30.0, target=False)
         if not interpreted:
-            for kind in KINDS:
+            for kind in DIVERGENCES:
                 yield Case(kind, schedule, torch.bfloat16, spread=30.0, options=True, wider="teacher")
             yield Case("reverse_kl", schedule, torch.float16, options=True)
 
@@ -255,8 +255,8 @@ def correctness(lane: Lane, interpreted: bool) -> None:
 def single_model(lane: Lane, interpreted: bool, target: Tensor | None, lean: bool) -> problem.Problem:
     """A student alone with logits of standard deviation 30, past the checks of the public functions."""
     inputs = make(Case("reverse_kl", "lean", torch.bfloat16, spread=30.0), lane.device, interpreted)
-    layer = problem.Layer(inputs.tensors["student_hidden"], inputs.tensors["student_weight"], None, 0.0)
-    return problem.Problem(layer, None, target, None, None, "", 0.0, "", 0, lean, True)
+    hidden, weight = inputs.tensors["student_hidden"], inputs.tensors["student_weight"]
+    return problem.Problem(hidden, weight, target=target, lean=lean, triton=True)
 
 
 def recompute(lane: Lane, interpreted: bool) -> None:
@@ -274,7 +274,7 @@ def recompute(lane: Lane, interpreted: bool) -> None:
         for columns in (slice(0, v // 2), slice(v // 2, v)):
             tile = torch.empty_like(dz[rows, columns], memory_format=torch.contiguous_format)  # rows of its own: the kernel writes whole ones
             dz[rows, columns] = fused.gradient(rows, columns, tile, stats, upstream)
-    logits = p.student.hidden.double() @ p.student.weight.double().T
+    logits = p.student_hidden.double() @ p.student_weight.double().T
     at = logits.argmax(1)
     sure = logits.topk(2).values.diff(dim=1)[:, 0].abs() > 1e-3
     entropy, log_s = stats[algebra.ENTROPY].double(), stats[algebra.LOG_S].double()
@@ -311,7 +311,7 @@ def turn_kernels(lane: Lane, interpreted: bool) -> None:
     offsets = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
     values, upstream = torch.randn(int(offsets[-1]), generator=g), torch.randn(count, generator=g)
     there = [x.to(lane.device) for x in (values, offsets, upstream)]
-    for reduce in turns.REDUCTIONS:
+    for reduce in REDUCTIONS:
         leaf = values.double().requires_grad_()
         expected = turns.turn_reduce(leaf, offsets, reduce)
         expected.backward(upstream.double())
@@ -330,9 +330,11 @@ def turn_kernels(lane: Lane, interpreted: bool) -> None:
         for fuse in ("softor", "product"):
             expected = turns.turn_weight_report(d, h, trajectories, turn_lengths=n, budget=budget, fuse=fuse)
             arguments = [x.to(lane.device) for x in (d, h, trajectories)]
-            got = triton_turns.turn_weights(*arguments, n.to(lane.device) if budget == "mean1" else None, "minmax", fuse, budget, (0.5, 2.0), 3, 0.01)
-            same = torch.equal(got.unweighted.cpu(), expected.unweighted) and torch.equal(got.fallback.cpu(), expected.fallback)
-            off = error(got.weights.cpu(), expected.weights)
+            lengths = n.to(lane.device) if budget == "mean1" else None
+            options = {"normalise": "minmax", "fuse": fuse, "clip": (0.5, 2.0), "min_turns": 3, "min_disagreement": 0.01}
+            weights, left, fallback = triton_turns.turn_weights(*arguments, lengths, **options)
+            same = torch.equal(left.cpu(), expected.unweighted) and torch.equal(fallback.cpu(), expected.fallback)
+            off = error(weights.cpu(), expected.weights)
             lane.check(f"turn_weights {budget} {fuse}", off < 1e-6 and same, f"weights {off:.1e}, flags {'equal' if same else 'differ'}")
 
 

@@ -124,10 +124,12 @@ class Schedule:
 def schedules(kind: str, mixture: bool, shape: Shape, machine: Machine) -> list[tuple[Schedule, bool]]:
     """Each with whether it is the lean one. The logits' own stores are inside the products' rate."""
     r = shape.ratio
-    sums, gradient = over_memory("tile_sums", kind, 8, shape, machine), over_memory("tile_gradient", kind, 10, shape, machine)
-    look = [over_memory("tile_look", kind, 8, shape, machine)] if mixture else []
-    lean = [fused("fused_sums", kind, 0, shape, machine)] + ([fused("fused_look", kind, 0, shape, machine)] if mixture else [])
-    lean_gradient = fused("fused_gradient", kind, 2, shape, machine)
+    sums = over_memory("tile_sums_fwd_kernel", kind, 8, shape, machine)
+    gradient = over_memory("tile_gradient_bwd_kernel", kind, 10, shape, machine)
+    look = [over_memory("tile_mixture_fwd_kernel", kind, 8, shape, machine)] if mixture else []
+    lean = [fused("fused_sums_fwd_kernel", kind, 0, shape, machine)]
+    lean += [fused("fused_mixture_fwd_kernel", kind, 0, shape, machine)] if mixture else []
+    lean_gradient = fused("fused_gradient_bwd_kernel", kind, 2, shape, machine)
     scored = (1 + r) * len(lean)
     return [
         (Schedule("statistics, fast", 1 + r, 0, [sums, *look], False), False),

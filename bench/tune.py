@@ -36,10 +36,10 @@ Config = dict[str, Any]
 Timer = Callable[[Callable[[], Any]], float]  # milliseconds of one call
 
 FAMILIES = {
-    "sums": ("tile_sums",),
-    "look": ("tile_look",),
-    "gradient": ("tile_gradient",),
-    "fused": ("fused_sums", "fused_look", "fused_gradient"),
+    "sums": ("tile_sums_fwd_kernel",),
+    "mixture": ("tile_mixture_fwd_kernel",),
+    "gradient": ("tile_gradient_bwd_kernel",),
+    "fused": ("fused_sums_fwd_kernel", "fused_mixture_fwd_kernel", "fused_gradient_bwd_kernel"),
 }
 MARGIN = 0.98  # a candidate must beat the table's configuration by 2 percent
 TILES = ((1024, 8192), (2048, 4096), (2048, 8192), (2048, 16384), (4096, 4096), (4096, 8192), (8192, 4096))
@@ -121,16 +121,26 @@ def make_problem(shape: tuple[int, ...], dtype: torch.dtype, kind: str, lean: bo
     t, v, hs, ht = shape
     g = torch.Generator("cuda").manual_seed(0)
 
-    def layer(h: int) -> problem.Layer:
+    def layer(h: int) -> tuple[Tensor, Tensor]:
         hidden, weight = (torch.randn(n, h, generator=g, device="cuda").to(dtype) for n in (t, v))
-        return problem.Layer(hidden, weight.mul_(2 / h**0.5), None, 0.0)
+        return hidden, weight.mul_(2 / h**0.5)
 
-    return problem.Problem(layer(hs), layer(ht), torch.randint(0, v, (t,), generator=g, device="cuda"), None, None, kind, 0.5, "", 0, lean, True)
+    (student_hidden, student_weight), (teacher_hidden, teacher_weight) = layer(hs), layer(ht)
+    return problem.Problem(
+        student_hidden,
+        student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        target=torch.randint(0, v, (t,), generator=g, device="cuda"),
+        kind=kind,
+        lean=lean,
+        triton=True,
+    )
 
 
 def workload(family: str, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Config], Callable[[], Any]]:
     """What is timed for a family: its kernels on one tile of logits; `fused`, a pass of statistics and one tile of the gradient."""
-    kind = "jsd" if family == "look" else "reverse_kl"
+    kind = "jsd" if family == "mixture" else "reverse_kl"
     p = make_problem(shape, dtype, kind, family == "fused")
     rows, columns = p.parts()[0], p.slices()[0]
     n, w = rows.stop, columns.stop
@@ -152,7 +162,7 @@ def workload(family: str, shape: tuple[int, ...], dtype: torch.dtype) -> Callabl
         with_config(family, config)
         if family == "gradient":
             return lambda: backend.tile_gradient(p, rows, columns, zs, zt, dz, stats[:, rows], upstream[:, rows])
-        one = replace(p, student=narrow(p.student, columns), teacher=narrow(p.teacher, columns))
+        one = replace(p, student_weight=p.student_weight[columns], teacher_weight=p.teacher_weight[columns])
         made = Made(one, logits.buffer)
         return lambda: backend.tile_statistics(one, rows, made)
 
@@ -166,12 +176,7 @@ class Made(backend.Tiles):
         super().__init__(p, buffer, keep=True)
 
     def make(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
-        n = rows.stop - rows.start
-        return self(0, n, columns), self(1, n, columns)
-
-
-def narrow(layer: problem.Layer, columns: slice) -> problem.Layer:
-    return replace(layer, weight=layer.weight[columns])
+        return self.pair(rows.stop - rows.start, columns)
 
 
 def with_config(family: str, config: Config) -> None:
@@ -182,11 +187,11 @@ def with_config(family: str, config: Config) -> None:
 def tune_tile(shape: tuple[int, ...], dtype: torch.dtype, timer: Timer, rounds: int) -> dict[tuple[int, int], float]:
     """Median milliseconds of `linear_token_loss` with its gradients, for every tile size."""
     p = make_problem(shape, dtype, "reverse_kl", lean=False)
-    x, w = (t.requires_grad_() for t in (p.student.hidden, p.student.weight))
+    x, w = (t.requires_grad_() for t in (p.student_hidden, p.student_weight))
 
     def call() -> None:
         x.grad = w.grad = None
-        linear_token_loss(lambda s: s.divergence, x, w, p.teacher.hidden, p.teacher.weight, p.target, backend="triton")[0].backward()
+        linear_token_loss(lambda s: s.divergence, x, w, p.teacher_hidden, p.teacher_weight, p.target, backend="triton")[0].backward()
 
     before, times = problem.TILE["accelerator"], {tile: [] for tile in TILES}
     try:

@@ -30,8 +30,13 @@ def test_kernels_compile_without_spills_and_use_tensor_cores(tmp_path):
 import json
 from dataclasses import asdict
 from aot_audit import Variant, audit
-chosen = [Variant("tile_sums", "reverse_kl"), Variant("tile_gradient", "jsd", extras=True), Variant("combine", "forward_kl"),
-          Variant("fused_sums", "reverse_kl"), Variant("reduce_kernel", "mean")]
+chosen = [
+    Variant("tile_sums_fwd_kernel", "reverse_kl"),
+    Variant("tile_gradient_bwd_kernel", "jsd", extras=True),
+    Variant("combine_sums_fwd_kernel", "forward_kl"),
+    Variant("fused_sums_fwd_kernel", "reverse_kl"),
+    Variant("turn_reduce_fwd_kernel", "mean"),
+]
 print(json.dumps([asdict(row) for arch in ("sm_90", "gfx942") for row in audit(arch, chosen)]))
 """,
         tmp_path,
@@ -53,7 +58,9 @@ def test_the_audit_finds_faults(tmp_path):
 import json
 from aot_audit import Variant, examine
 deep = {"BM": 128, "BN": 64, "BK": 128, "TMA": True, "EVEN": True, "num_warps": 8, "num_stages": 5}
-print(json.dumps([examine(Variant("fused_sums", ""), "sm_90", deep).fault, examine(Variant("combine", "jsd"), "sm_90", {"BLOCK": 100}).fault]))
+variants = Variant("fused_sums_fwd_kernel", ""), Variant("combine_sums_fwd_kernel", "jsd")
+configs = deep, {"BLOCK": 100}
+print(json.dumps([examine(v, "sm_90", c).fault for v, c in zip(variants, configs)]))
 """,
         tmp_path,
     )
@@ -85,7 +92,7 @@ print(json.dumps({"grid": len(grid), "kept": kept, "won": won, "stays": clock(0.
     assert out["won"]["BLOCK"] == min(c["BLOCK"] for c in out["kept"])
     assert out["stays"] == {"BLOCK": 4096, "num_warps": 4}, "a gain below the margin does not change the table"
     assert choose(out["table"], "sums", "sm_90", 16, "3.7.1") == out["won"]
-    for kernel, arch in (("sums", "sm_80"), ("look", "sm_90"), ("fused", "sm_90")):
+    for kernel, arch in (("sums", "sm_80"), ("mixture", "sm_90"), ("fused", "sm_90")):
         assert choose(out["table"], kernel, arch, 16, "3.7.1") == choose(out["rows"], kernel, arch, 16, "3.7.1")
     assert out["fused"] > 10 and out["current"]
 

@@ -1,8 +1,11 @@
 """atod_kernels' head against the readable reference in fp64: every divergence, every option, every gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from atod_kernels import algebra, linear_divergence, linear_logprob, naive, operators, problem, products
+from atod_kernels.names import DIVERGENCES
 from atod_kernels.torch import backend as torch_backend
 from gloo import run_ranks
 from hypothesis import given, settings
@@ -10,7 +13,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 SCHEDULES = ("fast", "lean")
 
 
@@ -363,11 +365,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def arguments(case, divergence="jsd", lean=False, **tensors):
-    """The operators' flat arguments."""
-    named = {"student_bias": None, "teacher_bias": None, "temperature": None, "valid_columns": None} | case | tensors
-    order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "target", "temperature", "valid_columns")
-    return tuple(named[k] for k in order) + (0.0, 0.0, 1.0, divergence, 0.5, "", 0, lean, False)
+def problem_of(case, divergence="jsd", lean=False, **fields):
+    """What the operators take, past the checks of the public functions."""
+    case = {"valid" if k == "valid_columns" else k: v for k, v in case.items()}
+    return problem.Problem(**(case | {"kind": divergence, "lean": lean} | fields))
 
 
 def test_lean_holds_tiles_and_fast_a_chunk():
@@ -375,7 +376,7 @@ def test_lean_holds_tiles_and_fast_a_chunk():
     largest = {}
     for lean in (False, True):
         with Largest() as mode:
-            torch_backend.head_statistics(operators.problem(*arguments(case, lean=lean)))
+            torch_backend.head_statistics(problem_of(case, lean=lean))
         largest[lean] = mode.elements
     assert largest[False] == 2 * 7 * 900  # both models' logits of 7 tokens
     assert largest[True] < 7 * 900
@@ -386,7 +387,7 @@ def test_a_tile_is_bounded_whatever_the_vocabulary_and_the_hidden_size(tokens, h
     """Its logits, its weight (held in fp32 where it is 16-bit), and the columns that one fp32 product contracts: 150k of them lose digits."""
     monkeypatch.undo()
     case = {k: torch.empty(1).expand(n, hidden) for k, n in (("student_hidden", tokens), ("student_weight", 151936), ("teacher_weight", 151936))}
-    p = operators.problem(*arguments(case | {"teacher_hidden": case["student_hidden"], "target": None}))
+    p = problem_of(case | {"teacher_hidden": case["student_hidden"], "target": None})
     rows, columns = p.tile
     assert rows * columns <= 2**21 and columns * hidden <= 2**22 and columns <= 2**13
 
@@ -410,22 +411,24 @@ def test_a_target_out_of_range_that_was_not_checked_is_nan_and_has_no_gradient()
     case = make(9, ignored=0, scale=300)
     case["target"][4] = 43
     weight = case["student_weight"].requires_grad_()
-    out = operators.head(*arguments(case, "reverse_kl"))[: algebra.OUTPUTS]
+    out = operators.head(problem_of(case, "reverse_kl"))[: algebra.OUTPUTS]
     assert out[:, 4].isnan().all() and not out[:, torch.arange(9) != 4].isnan().any()
     out[:3].nan_to_num().sum().backward()
     gradient, weight.grad = weight.grad, None
     case["target"][4] = -100
-    operators.head(*arguments(case, "reverse_kl"))[:3].sum().backward()
+    operators.head(problem_of(case, "reverse_kl"))[:3].sum().backward()
     assert torch.equal(gradient, weight.grad)
 
 
 def test_operators_pass_opcheck_and_compile_to_one_graph():
     case = make(20, dtype=torch.float32)
     bias = torch.zeros(50)
-    flat = arguments(case, lean=True, student_bias=bias)
-    torch.library.opcheck(operators.head, tuple(x.clone().requires_grad_() if i < 3 else x for i, x in enumerate(flat)))
-    statistics = operators.head(*flat)
-    torch.library.opcheck(operators.head_backward, (*flat, statistics, torch.randn_like(statistics), True, True, True))
+    p = problem_of(case, lean=True, student_bias=bias)
+    leaves = {name: getattr(p, name).clone().requires_grad_() for name in problem.PARAMETERS}
+    torch.library.opcheck(operators.head_op, replace(p, **leaves).flat())
+    statistics = operators.head(p)
+    inputs = statistics, torch.randn_like(statistics), True, True, True, *p.flat()
+    torch.library.opcheck(operators.head_backward_op, inputs)
     assert_equal_runs(run(torch.compile(linear_divergence, fullgraph=True, backend="aot_eager"), case), run(linear_divergence, case), 0)
 
 
@@ -436,7 +439,7 @@ def test_products_of_16_bit_operands_have_fp32_results_of_the_right_shape(diverg
     for module in (torch_backend, products):
         monkeypatch.setattr(module, "operand", lambda x, dtype: x)
     case = {k: v.to("meta") for k, v in make(30, dtype=torch.bfloat16).items()}
-    p = operators.problem(*arguments(case, divergence, lean, student_bias=torch.empty(50, device="meta")))
+    p = problem_of(case, divergence, lean, student_bias=torch.empty(50, device="meta"))
     stats = torch_backend.head_statistics(p)
     assert stats.shape == (algebra.STATISTICS, 30) and stats.dtype == torch.float32
     grads = torch_backend.head_gradients(p, stats, stats, True, True, True)

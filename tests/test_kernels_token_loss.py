@@ -196,13 +196,12 @@ def test_it_compiles_to_one_graph_where_dynamo_traces_autograd(check):
 
 def test_the_inner_passes_pass_opcheck():
     case = make(dtype=torch.float32)
-    order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight")
-    flat = (*(case[k] for k in order), None, case["target"], None, None, 0.0, 0.0, 1.0, "jsd", 0.5, "", 0, False, False)
+    p = problem.Problem(**case, kind="jsd")
     kept = torch.zeros(2, 7 * 43)
-    torch.library.opcheck(operators.chunk_forward, (*flat, 7, 14, kept))
-    stats = operators.chunk_forward(*flat, 7, 14, kept)
+    torch.library.opcheck(operators.chunk_forward_op, (7, 14, kept, *p.flat()))
+    stats = operators.chunk_forward(p, slice(7, 14), kept)
     sums = [torch.zeros_like(case[k]) for k in NAMES]
-    torch.library.opcheck(operators.chunk_backward, (*flat, 7, 14, kept, stats, torch.ones(3, 7), *sums))
+    torch.library.opcheck(operators.chunk_backward_op, (7, 14, kept, stats, torch.ones(3, 7), *sums, *p.flat()))
 
 
 def _sharded(case, schedule):

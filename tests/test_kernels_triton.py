@@ -9,7 +9,18 @@ from atod_kernels import algebra, linear_divergence, linear_logprob, linear_toke
 from gloo import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_divergence import DIVERGENCES, SCHEDULES, arguments, as_double, assert_equal_runs, close_pair, make, problems, relative, run
+from test_kernels_divergence import (
+    DIVERGENCES,
+    SCHEDULES,
+    as_double,
+    assert_equal_runs,
+    close_pair,
+    make,
+    problem_of,
+    problems,
+    relative,
+    run,
+)
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -212,20 +223,19 @@ def test_a_target_out_of_range_or_left_out_is_nan_and_has_no_gradient(target, le
     case["target"][case["target"] == 7] = 8
     case["target"][2] = target
     weight = case["student_weight"].requires_grad_()
-    flat = (*arguments(case, "jsd", lean)[:-1], backend == "triton")
-    out = operators.head(*flat)[: algebra.OUTPUTS]
+    p = problem_of(case, "jsd", lean, triton=backend == "triton")
+    out = operators.head(p)[: algebra.OUTPUTS]
     assert out[:, 2].isnan().all() and not out[:, torch.arange(5) != 2].isnan().any()
     out[:3].nan_to_num().sum().backward()
     gradient, weight.grad = weight.grad, None
     case["target"][2] = -100
-    operators.head(*flat)[:3].sum().backward()
+    operators.head(p)[:3].sum().backward()
     assert torch.equal(gradient, weight.grad)
 
 
 def test_the_operators_pass_opcheck_and_compile_to_one_graph():
     case = make(2, dtype=torch.float32)
-    flat = (*arguments(case, "reverse_kl")[:-1], True)
-    torch.library.opcheck(operators.head, flat)
+    torch.library.opcheck(operators.head_op, problem_of(case, "reverse_kl", triton=True).flat())
     compiled = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager")
     assert_equal_runs(run(compiled, case, backend="triton"), triton(case), 0)
 

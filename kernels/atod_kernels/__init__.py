@@ -1,13 +1,16 @@
-"""Distillation heads and turn reductions: exact per-token divergences without a [tokens, vocabulary] matrix.
+"""Exact divergence, entropy and log-probability per token without a [tokens, vocabulary] matrix, and weights of turns.
 
-Needs torch alone and knows nothing of any trainer.
+The package needs torch, uses Triton on GPUs and knows nothing of any trainer.
 """
 
 from .divergence import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob
+from .names import DIVERGENCES, MIXTURES
 from .token_loss import linear_token_loss
 from .turns import TurnWeights, expand_turns, turn_reduce, turn_weight_report, turn_weights, unweighted
 
 __all__ = [
+    "DIVERGENCES",
+    "MIXTURES",
     "TokenDivergence",
     "TokenLogprob",
     "TurnWeights",

@@ -1,6 +1,6 @@
 """The readable reference: the same quantities from full [T, V] logits with torch's own autograd, in fp32 or fp64.
 
-For tests and benchmarks. It holds several [T, V] tensors; the functions of `divergence.py` compute the same without them.
+For tests and benchmarks. It holds several [T, V] tensors; the package's own functions compute the same without them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from .divergence import TokenDivergence, TokenLogprob
-from .validate import IGNORE
+from .names import FORWARD_KL, IGNORE, REVERSE_KL, SKEW_FORWARD_KL, SKEW_REVERSE_KL
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int, temperature: float | Tensor, softcap: float | None) -> Tensor:
-    """Scaled logits [T, columns] in fp32 (fp64 for fp64 inputs): bias, softcap, then temperature."""
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> Tensor:
+    """Logits [T, columns] in fp32 (fp64 for fp64 inputs), with bias, softcap, then temperature applied."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     z = hidden.to(dtype) @ weight[:columns].to(dtype).T
     if bias is not None:
@@ -26,7 +33,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int, te
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) per row; a column where a is zero adds nothing."""
+    """KL divergence of log-probabilities a from b per row, KL(a || b); a column where a is zero adds nothing."""
     a = log_a.exp()
     return torch.where(a > 0, a * (log_a - log_b).masked_fill(a == 0, 0), 0).sum(-1)
 
@@ -39,19 +46,20 @@ def sampled(log_p: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def mixture(log_p: Tensor, log_q: Tensor, p_share: float) -> Tensor:
-    """log(p_share p + (1 - p_share) q)."""
+    """Log-probabilities [T, V] of the mixture p_share p + (1 - p_share) q."""
     parts = [log + math.log(share) for log, share in ((log_p, p_share), (log_q, 1 - p_share)) if share > 0]
     return parts[0] if len(parts) == 1 else torch.logaddexp(*parts)
 
 
 def divergence_of(log_p: Tensor, log_q: Tensor, kind: str, alpha: float) -> Tensor:
-    if kind == "reverse_kl":
+    """Divergence [T] of a kind in `names.DIVERGENCES` between log-probabilities [T, V]."""
+    if kind == REVERSE_KL:
         return kl(log_p, log_q)
-    if kind == "forward_kl":
+    if kind == FORWARD_KL:
         return kl(log_q, log_p)
-    if kind == "skew_reverse_kl":
+    if kind == SKEW_REVERSE_KL:
         return kl(log_p, mixture(log_p, log_q, alpha))
-    if kind == "skew_forward_kl":
+    if kind == SKEW_FORWARD_KL:
         return kl(log_q, mixture(log_p, log_q, 1 - alpha))
     m = mixture(log_p, log_q, 1 - alpha)
     return alpha * kl(log_q, m) + (1 - alpha) * kl(log_p, m)
@@ -74,9 +82,16 @@ def linear_divergence(
     teacher_scale: float = 1.0,
     valid_columns: Tensor | None = None,
 ) -> TokenDivergence:
-    """`atod_kernels.linear_divergence`, unfused. Finite logits only; excluded columns are cut out so that no -inf meets autograd."""
+    """Compute `atod_kernels.linear_divergence` from full logits.
+
+    Finite logits only; excluded columns are cut out so that no -inf meets autograd.
+    """
     columns = min(student_weight.shape[0], teacher_weight.shape[0])
-    keep = torch.arange(columns, device=student_hidden.device) if valid_columns is None else valid_columns[:columns].nonzero()[:, 0]
+    keep = (
+        torch.arange(columns, device=student_hidden.device)
+        if valid_columns is None
+        else valid_columns[:columns].nonzero()[:, 0]
+    )
     log_p = logits(student_hidden, student_weight, student_bias, columns, temperature, softcap)[:, keep].log_softmax(-1)
     with torch.no_grad():
         z = logits(teacher_hidden, teacher_weight, teacher_bias, columns, temperature, teacher_softcap)
@@ -98,8 +113,10 @@ def linear_logprob(
     softcap: float | None = None,
     valid_columns: Tensor | None = None,
 ) -> TokenLogprob:
-    """`atod_kernels.linear_logprob`, unfused."""
-    keep = torch.arange(weight.shape[0], device=weight.device) if valid_columns is None else valid_columns.nonzero()[:, 0]
+    """Compute `atod_kernels.linear_logprob` from full logits."""
+    keep = (
+        torch.arange(weight.shape[0], device=weight.device) if valid_columns is None else valid_columns.nonzero()[:, 0]
+    )
     log_p = logits(hidden, weight, bias, weight.shape[0], temperature, softcap)[:, keep].log_softmax(-1)
     entropy, logp = sampled(log_p, torch.searchsorted(keep, target.clamp(min=0)))
     return TokenLogprob(logp.masked_fill(target == IGNORE, 0), entropy.masked_fill(target == IGNORE, 0))

@@ -1,6 +1,6 @@
 """Names and numbers that several modules share, defined once: divergences, ways to treat turns, special values."""
 
-# Divergences between p, the student's next-token distribution, and q, the teacher's. m is their mixture, alpha its share.
+# Divergences between p, the student's next-token distribution, and q, the teacher's.
 REVERSE_KL = "reverse_kl"  # KL(p || q)
 FORWARD_KL = "forward_kl"  # KL(q || p)
 JSD = "jsd"  # alpha KL(q || m) + (1 - alpha) KL(p || m), m = alpha q + (1 - alpha) p

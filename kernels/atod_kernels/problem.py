@@ -1,76 +1,118 @@
-"""What the operators compute on: two output layers, options, how tokens and columns are cut, and the shards of a vocabulary."""
+"""What the operators compute on: two output layers, options, how tokens and columns are cut, shards of a vocabulary."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import algebra
+from .algebra import Mixture
+from .names import NO_TEACHER
 
-# Tokens and columns of a tile. CPU: a product needs about 256 rows to run at full speed, and tiles of 512 columns cost it 5 to 10%.
-# Accelerators: enough rows for the product to be compute bound, few enough columns for the temporaries to be small.
+# Tokens and columns of a tile. CPU: a product needs about 256 rows to run at full speed, and tiles of 512 columns cost
+# it 5 to 10%. Accelerators: enough rows for the product to be compute bound, few enough columns for small temporaries.
 TILE = {"cpu": (256, 8192), "accelerator": (2048, 8192)}
-# Elements of a tile's weight on the CPU, where 16-bit ones are held in fp32: 16 MiB. A product with a large hidden size does with fewer columns.
+# Elements of a tile's weight on the CPU, where 16-bit ones are held in fp32: 16 MiB. A product with a large hidden size
+# does with fewer columns.
 OPERAND = 2**22
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One model's output layer: hidden [T, H], weight [V, H], bias [V] or None, softcap (0 = none), a factor (the student's is 1)."""
+    """One model's output layer: hidden [T, H], weight [V, H] and what is done to their product."""
 
     hidden: Tensor
     weight: Tensor
-    bias: Tensor | None
-    softcap: float
-    scale: float = 1.0
+    bias: Tensor | None  # [V]
+    softcap: float  # 0: none
+    scale: float  # factor of the logits after the softcap
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the operators compute on. target [T], temperature [T] or None, valid [V] or None; kind '' = no teacher."""
+    """All that an operator computes from, checked: the models' tensors, the tokens' and columns' tensors, the options.
 
-    student: Layer
-    teacher: Layer | None
-    target: Tensor | None
-    temperature: Tensor | None
-    valid: Tensor | None
-    kind: str
-    alpha: float
-    group: str
-    start: int
-    lean: bool
-    triton: bool
+    The operators take the fields in this order, by position; their schema is made from the names and types here.
+    """
+
+    student_hidden: Tensor  # [T, H_s]
+    student_weight: Tensor  # [V_s, H_s]
+    student_bias: Tensor | None = None  # [V_s]
+    teacher_hidden: Tensor | None = None  # [T, H_t]
+    teacher_weight: Tensor | None = None  # [V_t, H_t]
+    teacher_bias: Tensor | None = None  # [V_t]
+    target: Tensor | None = None  # [T] int64
+    temperature: Tensor | None = None  # [T] in the compute dtype; None: 1
+    valid: Tensor | None = None  # [V] bool of the common vocabulary; None: all columns count
+    softcap: float = 0.0  # 0: none
+    teacher_softcap: float = 0.0
+    teacher_scale: float = 1.0
+    kind: str = NO_TEACHER  # the divergence
+    alpha: float = 0.5
+    group: str = ""  # the process group that holds shards of the vocabulary; '': one process holds all of it
+    start: int = 0  # this rank's first column
+    lean: bool = False
+    triton: bool = False
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields' values in order; `Problem(*flat)` restores."""
+        return tuple(getattr(self, name) for name in FIELDS)
+
+    def detached(self) -> Problem:
+        """The same without gradients."""
+        values = {name: getattr(self, name) for name in FIELDS}
+        parameters = {name: None if values[name] is None else values[name].detach() for name in PARAMETERS}
+        return Problem(**(values | parameters))
+
+    @property
+    def student(self) -> Layer:
+        """The student's output layer. Its factor is in the temperature."""
+        return Layer(self.student_hidden, self.student_weight, self.student_bias, self.softcap, 1.0)
+
+    @property
+    def teacher(self) -> Layer | None:
+        """The teacher's output layer, None without a teacher."""
+        hidden, weight = self.teacher_hidden, self.teacher_weight
+        if hidden is None or weight is None:
+            return None
+        return Layer(hidden, weight, self.teacher_bias, self.teacher_softcap, self.teacher_scale)
 
     @property
     def layers(self) -> list[Layer]:
         """The models' output layers, student first."""
-        return [self.student] if self.teacher is None else [self.student, self.teacher]
+        teacher = self.teacher
+        return [self.student] if teacher is None else [self.student, teacher]
 
     @property
     def tokens(self) -> int:
-        return self.student.hidden.shape[0]
+        """T."""
+        return self.student_hidden.shape[0]
 
     @property
     def columns(self) -> int:
         """Size of the common vocabulary: what lies beyond belongs to neither softmax."""
-        size = self.student.weight.shape[0]
-        return size if self.teacher is None else min(size, self.teacher.weight.shape[0])
+        return min(layer.weight.shape[0] for layer in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(self.student.hidden, None if self.teacher is None else self.teacher.hidden)
+        """The dtype of logits, statistics and sums of gradients."""
+        return compute_dtype(self.student_hidden, self.teacher_hidden)
 
     @property
-    def mixture(self) -> algebra.Mixture | None:
-        return algebra.Mixture.of(self.kind, self.alpha)
+    def mixture(self) -> Mixture | None:
+        """The divergence as a mixture, None where it is not one."""
+        return Mixture.of(self.kind, self.alpha)
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Rows and columns of a tile. Where columns are few it has more rows, on accelerators where tokens are few more columns."""
-        cpu = self.student.hidden.device.type == "cpu"
+        """Rows and columns of a tile.
+
+        A small vocabulary gives it more rows, few tokens give it more columns on an accelerator.
+        """
+        cpu = self.student_hidden.device.type == "cpu"
         rows, columns = TILE["cpu" if cpu else "accelerator"]
         area = rows * columns
         # Shards may differ in columns, but every rank must cut the tokens alike: each chunk is a collective.
@@ -87,17 +129,29 @@ class Problem:
 
     @property
     def stride(self) -> int:
-        """Elements between two rows of a tile in memory: kernels load 16 bytes at a time, from addresses that are multiples of that."""
+        """Elements between two rows of a tile in memory.
+
+        Triton kernels load 16 bytes at a time, from addresses that are multiples of 16.
+        """
         return -(-self.tile[1] // 16) * 16 if self.triton else self.tile[1]
 
     def kept(self) -> Tensor:
         """Room for both models' logits of one chunk."""
         width = len(self.slices()) * self.stride if self.triton else self.columns
-        return self.student.hidden.new_empty(1 if self.teacher is None else 2, self.tile[0] * width, dtype=self.dtype)
+        return self.student_hidden.new_empty(len(self.layers), self.tile[0] * width, dtype=self.dtype)
 
     def slices(self) -> list[slice]:
+        """The columns of each tile."""
         columns = self.tile[1]
         return [slice(a, min(a + columns, self.columns)) for a in range(0, self.columns, columns)]
+
+
+FIELDS = tuple(field.name for field in fields(Problem))
+TENSORS = tuple(field.name for field in fields(Problem) if str(field.type).startswith("Tensor"))
+OPTIONS = tuple(name for name in FIELDS if name not in TENSORS)
+PARAMETERS = ("student_hidden", "student_weight", "student_bias")  # those that take a gradient
+SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?"}
+SCHEMA = ", ".join(f"{SCHEMA_TYPES.get(str(field.type), field.type)} {field.name}" for field in fields(Problem))
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -106,11 +160,12 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def resolve(group: str) -> dist.ProcessGroup:
+    """The process group of a name. Raises RuntimeError where this process has none of that name."""
     return dist.distributed_c10d._resolve_process_group(group)
 
 
 def over_shards(problem: Problem, part: Tensor) -> Tensor:
-    """[k, ...] of this rank -> [k, ranks, ...] of the group's ranks, in rank order."""
+    """Gather [k, ...] of each rank of the problem's group: [k, ranks, ...], in rank order."""
     group = resolve(problem.group)
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)

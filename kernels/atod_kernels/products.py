@@ -12,14 +12,18 @@ from .problem import Problem, resolve
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix as its product wants it: 16-bit as it is where the product can accumulate and return fp32, else in the compute dtype."""
+    """A matrix in the dtype in which its product takes it.
+
+    16-bit as it is where the product can accumulate and return fp32, else the compute dtype.
+    """
     return x if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32 else x.to(dtype)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, in the dtype of `out`; bf16 operands (CUDA) accumulate in fp32.
+    """Compute out = a @ b, or out += a @ b, in the dtype of `out`; bf16 operands (CUDA) accumulate in fp32.
 
-    Operands of two dtypes are a gradient of logits and a 16-bit operand: they meet in bf16, which has the range of fp32, never in fp16.
+    Operands of two dtypes are a gradient of logits and a 16-bit operand: they meet in bf16, which has the range of
+    fp32, never in fp16.
     """
     if a.dtype != b.dtype:
         common = torch.bfloat16 if torch.bfloat16 in (a.dtype, b.dtype) else torch.promote_types(a.dtype, b.dtype)
@@ -49,7 +53,8 @@ def adds_in_fp32(device: torch.device) -> bool:
 class Gradients:
     """Where gradients are summed, in the compute dtype: dx [T, H], dw [V, H], db [V]; an empty tensor is not wanted.
 
-    The first chunk writes dw and the first slice of columns dx, the others add: clearing a [V, H] first would cost a pass over it.
+    The first chunk writes dw and the first slice of columns dx, the others add: clearing a [V, H] first would cost a
+    pass over it.
     """
 
     def __init__(self, dx: Tensor, dw: Tensor, db: Tensor):
@@ -57,15 +62,27 @@ class Gradients:
 
     @staticmethod
     def of(problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients:
-        """The lean schedule finishes each slice of dw in fp32 by itself, so its dw is in the weight's dtype."""
+        """Room for the gradients that are wanted.
+
+        The lean schedule finishes each slice of dw in fp32 by itself, so its dw is in the weight's dtype.
+        """
         layer, dtype = problem.student, problem.dtype
         rows, columns = layer.weight.shape
-        dw = layer.weight.new_empty((rows, columns) if weight else 0, dtype=layer.weight.dtype if problem.lean else dtype)
+        dw = layer.weight.new_empty(
+            (rows, columns) if weight else 0, dtype=layer.weight.dtype if problem.lean else dtype
+        )
         dw[problem.columns if problem.tokens else 0 :].zero_()
-        return Gradients(layer.hidden.new_empty(layer.hidden.shape if hidden else 0, dtype=dtype), dw, layer.weight.new_zeros(rows if bias else 0, dtype=dtype))
+        return Gradients(
+            layer.hidden.new_empty(layer.hidden.shape if hidden else 0, dtype=dtype),
+            dw,
+            layer.weight.new_zeros(rows if bias else 0, dtype=dtype),
+        )
 
     def add(self, rows: slice, columns: slice, dz: Tensor, hidden: Tensor, weight: Tensor, dw: Tensor | None) -> None:
-        """One tile's share: dz [n, w] with the tile's operands; `dw` [w, H] is where the weight's gradient of these columns is summed."""
+        """Add one tile's share: the products of its logits' gradient dz [n, w] with its operands hidden and weight.
+
+        `dw` [w, H] is where the weight's gradient of these columns is summed.
+        """
         if self.dx.numel():
             product(dz, weight, self.dx[rows], add=columns.start > 0)
         if dw is not None:
@@ -74,7 +91,7 @@ class Gradients:
             self.db[columns] += dz.sum(0, dtype=self.db.dtype)
 
     def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtypes of the parameters. Shards of the vocabulary add up in dx."""
+        """The gradients in the dtypes of the parameters. Shards of the vocabulary add up in dx."""
         layer = problem.student
         if self.dx.numel() and problem.group:
             dist.all_reduce(self.dx, group=resolve(problem.group))

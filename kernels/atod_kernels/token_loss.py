@@ -1,4 +1,4 @@
-"""Any token-separable loss of the head's statistics, in one pass: the gradient of the logits is formed while they are at hand."""
+"""Any loss that treats each token by itself, in one pass: the logits' gradient is formed while they are at hand."""
 
 from __future__ import annotations
 
@@ -10,45 +10,53 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import algebra, operators, validate
-from .divergence import TokenDivergence, TokenLogprob, head_arguments, public
+from .divergence import TokenDivergence, TokenLogprob, divergence_outputs, logprob_outputs
+from .names import DIVERGENCES, IGNORE
 from .problem import Problem
 from .products import Gradients
-from .validate import IGNORE, require
+from .validate import require
 
-Statistics = TokenDivergence | TokenLogprob
+TokenOutputs = TokenDivergence | TokenLogprob
 LossFn = Callable[..., Tensor]
 
 
-class TokenLoss:
-    """The caller's loss: its values [n] and their upstream gradients [3, n] (divergence, entropy, logp) on some of the tokens."""
+def token_outputs(problem: Problem, statistics: Tensor) -> TokenOutputs:
+    """The outputs of statistics [STATISTICS, n]: of both models, or of one alone without a teacher."""
+    if problem.teacher is None:
+        return logprob_outputs(statistics)
+    return divergence_outputs(statistics, problem.target is not None)
 
-    def __init__(self, loss_fn: LossFn, inputs: Mapping[str, Any], target: Tensor | None, teacher: bool):
-        self.loss_fn, self.inputs, self.target, self.teacher = loss_fn, inputs, target, teacher
+
+class TokenLoss:
+    """The caller's loss: its values [n] and their gradients [3, n] with respect to divergence, entropy and logp."""
+
+    def __init__(self, loss_fn: LossFn, inputs: Mapping[str, Any], problem: Problem):
+        self.loss_fn, self.inputs, self.problem = loss_fn, inputs, problem
 
     def __call__(self, stats: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """stats [STATISTICS, n] of the tokens `rows`."""
+        """Evaluate the loss for statistics [STATISTICS, n] of the tokens `rows`."""
+        target = self.problem.target
         inputs = {k: x[rows] if isinstance(x, Tensor) and x.dim() else x for k, x in self.inputs.items()}
         with torch.enable_grad():
             leaf = stats.detach().requires_grad_()
-            losses = self.loss_fn(public(leaf, self.teacher, self.target is not None), **inputs)
+            losses = self.loss_fn(token_outputs(self.problem, leaf), **inputs)
             n = stats.shape[1]
-            require(
-                isinstance(losses, Tensor) and losses.shape == (n,),
-                f"loss_fn returned {list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__}; expected one loss per token, [{n}]",
-            )
-            if self.target is not None:
-                losses = losses.masked_fill(self.target[rows] == IGNORE, 0)
+            found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            require(found == [n], f"loss_fn returned {found}; expected one loss per token, [{n}]")
+            if target is not None:
+                losses = losses.masked_fill(target[rows] == IGNORE, 0)
             upstream = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0] if losses.requires_grad else None
-        return losses.detach().to(stats.dtype), (torch.zeros_like(stats) if upstream is None else upstream)[: algebra.LOGP + 1]
+        upstream = torch.zeros_like(stats) if upstream is None else upstream
+        return losses.detach().to(stats.dtype), upstream[: algebra.LOGP + 1]
 
     def in_parts(self, stats: Tensor, parts: list[slice]) -> tuple[Tensor, Tensor]:
-        """The same over all tokens, evaluated part by part."""
+        """Evaluate the loss for all tokens, part by part."""
         losses, upstream = zip(*(self(stats[:, rows], rows) for rows in parts), strict=True)
         return torch.cat(losses), torch.cat(upstream, 1)
 
 
 def assert_separable(loss: TokenLoss, stats: Tensor, losses: Tensor, upstream: Tensor, parts: list[slice]) -> None:
-    """Evaluate the loss in other parts than before and refuse a difference, in values or gradients."""
+    """Evaluate the loss in other parts than before and raise ValueError if values or gradients differ."""
     tokens = stats.shape[1]
     middle = (tokens + 1) // 2
     others = [slice(0, tokens)] if len(parts) > 1 else [slice(0, middle), slice(middle, tokens)]
@@ -57,7 +65,8 @@ def assert_separable(loss: TokenLoss, stats: Tensor, losses: Tensor, upstream: T
         scale = b.nan_to_num(posinf=0, neginf=0).abs().amax() if b.numel() else b.sum()
         same = same & ((a == b) | ((a - b).abs() <= 1e-4 * b.abs() + 1e-5 * scale) | (a.isnan() & b.isnan())).all()
     message = (
-        "loss_fn is not a function of one token at a time: values or gradients change with how tokens are grouped; pass normalisers and [T] tensors as inputs"
+        "loss_fn is not a function of one token at a time: values or gradients change with how tokens are grouped;"
+        " pass normalisers and [T] tensors as inputs"
     )
     if stats.device.type == "cpu" and not torch.compiler.is_compiling():
         require(bool(same), message)
@@ -69,18 +78,29 @@ class Attach(torch.autograd.Function):
     """The loss with its gradients, already known, attached to the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, dx: Tensor, dw: Tensor, db: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dx: Tensor,
+        dw: Tensor,
+        db: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(dx, dw, db)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:4]
-        # Where the upstream can be read for free it is not rounded to 16 bits, and 1, the usual one of a loss, saves a second [V, H].
+        _, *wanted, _, _, _ = ctx.needs_input_grad
+        # Where the upstream can be read for free it is not rounded to 16 bits, and 1, the usual one of a loss, saves a
+        # second [V, H].
         free = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
         scale = upstream.item() if free else upstream
-        grads = (None if not want else g if free and scale == 1 else g * scale for g, want in zip(ctx.saved_tensors, wanted, strict=True))
+        saved = zip(ctx.saved_tensors, wanted, strict=True)
+        grads = (None if not want else g if free and scale == 1 else g * scale for g, want in saved)
         return None, *grads, None, None, None
 
 
@@ -107,38 +127,55 @@ def linear_token_loss(
     schedule: str = "auto",
     backend: str = "auto",
     check: bool = __debug__,
-) -> tuple[Tensor, Statistics]:
-    """The sum over tokens of loss_fn(statistics), with its gradient from the same pass: one logits product per model.
+) -> tuple[Tensor, TokenOutputs]:
+    """Sum any per-token loss of divergence, entropy and log-probability, and compute its gradient in the same pass.
 
-    Arguments that are not listed are those of `linear_divergence`. A token whose target is -100 adds nothing, whatever
-    loss_fn returns for it.
+    One logits product per model, where `linear_divergence` and its backward make two. The statistics are those of
+    `linear_divergence` with a teacher and of `linear_logprob` without.
 
     Args:
-        loss_fn: called as loss_fn(stats, **inputs) on a chunk of C tokens; returns their losses [C]. stats is a TokenDivergence, or a
-            TokenLogprob without a teacher, of [C] tensors; the loss is differentiated with respect to divergence, entropy and logp.
-            It must treat each token by itself: a mean or a normaliser over the chunk is wrong, pass such things in as inputs.
-            It is called several times, so it must not draw random numbers or keep state.
-        inputs: by name; a tensor of one or more dimensions has a row per token and is cut to the chunk, anything else is passed as it is.
-            No gradient flows to them.
-        schedule: fast (auto) keeps the logits of 256 tokens (CPU; 2048 elsewhere) and forms the gradient from them; lean holds a tile at
-            a time and recomputes the logits for the gradient. auto is fast because it does a third fewer products.
-        check: evaluate loss_fn once more with the tokens grouped otherwise and refuse a different value or gradient. It costs [T]-sized
-            work; on by default unless Python runs with -O.
+        loss_fn: called as loss_fn(stats, **inputs) on a chunk of C tokens; returns their losses [C]. stats is a
+            TokenDivergence, or a TokenLogprob without a teacher, of [C] tensors; the loss is differentiated with
+            respect to divergence, entropy and logp. It must treat each token by itself: a mean or a normaliser over
+            the chunk is wrong, pass such things in as inputs. It is called several times, so it must not draw random
+            numbers or keep state.
+        student_hidden, student_weight, teacher_hidden, teacher_weight: as in `linear_divergence`; the teacher's may be
+            None, both of them.
+        target: as in `linear_divergence`; needed without a teacher. A token whose target is -100 adds nothing, whatever
+            loss_fn gives for it.
+        inputs: by name; a tensor of one or more dimensions has a row per token and is cut to the chunk, anything else
+            is passed as it is. No gradient flows to them.
+        schedule: fast (auto) keeps the logits of 256 tokens (CPU; 2048 elsewhere) and forms the gradient from them;
+        lean
+            holds a tile at a time and recomputes the logits for the gradient. auto is fast because it does a third
+            fewer products.
+        check: evaluate loss_fn once more with the tokens grouped otherwise and raise if values or gradients differ. It
+            costs [T]-sized work; on by default unless Python runs with -O.
+        divergence, alpha, temperature, student_bias, teacher_bias, softcap, valid_columns, teacher_softcap,
+            teacher_scale, vocab_group, vocab_start, backend: as in `linear_divergence`.
 
     Returns:
-        (loss, stats): the scalar sum, fp32 (fp64 if an input is), differentiable once with respect to student_hidden, student_weight and
-        student_bias, and the detached statistics of all tokens. The gradients are computed here and held until the backward: not to be
-        placed under activation checkpointing. With nothing to differentiate none is computed.
+        (loss, stats): the scalar sum, fp32 (fp64 if an input is), differentiable once with respect to student_hidden,
+        student_weight and student_bias, and the detached statistics of all tokens. The gradients are computed here and
+        held until the backward: not to be placed under activation checkpointing. With nothing to differentiate none is
+        computed.
 
     Raises:
-        ValueError: naming the argument; also if check finds loss_fn not separable (on an accelerator a device-side assertion, which ends the CUDA context).
+        ValueError: if an argument's type, shape, dtype, device or value is wrong; the message names it. Also if check
+            finds loss_fn not separable (on an accelerator a device-side assertion, which ends the CUDA context).
     """
-    validate.one_of("divergence", divergence, validate.DIVERGENCES)
+    validate.one_of("divergence", divergence, DIVERGENCES)
     teacher = teacher_hidden is not None
-    require(teacher == (teacher_weight is not None), "teacher_hidden and teacher_weight must be given together; one of them is None")
+    require(
+        teacher == (teacher_weight is not None),
+        "teacher_hidden and teacher_weight must be given together; one of them is None",
+    )
     require(teacher or target is not None, "target is None; expected token ids [T] where there is no teacher")
-    require(teacher or (teacher_bias is None and teacher_softcap is None), "teacher_bias and teacher_softcap need teacher_hidden, which is None")
-    arguments = head_arguments(
+    require(
+        teacher or (teacher_bias is None and teacher_softcap is None),
+        "teacher_bias and teacher_softcap need teacher_hidden, which is None",
+    )
+    problem = validate.problem(
         student_hidden,
         student_weight,
         teacher_hidden,
@@ -160,47 +197,55 @@ def linear_token_loss(
         backend=backend,
     )
     inputs = {} if inputs is None else inputs
-    tokens = student_hidden.shape[0]
     for name, x in inputs.items():
         if isinstance(x, Tensor):
-            require(x.dim() == 0 or x.shape[0] == tokens, f"inputs[{name!r}] has shape {list(x.shape)}; expected [{tokens}, ...] or a scalar")
-            require(not x.requires_grad, f"inputs[{name!r}] requires a gradient; none flows to inputs, pass {name}.detach()")
+            require(
+                x.dim() == 0 or x.shape[0] == problem.tokens,
+                f"inputs[{name!r}] has shape {list(x.shape)}; expected [{problem.tokens}, ...] or a scalar",
+            )
+            require(
+                not x.requires_grad,
+                f"inputs[{name!r}] requires a gradient; none flows to inputs, pass {name}.detach()",
+            )
     parameters = (student_hidden, student_weight, student_bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
-    loss = TokenLoss(loss_fn, inputs, arguments[6], teacher)
     with torch.no_grad():
-        detached = tuple(None if x is None else x.detach() for x in arguments[:3]) + arguments[3:]
+        loss = TokenLoss(loss_fn, inputs, problem.detached())
         run = one_pass if any(wanted) and schedule != "lean" else two_passes
-        stats, losses, grads = run(loss, detached, wanted, check)
+        stats, losses, gradients = run(loss, wanted, check)
         total = losses.sum()
-    if any(wanted):
-        total = Attach.apply(total, *parameters, *grads)
-    return total, public(stats, teacher, target is not None)
+    if gradients is not None:
+        total = Attach.apply(total, *parameters, *gradients)
+    return total, token_outputs(problem, stats)
 
 
-def two_passes(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
+Gradient = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; empty where not wanted
+
+
+def two_passes(loss: TokenLoss, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, Gradient | None]:
     """Statistics of all tokens, the loss, and a backward that recomputes the logits (if a gradient is wanted)."""
-    stats = operators.head(*arguments)
+    problem = loss.problem
+    stats = operators.head(problem)
     parts = [slice(0, stats.shape[1])]
     losses, upstream = loss.in_parts(stats, parts)
     if check:
         assert_separable(loss, stats, losses, upstream, parts)
-    return stats, losses, operators.head_backward(*arguments, stats, upstream, *wanted) if any(wanted) else None
+    return stats, losses, operators.head_backward(problem, stats, upstream, *wanted) if any(wanted) else None
 
 
-def one_pass(loss: TokenLoss, arguments: tuple, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def one_pass(loss: TokenLoss, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, Gradient]:
     """Chunk by chunk: logits, statistics, loss, gradients."""
-    p: Problem = operators.problem(*arguments)
-    kept = p.kept()
-    gradients = Gradients.of(p, *wanted)
-    stats = kept.new_empty(algebra.STATISTICS, p.tokens)
-    losses, upstream = kept.new_empty(p.tokens), kept.new_empty(algebra.LOGP + 1, p.tokens)
-    parts = p.parts()
+    problem = loss.problem
+    kept = problem.kept()
+    gradients = Gradients.of(problem, *wanted)
+    stats = kept.new_empty(algebra.STATISTICS, problem.tokens)
+    losses, upstream = kept.new_empty(problem.tokens), kept.new_empty(algebra.LOGP + 1, problem.tokens)
+    parts = problem.parts()
     for rows in parts:
-        stats[:, rows] = operators.chunk_forward(*arguments, rows.start, rows.stop, kept)
+        stats[:, rows] = operators.chunk_forward(problem, rows, kept)
         losses[rows], upstream[:, rows] = loss(stats[:, rows], rows)
-        operators.chunk_backward(*arguments, rows.start, rows.stop, kept, stats[:, rows], upstream[:, rows], gradients.dx, gradients.dw, gradients.db)
+        operators.chunk_backward(problem, rows, kept, stats[:, rows], upstream[:, rows], gradients)
     if check:
         assert_separable(loss, stats, losses, upstream, parts)
     del kept  # before the results are cast, beside the sums they come from
-    return stats, losses, gradients.results(p)
+    return stats, losses, gradients.results(problem)

@@ -1,13 +1,14 @@
-"""The torch backend: loops over tiles of logits, registered as operators so that they trace under torch.compile.
+"""The torch backend: loops over tiles of logits in torch operations.
 
-Two schedules. Both make the logits tile by tile, [rows tokens, columns of the vocabulary], large enough for the matrix products to run at
-full speed, and pass over a tile a group of rows at a time, small enough to stay in a CPU's L2 cache from the first pass to the last. Both
-recompute logits in the backward with the same call on the same shapes, so that they are the same to the last bit.
+Two schedules. Both make the logits tile by tile, [rows tokens, columns of the vocabulary], large enough for the matrix
+products to run at full speed, and pass over a tile a group of rows at a time, small enough to stay in a CPU's L2 cache
+from the first pass to the last. Both recompute logits in the backward with the same call on the same shapes, so that
+they are the same to the last bit.
 
-fast  a chunk of tokens at a time. A mixture divergence and `linear_token_loss` keep the chunk's logits, [rows, V] of each model, and
-      need no second product; the gradient of the weight is summed over the chunks in one fp32 [V, H].
-lean  nothing larger than a tile is held. A mixture recomputes its logits, and the backward takes the vocabulary outermost, so that
-      each slice of the weight's gradient is finished in fp32 and stored once.
+fast  a chunk of tokens at a time. A mixture divergence and `linear_token_loss` keep the chunk's logits, [rows, V] of
+      each model, and need no second product; the gradient of the weight is summed over the chunks in one fp32 [V, H].
+lean  nothing larger than a tile is held. A mixture recomputes its logits, and the backward takes the vocabulary
+      outermost, so that each slice of the weight's gradient is finished in fp32 and stored once.
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ import torch
 from torch import Tensor
 
 from .. import algebra
+from ..names import IGNORE, MASKED
 from ..problem import Layer, Problem, over_shards
 from ..products import Gradients, operand, product
-from ..validate import IGNORE
 
 AMX = torch.cpu._is_amx_tile_supported()
 MATRIX_UNIT = threading.Lock()
-GROUP = 2**16  # logits of one model in a group of rows, per thread: with the scratch of a pass seven times that, 1.75 MiB of fp32
+GROUP = (
+    2**16
+)  # logits of one model in a group of rows, per thread: with the scratch of a pass seven times that, 1.75 MiB of fp32
 
 
 @contextmanager
 def products_of(p: Problem) -> Iterator[None]:
-    """On a CPU with AMX the products of bf16 inputs, held in fp32, are made of bf16 again and summed in fp32: half the time.
+    """Let a CPU with AMX make the products of bf16 inputs, held in fp32, in bf16 and sum in fp32: half the time.
 
-    The logits lose nothing by it; their gradient is rounded to bf16 before the last two products, as on a GPU. torch has no such choice for
-    one call, so it is made for the process and taken back: meanwhile fp32 products of other threads are made of bf16, too.
+    The logits lose nothing by it; their gradient is rounded to bf16 before the last two products, as on a GPU. torch
+    has no such choice for one call, so it is made for the process and taken back: meanwhile fp32 products of other
+    threads are made of bf16, too.
     """
     inputs = {layer.hidden.dtype for layer in p.layers}
     if not (AMX and inputs == {torch.bfloat16} and p.dtype == torch.float32 and p.student.hidden.is_cpu):
@@ -63,16 +67,20 @@ class Chunk:
         self.inverse = None if p.temperature is None else self.temperature.reciprocal()
 
     def _hidden(self, layer: Layer) -> Tensor:
-        """Hidden rows as an operand. An ignored row is zeroed: whatever it holds, NaN too, must not reach a sum over tokens."""
+        """Hidden rows as an operand, ignored ones zeroed: what they hold, NaN too, must not reach a sum over tokens."""
         x = operand(layer.hidden[self.rows], self.problem.dtype)
-        return x if self.ignored is None or (x.device.type == "cpu" and not self.ignored.any()) else x.masked_fill(self.ignored[:, None], 0)
+        return (
+            x
+            if self.ignored is None or (x.device.type == "cpu" and not self.ignored.any())
+            else x.masked_fill(self.ignored[:, None], 0)
+        )
 
     @property
     def size(self) -> int:
         return self.rows.stop - self.rows.start
 
     def logits(self, columns: slice, weights: list[Tensor], out: Tensor) -> Tensor:
-        """Scaled logits of one tile into `out` [models, n, w]; `weights` are the tile's operands [w, H]."""
+        """Write the scaled logits of one tile into `out` [models, n, w]; `weights` are the tile's operands [w, H]."""
         p = self.problem
         for layer, x, weight, z in zip(p.layers, self.hidden, weights, out, strict=True):
             product(x, weight.t(), z)
@@ -85,18 +93,20 @@ class Chunk:
             if self.inverse is not None:
                 z.mul_(self.inverse)
             if layer.bias is not None:
-                z.clamp_(min=algebra.MASKED)  # a bias of -inf is probability 0, not NaN
+                z.clamp_(min=MASKED)  # a bias of -inf is probability 0, not NaN
         if p.valid is not None:
             excluded = ~p.valid[columns]
             # A mask of columns alone is not vectorised on a CPU; there its few True can be read.
-            out.index_fill_(2, excluded.nonzero()[:, 0], algebra.MASKED) if out.is_cpu else out.masked_fill_(excluded, algebra.MASKED)
+            out.index_fill_(2, excluded.nonzero()[:, 0], MASKED) if out.is_cpu else out.masked_fill_(excluded, MASKED)
         return out
 
 
 def group_rows(p: Problem, columns: slice) -> int:
     """Rows of a tile that the element-wise passes take at a time."""
     cpu = p.student.hidden.device.type == "cpu"
-    return min(p.tile[0], max(1, GROUP // (columns.stop - columns.start)) * torch.get_num_threads()) if cpu else p.tile[0]
+    return (
+        min(p.tile[0], max(1, GROUP // (columns.stop - columns.start)) * torch.get_num_threads()) if cpu else p.tile[0]
+    )
 
 
 def weights(p: Problem, columns: slice) -> list[Tensor]:
@@ -105,14 +115,14 @@ def weights(p: Problem, columns: slice) -> list[Tensor]:
 
 
 class Room:
-    """Memory [count, elements] for tiles [count, n, w]; `kept` tiles lie one after the other over the whole vocabulary."""
+    """Memory [count, elements] for tiles [count, n, w]; `kept` tiles lie one after the other over all columns."""
 
     def __init__(self, memory: Tensor, kept: bool = False):
         self.memory, self.kept = memory, kept
 
     @staticmethod
     def of(p: Problem, count: int, group: bool = False) -> Room:
-        """For `count` tiles, or groups of their rows."""
+        """Room for `count` tiles, or for groups of their rows."""
         slices = p.slices()
         elements = max((group_rows(p, c) if group else p.tile[0]) * (c.stop - c.start) for c in (slices[0], slices[-1]))
         return Room(p.student.hidden.new_empty(count, elements, dtype=p.dtype))
@@ -148,11 +158,15 @@ def statistics(chunk: Chunk, kept: Room | None) -> Tensor:
         look = out.new_zeros(2, n)
         for columns in slices:
             z, rows = logits(columns) if kept is None else kept(n, columns), group_rows(p, columns)
-            for group, stats, total in zip(z.split(rows, 1), out[:, :, None].split(rows, 1), look.split(rows, 1), strict=True):
+            for group, stats, total in zip(
+                z.split(rows, 1), out[:, :, None].split(rows, 1), look.split(rows, 1), strict=True
+            ):
                 total += algebra.second_look(group, stats, p.mixture)
-        out[algebra.DIVERGENCE :: algebra.MEAN_SLOPE - algebra.DIVERGENCE] = over_shards(p, look).sum(1) if p.group else look
+        out[algebra.DIVERGENCE :: algebra.MEAN_SLOPE - algebra.DIVERGENCE] = (
+            over_shards(p, look).sum(1) if p.group else look
+        )
     if chunk.ignored is not None:
-        unheld = ~chunk.ignored & ((sums[algebra.OWNED] != 1) | (sums[algebra.PICK_S] <= algebra.MASKED / 2))
+        unheld = ~chunk.ignored & ((sums[algebra.OWNED] != 1) | (sums[algebra.PICK_S] <= MASKED / 2))
         out[: algebra.OUTPUTS].masked_fill_(unheld, torch.nan).masked_fill_(chunk.ignored, 0)
     return out
 
@@ -163,7 +177,8 @@ class ChunkGradient:
     def __init__(self, chunk: Chunk, stats: Tensor, upstream: Tensor):
         upstream = upstream[: algebra.LOGP + 1].to(stats.dtype)
         if chunk.ignored is not None:
-            # Ignored and out-of-range tokens add nothing to any gradient; the latter's outputs are NaN. The normalisers stay.
+            # Ignored and out-of-range tokens add nothing to any gradient; the latter's outputs are NaN. The
+            # normalisers stay.
             dead = chunk.ignored | stats[algebra.LOGP].isnan()
             stats, upstream = stats.clone(), upstream.masked_fill(dead, 0)
             stats[: algebra.OUTPUTS].masked_fill_(dead, 0)
@@ -174,15 +189,23 @@ class ChunkGradient:
         self.onehot = upstream[algebra.LOGP, :, None]
         softcap = chunk.problem.student.softcap
         if softcap:
-            self.cap = self.onehot.new_full(self.onehot.shape, softcap) if chunk.temperature is None else softcap / chunk.temperature
-            self.onehot = self.onehot * algebra.softcap_slope(self.stats[[algebra.LOGP, algebra.SHIFT_S, algebra.LOG_S]].sum(0), self.cap)
+            self.cap = (
+                self.onehot.new_full(self.onehot.shape, softcap)
+                if chunk.temperature is None
+                else softcap / chunk.temperature
+            )
+            self.onehot = self.onehot * algebra.softcap_slope(
+                self.stats[[algebra.LOGP, algebra.SHIFT_S, algebra.LOG_S]].sum(0), self.cap
+            )
 
     def tile(self, columns: slice, z: Tensor, scratch: Room) -> Tensor:
-        """From the scaled logits z [models, n, w] of one tile, over z[0]; the rest of z is overwritten."""
+        """Write one tile's gradient over z[0], from scaled logits z [models, n, w]; the rest of z is overwritten."""
         p, target, rows = self.chunk.problem, self.chunk.target, group_rows(self.chunk.problem, columns)
         e = scratch(rows, columns)[0]
         slope = algebra.softcap_slope(z[0], self.cap) if p.student.softcap else None
-        for group, stats, factors in zip(z.split(rows, 1), self.stats.split(rows, 1), self.factors.split(rows, 1), strict=True):
+        for group, stats, factors in zip(
+            z.split(rows, 1), self.stats.split(rows, 1), self.factors.split(rows, 1), strict=True
+        ):
             algebra.logit_gradient(group, stats, factors, p.kind, p.mixture, e[: group.shape[1]])
         dz = z[0] if slope is None else z[0].mul_(slope)
         if target is not None:
@@ -201,8 +224,13 @@ def head_statistics(p: Problem) -> Tensor:
     return out
 
 
-def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden [T, H], weight [V, H] and bias [V] with recomputed logits; stats [STATISTICS, T], upstream [>= 3, T]."""
+def head_gradients(
+    p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden [T, H], weight [V, H] and bias [V], with recomputed logits.
+
+    stats [STATISTICS, T], upstream [>= 3, T]; an empty tensor stands for a gradient that is not wanted.
+    """
     gradients = Gradients.of(p, hidden, weight, bias)
     place, scratch = Room.of(p, len(p.layers)), Room.of(p, 1, group=True)
     chunks = [ChunkGradient(Chunk(p, rows), stats[:, rows], upstream[:, rows]) for rows in p.parts()]
@@ -235,8 +263,13 @@ def chunk_statistics(p: Problem, rows: slice, kept: Tensor) -> Tensor:
         return statistics(Chunk(p, rows), Room(kept, kept=True))
 
 
-def chunk_gradients(p: Problem, rows: slice, kept: Tensor, stats: Tensor, upstream: Tensor, gradients: Gradients) -> None:
-    """Add the gradients of the tokens `rows`, from the logits that `chunk_statistics` left in `kept` (they are overwritten)."""
+def chunk_gradients(
+    p: Problem, rows: slice, kept: Tensor, stats: Tensor, upstream: Tensor, gradients: Gradients
+) -> None:
+    """Add the gradients of the tokens `rows`, from the logits that `chunk_statistics` left in `kept`.
+
+    The logits are overwritten.
+    """
     logits, scratch = Room(kept, kept=True), Room.of(p, 1, group=True)
     gradient = ChunkGradient(Chunk(p, rows), stats, upstream)
     with products_of(p):

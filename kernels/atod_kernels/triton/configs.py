@@ -1,7 +1,8 @@
-"""Launch configurations per architecture, from the table `configs.json`. Nothing is searched at import or at the first call.
+"""Launch configurations per architecture, from the table `configs.json`; nothing is searched at run time.
 
-A row names a kernel, an architecture ("any" for all) and a configuration, and where they matter the operands' bits and the versions of
-Triton ("3.9": all of 3.9). The most particular row wins. `bench/tune.py` searches on a GPU and writes the table.
+A row names a kernel, an architecture ("any" for all) and a configuration, and where they matter the operands' bits
+and the versions of Triton ("3.9": all of 3.9). The most particular row wins. `bench/tune.py` searches on a GPU and
+writes the table.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ INTERPRETER = {  # small blocks, so that the small tensors of tests have several
     "fused": {"BM": 16, "BN": 32, "BK": 16, "TMA": False, "PARTS": 4, "num_warps": 4, "num_stages": 1},
     "ragged": {"BM": 16, "BN": 32, "BK": 16, "TMA": False, "PARTS": 2, "num_warps": 4, "num_stages": 1},
     "sums": {"BLOCK": 32, "num_warps": 4},
-    "look": {"BLOCK": 32, "num_warps": 4},
+    "mixture": {"BLOCK": 32, "num_warps": 4},
     "gradient": {"BLOCK": 32, "num_warps": 4},
 }
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture of the table that a device's code is tuned as: its own, or the nearest with no more shared memory."""
+    """The architecture in the table that a device is tuned as: its own, or the nearest with no more shared memory."""
     if interpreted():
         return "interpreter"
     if torch.version.hip:
@@ -37,7 +38,7 @@ def architecture(device: torch.device) -> str:
 
 
 def choose(rows: list[dict[str, Any]], kernel: str, arch: str, bits: int, version: str) -> dict[str, Any]:
-    """The configuration of the most particular row that fits."""
+    """The configuration of the most particular row of the table that fits."""
     fits = [
         row
         for row in rows
@@ -51,7 +52,11 @@ def choose(rows: list[dict[str, Any]], kernel: str, arch: str, bits: int, versio
 
 @functools.cache
 def configuration(kernel: str, arch: str, bits: int) -> dict[str, Any]:
-    """Block sizes and launch options of a kernel: fused, or ragged for operands it cannot take, sums, look or gradient; bits: 16 or 32, of the operands."""
+    """Block sizes and launch options of a kernel.
+
+    kernel is fused, ragged (for operands that fused cannot take), sums, mixture or gradient; bits are those of the
+    operands, 16 or 32.
+    """
     if arch == "interpreter":
         return INTERPRETER[kernel]
     return choose(json.loads(TABLE.read_text()), kernel, arch, bits, triton.__version__)

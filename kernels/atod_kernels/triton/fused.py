@@ -1,8 +1,11 @@
 """Both models' logits made and used in registers: a tile of the two matrix products, then the algebra of `tiles.py`.
 
-No logits reach memory. The three passes share one loop over the hidden dimension, so that the statistics, a mixture's second look and
-the gradient see the same logits to the last bit. The teacher's product comes first and its tile waits in registers for the student's.
-Operands come through tensor-memory descriptors made on the host (TMA) where the hardware has them, through pointers elsewhere.
+No logits reach memory. The three passes share one loop over the hidden dimension, so that the statistics, a mixture's
+second look and the gradient see the same logits to the last bit. The teacher's product comes first and its tile waits
+in registers for the student's. Operands come through tensor-memory descriptors made on the host (TMA) where the
+hardware has them, through pointers elsewhere.
+
+Names are those of `tiles.py`. xs [T, HS] and ws [V, HS] are the student's operands, xt and wt the teacher's.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    IGNORED,
+    IGNORE,
     LOG_S,
     LOG_T,
     MASKED,
+    NO_TEACHER,
     SHIFT_S,
     SHIFT_T,
     absorb_both,
@@ -28,199 +32,248 @@ from .tiles import (
 
 
 @triton.jit
-def multiply(a, b, z, PRECISION: tl.constexpr):
-    """z + a @ b."""
+def multiply(b_x, b_w, b_z, PRECISION: tl.constexpr):
+    """z + x @ w."""
     if PRECISION == "interpreter":
-        z = tl.dot(a.to(tl.float32), b.to(tl.float32), z, input_precision="ieee")  # its dot multiplies bf16 operands as if they were integers
+        # its dot multiplies bf16 operands as if they were integers
+        b_z = tl.dot(b_x.to(tl.float32), b_w.to(tl.float32), b_z, input_precision="ieee")
     else:
-        z = tl.dot(a, b, z, input_precision=PRECISION)
-    return z
+        b_z = tl.dot(b_x, b_w, b_z, input_precision=PRECISION)
+    return b_z
 
 
 @triton.jit
 def product(
-    x, w, row, column, tokens, width, H, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr
-):
-    """x[row : row + BM] @ w[column : column + BN].T in fp32; rows beyond `tokens` and `width` read others' memory, harmlessly, or zeros."""
+    x, w, i_row, i_column, tokens, width, H, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x[i_row : i_row + BM] @ w[i_column : i_column + BN].T in fp32.
+
+    Rows beyond `tokens` and `width` read others' memory, harmlessly, or zeros.
+    """
+    # A block without its b_: loops carry values in the order of their names, and registers depend on that order.
     z = tl.zeros([BM, BN], tl.float32)
     if TMA:
-        for k in tl.range(0, H, BK):
-            z = multiply(x.load([row, k]), w.load([column, k]).T, z, PRECISION)
+        for i_h in tl.range(0, H, BK):
+            z = multiply(x.load([i_row, i_h]), w.load([i_column, i_h]).T, z, PRECISION)
     else:
-        rows = tl.arange(0, BM)
-        columns = tl.arange(0, BN)
+        o_n = tl.arange(0, BM)
+        o_v = tl.arange(0, BN)
         STEP: tl.constexpr = BK if EVEN else 16  # masked loads need registers
-        at = tl.arange(0, STEP)
-        x += tl.cast(row, tl.int64) * H
-        w += tl.cast(column, tl.int64) * H
-        in_x = (tl.where(row + rows < tokens, rows, 0) * H)[:, None] + at[None, :]  # offsets within a block fit in 32 bits
-        in_w = (tl.where(column + columns < width, columns, 0) * H)[None, :] + at[:, None]
-        for k in range(0, H, STEP):
+        o_h = tl.arange(0, STEP)
+        p_x = x + tl.cast(i_row, tl.int64) * H
+        p_w = w + tl.cast(i_column, tl.int64) * H
+        # offsets within a block fit in 32 bits
+        o_x = (tl.where(i_row + o_n < tokens, o_n, 0) * H)[:, None] + o_h[None, :]
+        o_w = (tl.where(i_column + o_v < width, o_v, 0) * H)[None, :] + o_h[:, None]
+        for i_h in range(0, H, STEP):
             if EVEN:
-                a = tl.load(x + in_x)
-                b = tl.load(w + in_w)
+                b_x = tl.load(p_x + o_x)
+                b_w = tl.load(p_w + o_w)
             else:
-                a = tl.load(x + in_x, mask=(k + at)[None, :] < H, other=0.0)
-                b = tl.load(w + in_w, mask=(k + at)[:, None] < H, other=0.0)
-            z = multiply(a, b, z, PRECISION)
-            x += STEP
-            w += STEP
+                b_x = tl.load(p_x + o_x, mask=(i_h + o_h)[None, :] < H, other=0.0)
+                b_w = tl.load(p_w + o_w, mask=(i_h + o_h)[:, None] < H, other=0.0)
+            z = multiply(b_x, b_w, z, PRECISION)
+            p_x += STEP
+            p_w += STEP
     return z
 
 
 @triton.jit
-def halves(z):
-    return tl.split(tl.permute(tl.reshape(z, [z.shape[0], 2, z.shape[1] // 2]), [0, 2, 1]))
+def halves(b_z):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(b_z, [b_z.shape[0], 2, b_z.shape[1] // 2]), [0, 2, 1]))
 
 
 @triton.jit
-def cut(z, PARTS: tl.constexpr):
-    """A tile [R, N] as 1, 2 or 4 tiles [R, N / PARTS], left to right. Epilogues take them in turn where their temporaries for a whole tile
-    do not fit in registers."""
+def cut(b_z, PARTS: tl.constexpr):
+    """A tile [R, N] as 1, 2 or 4 tiles [R, N / PARTS], left to right.
+
+    Epilogues take them in turn where their temporaries for a whole tile do not fit in registers.
+    """
     if PARTS == 1:
-        pieces = (z,)
+        pieces = (b_z,)
     elif PARTS == 2:
-        pieces = halves(z)
+        pieces = halves(b_z)
     else:
-        left, right = halves(z)
-        a, b = halves(left)
-        c, d = halves(right)
-        pieces = (a, b, c, d)
+        b_left, b_right = halves(b_z)
+        b_0, b_1 = halves(b_left)
+        b_2, b_3 = halves(b_right)
+        pieces = (b_0, b_1, b_2, b_3)
     return pieces
 
 
 @triton.jit
 def products(
-    xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    xs, ws, xt, wt, i_row, i_column, end, tokens, HS, HT, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Raw logits of both models in PARTS tiles [BM, BN / PARTS]; the student's twice where there is no teacher."""
-    if KIND != "":
-        zt = product(xt, wt, row, column, tokens, end, HT, BM, BN, BK, TMA, EVEN, PRECISION)
-    zs = product(xs, ws, row, column, tokens, end, HS, BM, BN, BK, TMA, EVEN, PRECISION)
-    if KIND == "":
-        zt = zs
-    return cut(zs, PARTS), cut(zt, PARTS)
+    if KIND != NO_TEACHER:
+        b_zt = product(xt, wt, i_row, i_column, tokens, end, HT, BM, BN, BK, TMA, EVEN, PRECISION)
+    b_zs = product(xs, ws, i_row, i_column, tokens, end, HS, BM, BN, BK, TMA, EVEN, PRECISION)
+    if KIND == NO_TEACHER:
+        b_zt = b_zs
+    return cut(b_zs, PARTS), cut(b_zt, PARTS)
 
 
 @triton.jit
-def logits(zs, zt, bias_s, bias_t, valid, inv, at, end, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr):
-    """Scaled logits of both models; columns `at` from `end` on are MASKED."""
-    zs = scaled(zs, bias_s, valid, inv, at, at < end, CAP_S)
-    if KIND == "":
-        zt = zs
-    else:
-        zt = scaled(zt, bias_t, valid, inv, at, at < end, CAP_T, SCALE_T)
-    return zs, zt
-
-
-@triton.jit
-def held(target, rows, live, start, end):
-    """The targets' columns [R] counted from `start`, -1 for one that does not lie before `end`."""
-    at = tl.load(target + rows, mask=live, other=IGNORED) - start
-    return tl.where((at >= 0) & (at < end), at, -1).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["tokens", "V", "start", "share", "step"])
-def fused_sums(
-    xs, ws, xt, wt, target, bias_s, bias_t, valid, inverse, parts, tokens, V, HS, HT, start, share, step,
+def logits(
+    b_zs, b_zt, bias_s, bias_t, valid, b_inverse, o_v, end,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """`algebra.partial` of `share` columns a program, into parts [PARTIALS, splits, T]. Grid: (cdiv(T, BM), splits), rows of blocks fastest:
-    programs that run together read the same slice of the weights."""
-    row = tl.program_id(0) * BM
-    rows = row + tl.arange(0, BM)
-    live = rows < tokens
-    inv = row_values(inverse, rows, live)
+    """Scaled logits of both models; columns o_v from `end` on are MASKED."""
+    b_zs = scaled(b_zs, bias_s, valid, b_inverse, o_v, o_v < end, CAP_S)
+    if KIND == NO_TEACHER:
+        b_zt = b_zs
+    else:
+        b_zt = scaled(b_zt, bias_t, valid, b_inverse, o_v, o_v < end, CAP_T, SCALE_T)
+    return b_zs, b_zt
+
+
+@triton.jit
+def target_columns(target, o_n, m_n, start, end):
+    """The targets' columns [R] counted from `start`; -1 for one that does not lie before `end`."""
+    o_y = tl.load(target + o_n, mask=m_n, other=IGNORE) - start
+    return tl.where((o_y >= 0) & (o_y < end), o_y, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["tokens", "V", "start", "share", "stride_parts"])
+def fused_sums_fwd_kernel(
+    xs, ws, xt, wt, target, bias_s, bias_t, valid, inverse, parts, tokens, V, HS, HT, start, share, stride_parts,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
+):  # fmt: skip
+    """`algebra.partial` of `share` columns a program, into parts [PARTIALS, splits, T].
+
+    Grid: (cdiv(T, BM), splits), rows of blocks fastest: programs that run together read the same slice of the weights.
+    """
+    i_row = tl.program_id(0) * BM
+    o_n = i_row + tl.arange(0, BM)
+    m_n = o_n < tokens
+    b_inverse = row_values(inverse, o_n, m_n)
     if target is not None:
-        wanted = held(target, rows, live, start, V)
-    max_s = tl.full([BM], MASKED, tl.float32)
-    max_t = tl.full([BM], MASKED, tl.float32)
-    sum_s = tl.zeros([BM], tl.float32)
-    sum_t = tl.zeros([BM], tl.float32)
-    dot_s = tl.zeros([BM], tl.float32)
-    dot_t = tl.zeros([BM], tl.float32)
-    cross = tl.zeros([BM], tl.float32)
-    pick_s = tl.zeros([BM], tl.float32)
-    pick_t = tl.zeros([BM], tl.float32)
-    owned = tl.zeros([BM], tl.float32)
-    first = tl.program_id(1) * share
-    end = tl.minimum(first + share, V)
-    for column in tl.range(first, end, BN, num_stages=1):
-        raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
+        o_y = target_columns(target, o_n, m_n, start, V)
+    b_max_s = tl.full([BM], MASKED, tl.float32)
+    b_max_t = tl.full([BM], MASKED, tl.float32)
+    b_sum_s = tl.zeros([BM], tl.float32)
+    b_sum_t = tl.zeros([BM], tl.float32)
+    b_dot_s = tl.zeros([BM], tl.float32)
+    b_dot_t = tl.zeros([BM], tl.float32)
+    b_cross = tl.zeros([BM], tl.float32)
+    b_pick_s = tl.zeros([BM], tl.float32)
+    b_pick_t = tl.zeros([BM], tl.float32)
+    b_owned = tl.zeros([BM], tl.float32)
+    i_first = tl.program_id(1) * share
+    i_end = tl.minimum(i_first + share, V)
+    for i_v in tl.range(i_first, i_end, BN, num_stages=1):
+        b_raw_s, b_raw_t = products(
+            xs, ws, xt, wt, i_row, i_v, i_end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS
+        )
         for i in tl.static_range(PARTS):
-            at = column + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
-            zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, SCALE_T, KIND)
+            o_v = i_v + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            b_zs, b_zt = logits(
+                b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, i_end, CAP_S, CAP_T, SCALE_T, KIND
+            )
             if target is not None:
-                hit = (at[None, :] == wanted[:, None]) & (at < end)[None, :]
-                pick_s += tl.sum(tl.where(hit, zs, 0.0), 1)
-                if KIND != "":
-                    pick_t += tl.sum(tl.where(hit, zt, 0.0), 1)
-            max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross = absorb_both(zs, zt, max_s, sum_s, dot_s, max_t, sum_t, dot_t, cross, KIND)
+                m_hit = (o_v[None, :] == o_y[:, None]) & (o_v < i_end)[None, :]
+                b_pick_s += tl.sum(tl.where(m_hit, b_zs, 0.0), 1)
+                if KIND != NO_TEACHER:
+                    b_pick_t += tl.sum(tl.where(m_hit, b_zt, 0.0), 1)
+            b_max_s, b_sum_s, b_dot_s, b_max_t, b_sum_t, b_dot_t, b_cross = absorb_both(
+                b_zs, b_zt, b_max_s, b_sum_s, b_dot_s, b_max_t, b_sum_t, b_dot_t, b_cross, KIND
+            )
         if target is not None:
-            owned += tl.where((wanted >= column) & (wanted < tl.minimum(column + BN, end)), 1.0, 0.0)
-    part = parts + tl.program_id(1).to(tl.int64) * tokens
-    store_sums(part, rows, live, step, max_s, sum_s, dot_s, pick_s, max_t, sum_t, dot_t, pick_t, cross, owned)
+            b_owned += tl.where((o_y >= i_v) & (o_y < tl.minimum(i_v + BN, i_end)), 1.0, 0.0)
+    p_parts = parts + tl.program_id(1).to(tl.int64) * tokens
+    store_sums(
+        p_parts, o_n, m_n, stride_parts,
+        b_max_s, b_sum_s, b_dot_s, b_pick_s, b_max_t, b_sum_t, b_dot_t, b_pick_t, b_cross, b_owned,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "V", "share", "step", "step_look"])
-def fused_look(
-    xs, ws, xt, wt, bias_s, bias_t, valid, inverse, stats, look, tokens, V, HS, HT, share, step, step_look,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
+@triton.jit(do_not_specialize=["tokens", "V", "share", "stride_stats", "stride_look"])
+def fused_mixture_fwd_kernel(
+    xs, ws, xt, wt, bias_s, bias_t, valid, inverse, stats, look, tokens, V, HS, HT, share, stride_stats, stride_look,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr,
+    B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """`algebra.second_look` of `share` columns a program, into look [2, splits, T]. Grid: as `fused_sums`."""
-    row = tl.program_id(0) * BM
-    rows = row + tl.arange(0, BM)
-    live = rows < tokens
-    inv = row_values(inverse, rows, live)
-    shift_s = tl.load(stats + SHIFT_S * step + rows, mask=live, other=0.0)
-    log_s = tl.load(stats + LOG_S * step + rows, mask=live, other=0.0)
-    shift_t = tl.load(stats + SHIFT_T * step + rows, mask=live, other=0.0)
-    log_t = tl.load(stats + LOG_T * step + rows, mask=live, other=0.0)
-    value = tl.zeros([BM], tl.float32)
-    slope = tl.zeros([BM], tl.float32)
-    first = tl.program_id(1) * share
-    end = tl.minimum(first + share, V)
-    for column in tl.range(first, end, BN, num_stages=1):
-        raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
+    """`algebra.second_look` of `share` columns a program, into look [2, splits, T].
+
+    Grid: as `fused_sums_fwd_kernel`.
+    """
+    i_row = tl.program_id(0) * BM
+    o_n = i_row + tl.arange(0, BM)
+    m_n = o_n < tokens
+    b_inverse = row_values(inverse, o_n, m_n)
+    b_shift_s = tl.load(stats + SHIFT_S * stride_stats + o_n, mask=m_n, other=0.0)
+    b_log_s = tl.load(stats + LOG_S * stride_stats + o_n, mask=m_n, other=0.0)
+    b_shift_t = tl.load(stats + SHIFT_T * stride_stats + o_n, mask=m_n, other=0.0)
+    b_log_t = tl.load(stats + LOG_T * stride_stats + o_n, mask=m_n, other=0.0)
+    b_value = tl.zeros([BM], tl.float32)
+    b_slope = tl.zeros([BM], tl.float32)
+    i_first = tl.program_id(1) * share
+    i_end = tl.minimum(i_first + share, V)
+    for i_v in tl.range(i_first, i_end, BN, num_stages=1):
+        b_raw_s, b_raw_t = products(
+            xs, ws, xt, wt, i_row, i_v, i_end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS
+        )
         for i in tl.static_range(PARTS):
-            at = column + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
-            zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, SCALE_T, KIND)
-            v, s = mixture_value(zs - shift_s[:, None] - log_s[:, None], zt - shift_t[:, None] - log_t[:, None], KIND, A, B)
-            value += v
-            slope += s
-    part = look + tl.program_id(1).to(tl.int64) * tokens + rows
-    tl.store(part, value, mask=live)
-    tl.store(part + step_look, slope, mask=live)
+            o_v = i_v + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            b_zs, b_zt = logits(
+                b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, i_end, CAP_S, CAP_T, SCALE_T, KIND
+            )
+            b_log_p = b_zs - b_shift_s[:, None] - b_log_s[:, None]
+            b_log_q = b_zt - b_shift_t[:, None] - b_log_t[:, None]
+            b_dvalue, b_dslope = mixture_value(b_log_p, b_log_q, KIND, A, B)
+            b_value += b_dvalue
+            b_slope += b_dslope
+    p_look = look + tl.program_id(1).to(tl.int64) * tokens + o_n
+    tl.store(p_look, b_value, mask=m_n)
+    tl.store(p_look + stride_look, b_slope, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["tokens", "row0", "n", "column0", "end", "start", "step", "step_up"])
-def fused_gradient(
-    xs, ws, xt, wt, dz, target, bias_s, bias_t, valid, inverse, temperature, stats, upstream, tokens, row0, n, column0, end, HS, HT, start,
-    stride_dz, step, step_up,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
+@triton.jit(do_not_specialize=["tokens", "row0", "n", "column0", "end", "start", "stride_stats", "stride_upstream"])
+def fused_gradient_bwd_kernel(
+    xs, ws, xt, wt, dz, target, bias_s, bias_t, valid, inverse, temperature, stats, upstream,
+    tokens, row0, n, column0, end, HS, HT, start, stride_dz, stride_stats, stride_upstream,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SCALE_T: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr,
+    B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """`algebra.logit_gradient` of tokens row0 to row0 + n and columns column0 to end, into dz [n, w]. Grid: (cdiv(n, BM), cdiv(w, BN))."""
-    row = row0 + tl.program_id(0) * BM
-    column = column0 + tl.program_id(1) * BN
-    rows = row + tl.arange(0, BM)
-    live = rows < row0 + n
-    inv = row_values(inverse, rows, live)
-    own, other, constant, onehot, shift_s, shift_t, log_ratio, dead = factors(stats, upstream, target, inv, rows, live, step, step_up, KIND)
-    raw_s, raw_t = products(xs, ws, xt, wt, row, column, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
+    """`algebra.logit_gradient` of tokens row0 to row0 + n and columns column0 to end, into dz [n, w].
+
+    Grid: (cdiv(n, BM), cdiv(w, BN)).
+    """
+    i_row = row0 + tl.program_id(0) * BM
+    i_v = column0 + tl.program_id(1) * BN
+    o_n = i_row + tl.arange(0, BM)
+    m_n = o_n < row0 + n
+    b_inverse = row_values(inverse, o_n, m_n)
+    b_own, b_other, b_constant, b_onehot, b_shift_s, b_shift_t, b_log_ratio, m_dead = factors(
+        stats, upstream, target, b_inverse, o_n, m_n, stride_stats, stride_upstream, KIND
+    )
+    b_raw_s, b_raw_t = products(
+        xs, ws, xt, wt, i_row, i_v, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS
+    )
     if target is not None:
-        wanted = held(target, rows, live, start, end)
-    temp = row_values(temperature, rows, live)
-    dz += (rows - row0).to(tl.int64) * stride_dz
+        o_y = target_columns(target, o_n, m_n, start, end)
+    b_temperature = row_values(temperature, o_n, m_n)
+    p_dz = dz + (o_n - row0).to(tl.int64) * stride_dz
     for i in tl.static_range(PARTS):
-        within = tl.program_id(1) * BN + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
-        at = column0 + within
-        zs, zt = logits(raw_s[i], raw_t[i], bias_s, bias_t, valid, inv, at, end, CAP_S, CAP_T, SCALE_T, KIND)
-        hit = at[None, :] < 0
+        o_w = tl.program_id(1) * BN + i * (BN // PARTS) + tl.arange(0, BN // PARTS)  # within dz
+        o_v = column0 + o_w
+        b_zs, b_zt = logits(
+            b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, end, CAP_S, CAP_T, SCALE_T, KIND
+        )
+        m_hit = o_v[None, :] < 0
         if target is not None:
-            hit = at[None, :] == wanted[:, None]
-        g = logit_gradient(zs, zt, hit, temp, own, other, constant, onehot, shift_s, shift_t, log_ratio, dead, CAP_S, KIND, A, B)
-        tl.store(dz[:, None] + within[None, :], g.to(dz.dtype.element_ty), mask=live[:, None] & (within < stride_dz)[None, :])
+            m_hit = o_v[None, :] == o_y[:, None]
+        b_dz = logit_gradient(
+            b_zs, b_zt, m_hit, b_temperature, b_own, b_other, b_constant, b_onehot, b_shift_s, b_shift_t, b_log_ratio,
+            m_dead, CAP_S, KIND, A, B,
+        )  # fmt: skip
+        m_dz = m_n[:, None] & (o_w < stride_dz)[None, :]
+        tl.store(p_dz[:, None] + o_w[None, :], b_dz.to(dz.dtype.element_ty), mask=m_dz)

@@ -92,15 +92,15 @@ def turn_reduce_bwd_kernel(upstream, values, offsets, out, dx, K, total, REDUCE:
 @triton.jit
 def span(x, i_start, i_end, BLOCK: tl.constexpr):
     """Smallest and largest element of a segment of x, in fp64."""
-    b_min = tl.full([BLOCK], float("inf"), tl.float64)
-    b_max = tl.full([BLOCK], float("-inf"), tl.float64)
+    b_least = tl.full([BLOCK], float("inf"), tl.float64)
+    b_most = tl.full([BLOCK], float("-inf"), tl.float64)
     for i_k in range(i_start, i_end, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)
         m_k = o_k < i_end
         b_x = tl.load(x + o_k, mask=m_k, other=0.0).to(tl.float64)
-        b_min = tl.minimum(b_min, tl.where(m_k, b_x, float("inf")))
-        b_max = tl.maximum(b_max, tl.where(m_k, b_x, float("-inf")))
-    return tl.min(b_min, 0), tl.max(b_max, 0)
+        b_least = tl.minimum(b_least, tl.where(m_k, b_x, float("inf")))
+        b_most = tl.maximum(b_most, tl.where(m_k, b_x, float("-inf")))
+    return tl.min(b_least, 0), tl.max(b_most, 0)
 
 
 @triton.jit
@@ -197,18 +197,18 @@ def turn_weights_kernel(
             NORMALISE, FUSE, BLOCK,
         )  # fmt: skip
         b_exists = (b_supremum >= 1) & (b_largest > 0) & (b_tokens > 0)
-        b_low = tl.where(b_exists, tl.log(tl.maximum(least, 1e-12) / tl.where(b_exists, b_largest, 1.0)), 0.0)
-        b_high = tl.where(b_exists, tl.log(most / tl.where(b_exists, b_smallest, 1.0)), 0.0)
+        b_lower = tl.where(b_exists, tl.log(tl.maximum(least, 1e-12) / tl.where(b_exists, b_largest, 1.0)), 0.0)
+        b_upper = tl.where(b_exists, tl.log(most / tl.where(b_exists, b_smallest, 1.0)), 0.0)
         for _ in range(64):
-            b_middle = (b_low + b_high) / 2
+            b_middle = (b_lower + b_upper) / 2
             b_mean, _tokens = clipped_mean(
                 tl.exp(b_middle), disagreement, uncertainty, lengths, i_start, i_end, b_d0, b_d1, b_h0, b_h1, flat,
                 least, most, NORMALISE, FUSE, BLOCK,
             )  # fmt: skip
             b_above = b_mean >= 1
-            b_low = tl.where(b_above, b_low, b_middle)
-            b_high = tl.where(b_above, b_middle, b_high)
-        b_scale = tl.exp(b_high)
+            b_lower = tl.where(b_above, b_lower, b_middle)
+            b_upper = tl.where(b_above, b_middle, b_upper)
+        b_scale = tl.exp(b_upper)
     for i_k in range(i_start, i_end, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)
         m_k = o_k < i_end
