@@ -38,7 +38,7 @@ setup(
         "vllm": ["vllm==0.32.*", "accelerate>=1.1"],
         "cuda": ["flash-attn>=2.8", "liger-kernel>=0.8"],
         "alfworld": ["alfworld==0.4.2"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2", "latex2mathml>=3.77,<4"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2", "latex2mathml>=3.77,<4", "ruff>=0.9"],
         "peers": ["trl>=1.16,<2", "liger-kernel>=0.8.5,<0.9"],
     },
 )
