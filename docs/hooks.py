@@ -18,10 +18,12 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+Schema = Mapping[str, Any]  # JSON schema
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "kernels/README.md": "kernels.md"}  # file -> page
 # Code, which is left alone, or a link: (mark, text, target, anchor).
-_LINK = re.compile(r"^```.*?^```|(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)|`[^`\n]+`", re.DOTALL | re.MULTILINE)
+_TARGET = r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)"
+_LINK = re.compile(rf"^```.*?^```|{_TARGET}|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 
 
 def on_config(config):
@@ -86,7 +88,8 @@ def keys_page() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "The tables are made from the types of `atod_fast.config`; `python -m atod_fast.train --help` prints the same keys.",
+        "The tables are made from the types of `atod_fast.config`.",
+        "`python -m atod_fast.train --help` prints the same keys.",
         "The defaults are those of the embedded demo. How files, presets and overrides combine:",
         "[Commands and settings](../commands.md#settings).",
     ]
@@ -99,7 +102,7 @@ def keys_page() -> str:
 _HEADING = ["| key | default | takes | meaning |", "|---|---|---|---|"]
 
 
-def rows(definitions: Mapping[str, Any], prefix: str, section: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator[str]:
+def rows(definitions: Schema, prefix: str, section: Schema, default: Schema) -> Iterator[str]:
     for name, field in definitions[section["$ref"].rpartition("/")[2]]["properties"].items():
         key = f"{prefix}.{name}"
         if "$ref" in field:
@@ -113,11 +116,12 @@ _TYPES = {"integer": "integer", "number": "number", "boolean": "`true`, `false`"
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
-def takes(field: Mapping[str, Any]) -> str:
+def takes(field: Schema) -> str:
     """What a key takes, in words: `integer ≥ 1`, the choices of an enumeration."""
     if "enum" in field:
         return ", ".join(f"`{choice}`" for choice in field["enum"])
     if field["type"] == "array":
         return f"list of {len(field['prefixItems'])}: {takes(field['prefixItems'][0])} each"
-    bounds = [f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field and abs(field[bound]) < 2**32]
+    found = {sign: field[bound] for bound, sign in _BOUNDS.items() if bound in field}
+    bounds = [f"{sign} {value:g}" for sign, value in found.items() if abs(value) < 2**32]
     return f"{_TYPES[field['type']]} {' and '.join(bounds)}".strip()

@@ -10,7 +10,8 @@ import pytest
 from atod_fast import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SOURCES = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "atod_fast").rglob("*.py"))]
 
@@ -38,7 +39,8 @@ def test_every_training_command_is_understood(page, arguments, tmp_path, monkeyp
 def test_every_evaluation_command_is_understood(page, arguments, tmp_path, monkeypatch):
     config = tmp_path / "config.toml"
     config.write_text("[train]\nsteps = 3\n")
-    cli.parse_evaluation([str(config) if argument.endswith("config.toml") else argument for argument in arguments], None)
+    here = [str(config) if argument.endswith("config.toml") else argument for argument in arguments]
+    cli.parse_evaluation(here, None)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -65,7 +67,8 @@ def texts() -> list[str]:
     for tree in SOURCES:
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(re.sub(r"%[\w.]+", "…", node.value))
     return found
@@ -83,9 +86,10 @@ def test_the_metrics_page_has_every_key_that_is_written():
     """Keys are literals `section/name` in the loop; times are the phases of its clock."""
     literal = re.compile(r"(train|rollout|turns|profile|schedule|loss|policy|sync|time|perf|memory)/\w+")
     written = {text for text in texts() if literal.fullmatch(text)}
-    calls = [node for tree in SOURCES for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "clock"]
-    written |= {f"time/{call.args[0].value}" for call in calls}
-    told = set(re.findall(r"`([\w/]+)`", "".join(re.findall(r"^\| (`.+?`) \| ", PAGES["docs/metrics.md"], re.MULTILINE))))
+    calls = [node for tree in SOURCES for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    written |= {f"time/{call.args[0].value}" for call in calls if ast.unparse(call.func) == "clock"}
+    cells = re.findall(r"^\| (`.+?`) \| ", PAGES["docs/metrics.md"], re.MULTILINE)
+    told = set(re.findall(r"`([\w/]+)`", "".join(cells)))
     assert {key for key in told if literal.fullmatch(key)} == written
     assert len(written) > 30
 
