@@ -1,5 +1,6 @@
 """What pyproject.toml promises of both distributions, as far as it shows without building them (test_wheels.py does)."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -51,3 +52,11 @@ def test_a_console_script_exits_with_the_codes_of_its_module():
     code = "import sys; from atod_fast.scripts import export; sys.argv = ['atod-export', 'nowhere', '--out', 'x']; export()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("atod_fast: nowhere is neither a checkpoint nor a run")
+
+
+def test_the_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("## Add one") : text.index("Paths are relative")]
+    named = {name for name in re.findall(r"`([\w./]+)`", table) if name.endswith((".py", "/"))}
+    folders = ROOT, ROOT / "atod_fast", ROOT / "tests", ROOT / "kernels/atod_kernels"
+    assert len(named) > 20 and not [name for name in named if not any((folder / name).exists() for folder in folders)]

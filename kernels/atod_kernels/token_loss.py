@@ -110,6 +110,9 @@ def linear_token_loss(
 ) -> tuple[Tensor, Statistics]:
     """The sum over tokens of loss_fn(statistics), with its gradient from the same pass: one logits product per model.
 
+    Arguments that are not listed are those of `linear_divergence`. A token whose target is -100 adds nothing, whatever
+    loss_fn returns for it.
+
     Args:
         loss_fn: called as loss_fn(stats, **inputs) on a chunk of C tokens; returns their losses [C]. stats is a TokenDivergence, or a
             TokenLogprob without a teacher, of [C] tensors; the loss is differentiated with respect to divergence, entropy and logp.
@@ -121,7 +124,6 @@ def linear_token_loss(
             a time and recomputes the logits for the gradient. auto is fast because it does a third fewer products.
         check: evaluate loss_fn once more with the tokens grouped otherwise and refuse a different value or gradient. It costs [T]-sized
             work; on by default unless Python runs with -O.
-        The others are `linear_divergence`'s. A token whose target is -100 adds nothing, whatever loss_fn gives for it.
 
     Returns:
         (loss, stats): the scalar sum, fp32 (fp64 if an input is), differentiable once with respect to student_hidden, student_weight and
