@@ -23,21 +23,21 @@ def module_name(file: Path, base: Path) -> str:
 MODULES = {module_name(file, base): file for package, base in PACKAGES.items() for file in (base / package).rglob("*.py")}
 
 
-def statements(node: ast.AST, on_import: bool) -> Iterator[ast.AST]:
-    """What stands in `node`; with `on_import` only what runs when the module is imported."""
+def statements(node: ast.AST, types: bool, functions: bool) -> Iterator[ast.AST]:
+    """What stands in `node`; without `types` not what is for type checkers, without `functions` not what is in one."""
     for child in ast.iter_child_nodes(node):
-        lazy = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        lazy = lazy or isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-        if not (on_import and lazy):
+        for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        in_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (types or not for_types) and (functions or not in_function):
             yield child
-            yield from statements(child, on_import)
+            yield from statements(child, types, functions)
 
 
 @cache
-def imports(module: str, on_import: bool = False) -> frozenset[str]:
+def imports(module: str, *, types: bool = True, functions: bool = True) -> frozenset[str]:
     """What `module` imports: modules of this project, and of others the dotted names as they are written."""
     found = set()
-    for node in statements(ast.parse(MODULES[module].read_text(encoding="utf-8")), on_import):
+    for node in statements(ast.parse(MODULES[module].read_text(encoding="utf-8")), types, functions):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -93,7 +93,7 @@ def reached(start: str) -> set[str]:
         if module not in found:
             found.add(module)
             parents = {module.rpartition(".")[0]} & MODULES.keys()
-            left += [*parents, *(imports(module, True) if module in MODULES else ())]
+            left += [*parents, *(imports(module, types=False, functions=False) if module in MODULES else ())]
     return found
 
 
@@ -111,7 +111,7 @@ def order(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_module_is_needed_by_what_it_imports():
-    order({module: set(imports(module)) & MODULES.keys() for module in MODULES})
+    order({module: set(imports(module, types=False)) & MODULES.keys() for module in MODULES})
 
 
 def test_no_package_is_needed_by_what_it_imports():
@@ -123,6 +123,6 @@ def test_no_package_is_needed_by_what_it_imports():
     graph: dict[str, set[str]] = {}
     for module in MODULES:
         if within(module, ("atod_fast",)):
-            known = {part(name) for name in imports(module) if name in MODULES and name != "atod_fast"}
+            known = {part(name) for name in imports(module, types=False) if name in MODULES and name != "atod_fast"}
             graph.setdefault(part(module), set()).update(known - {part(module)})
     order(graph)
