@@ -71,7 +71,9 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
         if str(file) in FIELDS:
             raise UserError(f"{file} has no value; write {file}=VALUE")
     if len(files) > 1:
-        raise UserError(f"one CONFIG file at most, got {' and '.join(map(str, files))}; an override is written section.key=value")
+        raise UserError(
+            f"one CONFIG file at most, got {' and '.join(map(str, files))}; an override is written section.key=value"
+        )
     file = files[0] if files else None
     return Options(
         config=load(arguments.preset, file, overrides),
@@ -89,12 +91,23 @@ def parse_evaluation(argv: Sequence[str], description: str | None) -> tuple[argp
     """The arguments of an evaluation (model, out, transcripts), and its settings. Raises as `parse`."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("atod_fast.evaluate", description=description, formatter_class=form)
-    parser.add_argument("model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys")
+    parser.add_argument(
+        "model", help="Hugging Face model folder (runs/NAME/hf), hub name, or demo:teacher, demo:student"
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="section.key=value", help="as for atod_fast.train, whose --help lists the keys"
+    )
     parser.add_argument("--config", type=Path, metavar="TOML", help="settings file, such as a run's config.toml")
-    parser.add_argument("--preset", metavar="NAME", help="named settings; own: for your own model in your own environment")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="named settings; own: for your own model in your own environment"
+    )
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and what came of every task here")
-    parser.add_argument("--transcripts", type=Path, metavar="JSONL", help="write every episode here, with what the model was shown and said")
+    parser.add_argument(
+        "--transcripts",
+        type=Path,
+        metavar="JSONL",
+        help="write every episode here, with what the model was shown and said",
+    )
     arguments = parser.parse_intermixed_args(argv)
     # This model is all there is: a preset that leaves student and teacher to its user needs no others.
     own = [f"{role}.path={arguments.model}" for role in ("student", "teacher")]
@@ -118,7 +131,9 @@ def key_help() -> str:
             lines += ["", f"{key}: {field.description}"]
             continue
         lines.append(f"  {key} = {show(default[key])}")
-        lines += textwrap.wrap(f"{expected(field)}: {field.description}", WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            f"{expected(field)}: {field.description}", WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
     return "\n".join(lines[1:])
 
 
@@ -127,7 +142,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program: str, **options) -> None:
         super().__init__(prog=f"python -m {program}", allow_abbrev=False, **options)
-        self.add_argument("--version", action="version", version=f"atod_fast {__version__}", help="print the version and stop")
+        self.add_argument(
+            "--version", action="version", version=f"atod_fast {__version__}", help="print the version and stop"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -141,10 +158,21 @@ def _parser(program: str) -> Parser:
         epilog=f"keys, with their defaults:\n\n{key_help()}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
     )
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.toml | key=value", help="a file of settings; single settings")
+    parser.add_argument(
+        "settings", nargs="*", metavar="CONFIG.toml | key=value", help="a file of settings; single settings"
+    )
     parser.add_argument("--preset", metavar="NAME", help=f"named settings: {', '.join(PRESETS)}")
-    parser.add_argument("--run-dir", metavar="PATH", type=Path, help="folder of this run (default: one under runs/, named after CONFIG.toml or the preset)")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what a step takes in tokens and memory, then stop")
+    parser.add_argument(
+        "--run-dir",
+        metavar="PATH",
+        type=Path,
+        help="folder of this run (default: one under runs/, named after CONFIG.toml or the preset)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved settings and what a step takes in tokens and memory, then stop",
+    )
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",

@@ -22,12 +22,17 @@ class Section(BaseModel):
 
 
 class Student(Section):
-    path: str = Field("demo:student", description="Hugging Face model folder or hub name; the shipped tiny ones are demo:student, demo:webshop/student, ...")
+    path: str = Field(
+        "demo:student",
+        description="Hugging Face model folder or hub name; the shipped tiny ones are demo:student, demo:webshop/student, ...",
+    )
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="forward and backward precision; masters are always fp32; auto = bf16 on CUDA, fp32 on a CPU"
+        "auto",
+        description="forward and backward precision; masters are always fp32; auto = bf16 on CUDA, fp32 on a CPU",
     )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
-        "auto", description="auto = flash_attention_2 where flash-attn is installed, CUDA present and the model has it, else sdpa, else eager"
+        "auto",
+        description="auto = flash_attention_2 where flash-attn is installed, CUDA present and the model has it, else sdpa, else eager",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations of each block in the backward pass")
     head: Literal["auto", "fast", "lean"] = Field(
@@ -35,7 +40,9 @@ class Student(Section):
         description="the update's pass over the vocabulary: fast computes a chunk's logits once and takes the gradient at once; "
         "lean computes them twice, tile by tile, for the least memory; auto = fast",
     )
-    liger: Literal["auto", "on", "off"] = Field("auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto = on CUDA where installed")
+    liger: Literal["auto", "on", "off"] = Field(
+        "auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto = on CUDA where installed"
+    )
 
 
 class Teacher(Section):
@@ -49,11 +56,16 @@ class Teacher(Section):
 
 
 class Env(Section):
-    name: str = Field("alfworld", description="alfworld, webshop, searchqa, gymnasium, openenv, an entry point of group atod_fast.envs, or module:Class")
+    name: str = Field(
+        "alfworld",
+        description="alfworld, webshop, searchqa, gymnasium, openenv, an entry point of group atod_fast.envs, or module:Class",
+    )
     max_turns: int = Field(12, ge=1, description="turns after which an episode is cut off")
     options: dict[str, Any] = Field({}, description="options of all splits, passed to atod_fast.envs.make")
     train: dict[str, Any] = Field({"generate": 1500, "seed": 0}, description="options of the training tasks")
-    eval: dict[str, Any] = Field({"generate": 2400, "seed": 1}, description="options of the held-out tasks, the reported")
+    eval: dict[str, Any] = Field(
+        {"generate": 2400, "seed": 1}, description="options of the held-out tasks, the reported"
+    )
     # Odd seeds share no game with training; of this one's games none is among those of eval's either.
     dev: dict[str, Any] = Field(
         {"generate": 2400, "seed": 5},
@@ -61,7 +73,9 @@ class Env(Section):
         "success on them; without either they are not opened; empty where env.train or env.eval is replaced and this is not",
     )
     workers: int = Field(8, ge=1, description="threads for environments that do not answer at once")
-    step_timeout: float = Field(60.0, gt=0, description="seconds an environment may take for one step; then its trajectory ends as failed")
+    step_timeout: float = Field(
+        60.0, gt=0, description="seconds an environment may take for one step; then its trajectory ends as failed"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -73,23 +87,35 @@ class Env(Section):
 
 class Rollout(Section):
     engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="what samples: vllm (colocated), or transformers with a decode loop of its own; auto = vllm on CUDA where its version fits"
+        "auto",
+        description="what samples: vllm (colocated), or transformers with a decode loop of its own; auto = vllm on CUDA where its version fits",
     )
     tensor_parallel: int = Field(1, ge=1, description="neighbouring ranks that are one vLLM engine together")
-    kv_cache_gib: float = Field(0.0, ge=0, description="vLLM's key/value cache on a rank; 0 = room for `concurrency` sequences of the longest kind")
+    kv_cache_gib: float = Field(
+        0.0,
+        ge=0,
+        description="vLLM's key/value cache on a rank; 0 = room for `concurrency` sequences of the longest kind",
+    )
     context: Literal["window", "full"] = Field(
         "full",
         description="window: a fresh prompt each turn with the last `history` turns, one training row a turn (paper); full: one growing sequence, one row",
     )
-    temperature: float = Field(1.0, gt=0, description="sampling temperature; all log-probs and divergences are taken at it")
+    temperature: float = Field(
+        1.0, gt=0, description="sampling temperature; all log-probs and divergences are taken at it"
+    )
     prompt_tokens: int = Field(384, ge=8, description="longest prompt (context full: longest sequence) in tokens")
     response_tokens: int = Field(9, ge=1, description="longest response of one turn in tokens")
     history: int = Field(2, ge=0, description="turns of history shown with rollout.context=window")
     thinking: bool = Field(False, description="let a model that can think do so, and require <think>...</think>")
     date: str = Field(
-        "", description="YYYY-MM-DD, the day that chat templates which write a date show; empty = the day the run starts, kept when it is resumed"
+        "",
+        description="YYYY-MM-DD, the day that chat templates which write a date show; empty = the day the run starts, kept when it is resumed",
     )
-    concurrency: int = Field(64, ge=1, description="trajectories in flight in one engine; each holds a slot of the transformers engine's key/value cache")
+    concurrency: int = Field(
+        64,
+        ge=1,
+        description="trajectories in flight in one engine; each holds a slot of the transformers engine's key/value cache",
+    )
 
     @property
     def longest(self) -> int:
@@ -99,14 +125,18 @@ class Rollout(Section):
     @model_validator(mode="after")
     def _can_be_played(self) -> Rollout:
         if self.tensor_parallel > 1 and self.engine != "vllm":
-            raise ValueError(f"rollout.tensor_parallel={self.tensor_parallel} is for vLLM; set rollout.engine=vllm, or rollout.tensor_parallel=1")
+            raise ValueError(
+                f"rollout.tensor_parallel={self.tensor_parallel} is for vLLM; set rollout.engine=vllm, or rollout.tensor_parallel=1"
+            )
         if self.date:
             try:
                 right = date.fromisoformat(self.date).isoformat() == self.date
             except ValueError:
                 right = False
             if not right:
-                raise ValueError(f"rollout.date={self.date!r} is no date; write YYYY-MM-DD, or leave it empty for today")
+                raise ValueError(
+                    f"rollout.date={self.date!r} is no date; write YYYY-MM-DD, or leave it empty for today"
+                )
         if self.longest <= self.response_tokens:
             raise ValueError(
                 f"rollout.response_tokens={self.response_tokens} leaves no room in rollout.prompt_tokens={self.prompt_tokens}, "
@@ -117,9 +147,14 @@ class Rollout(Section):
 
 class Eval(Section):
     every: int = Field(20, ge=0, description="steps between evaluations; 0 = only first and last")
-    tasks: int = Field(400, ge=1, description="held-out tasks, one episode each; as many of env.dev, where it is played")
+    tasks: int = Field(
+        400, ge=1, description="held-out tasks, one episode each; as many of env.dev, where it is played"
+    )
     temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy")
-    teacher: bool = Field(True, description="also evaluate the teacher, once, before training (with transformers); schedule.kappa.kind=adaptive needs it")
+    teacher: bool = Field(
+        True,
+        description="also evaluate the teacher, once, before training (with transformers); schedule.kappa.kind=adaptive needs it",
+    )
 
 
 class Train(Section):
@@ -127,30 +162,43 @@ class Train(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     learning_rate: float = Field(7e-4, ge=0, description="peak AdamW learning rate")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
-    schedule: RateShape = Field("linear", description="how the learning rate falls from its peak to the last step's; constant: not at all")
-    final_learning_rate: float = Field(0.2, ge=0, le=1, description="fraction of the peak that the last step has; constant does not use it")
+    schedule: RateShape = Field(
+        "linear", description="how the learning rate falls from its peak to the last step's; constant: not at all"
+    )
+    final_learning_rate: float = Field(
+        0.2, ge=0, le=1, description="fraction of the peak that the last step has; constant does not use it"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     # A TOML array arrives as a list, which strict mode would refuse.
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="AdamW betas")
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     tasks_per_step: int = Field(8, ge=1, description="tasks a step, over all ranks; the number of ranks must divide it")
     group_size: int = Field(8, ge=1, description="trajectories a task")
-    minibatch_rows: int = Field(16, ge=0, description="most rows of an optimiser update, over all ranks; 0 = all rows in one update")
+    minibatch_rows: int = Field(
+        16, ge=0, description="most rows of an optimiser update, over all ranks; 0 = all rows in one update"
+    )
     epochs: int = Field(1, ge=1, description="passes over a step's rows")
-    microbatch_tokens: int = Field(4096, ge=16, description="most tokens one forward pass holds on a rank; a longer row goes alone")
+    microbatch_tokens: int = Field(
+        4096, ge=16, description="most tokens one forward pass holds on a rank; a longer row goes alone"
+    )
 
 
 class Objective(Section):
     preset: Literal["paper", "exact", "opd", "grpo", "fixed", "sequential"] = Field(
-        "paper", description="named starting point of objective.*, schedule.* and turns.*; explicit keys of the same or a later level win"
+        "paper",
+        description="named starting point of objective.*, schedule.* and turns.*; explicit keys of the same or a later level win",
     )
-    divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"] = Field(
-        "k1",
-        description="k1: sampled reverse KL as an advantage (paper); k2, k3: sampled, as a loss (k3's on-policy gradient is the forward KL's); "
-        "the others: over the full vocabulary, as a loss",
+    divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"] = (
+        Field(
+            "k1",
+            description="k1: sampled reverse KL as an advantage (paper); k2, k3: sampled, as a loss (k3's on-policy gradient is the forward KL's); "
+            "the others: over the full vocabulary, as a loss",
+        )
     )
     alpha: float = Field(0.5, ge=0, le=1, description="mixture weight of jsd and the skewed divergences")
-    log_ratio_clip: float = Field(0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)")
+    log_ratio_clip: float = Field(
+        0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = none (paper)"
+    )
     advantage: Literal["grpo", "rloo", "gigpo"] = Field("grpo", description="reinforcement-learning advantage")
     normalise_std: bool = Field(True, description="divide by the group's standard deviation")
     std_epsilon: float = Field(1e-6, gt=0, description="added to that standard deviation")
@@ -168,7 +216,9 @@ class Objective(Section):
     clip: float = Field(0.2, gt=0, description="PPO clip range")
     dual_clip: float = Field(3.0, ge=0, description="dual clip bound for negative advantages; 0 = off")
     entropy_bonus: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
-    aggregation: Literal["token", "trajectory", "turn"] = Field("token", description="what the loss is a mean over; trajectory and turn: of their token means")
+    aggregation: Literal["token", "trajectory", "turn"] = Field(
+        "token", description="what the loss is a mean over; trajectory and turn: of their token means"
+    )
     tis_cap: float = Field(
         0.0,
         ge=0,
@@ -183,7 +233,9 @@ class Objective(Section):
                 f"objective.alpha={self.alpha:g} makes objective.divergence=jsd 0 everywhere; use a value between 0 and 1, or reverse_kl or forward_kl"
             )
         if self.divergence.startswith("skew") and self.alpha == 1:
-            raise ValueError(f"objective.alpha=1 makes objective.divergence={self.divergence} 0 everywhere; use a value below 1")
+            raise ValueError(
+                f"objective.alpha=1 makes objective.divergence={self.divergence} 0 everywhere; use a value below 1"
+            )
         if self.advantage == "rloo" and self.baseline == "rows":
             raise ValueError(
                 "objective.advantage=rloo leaves one trajectory out, which objective.baseline=rows cannot: the trajectory's "
@@ -191,7 +243,9 @@ class Objective(Section):
             )
         for key in ("dual_clip", "tis_cap"):
             if 0 < getattr(self, key) < 1:
-                raise ValueError(f"objective.{key}={getattr(self, key):g} would cut tokens on which nothing has changed; use 1 or more, or 0 for none")
+                raise ValueError(
+                    f"objective.{key}={getattr(self, key):g} would cut tokens on which nothing has changed; use 1 or more, or 0 for none"
+                )
         return self
 
 
@@ -217,23 +271,35 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _kinds(self) -> Schedule:
         if self.rho.kind == "adaptive":
-            raise ValueError("schedule.rho.kind=adaptive follows the gap to the teacher, which only kappa can; use another kind for rho")
+            raise ValueError(
+                "schedule.rho.kind=adaptive follows the gap to the teacher, which only kappa can; use another kind for rho"
+            )
         for name in ("kappa", "rho"):
             slide: Slide = getattr(self, name)
             if slide.kind == "exponential" and 0 in (slide.start, slide.end):
-                raise ValueError(f"schedule.{name}.kind=exponential never reaches 0; raise schedule.{name}.start and end above 0, or use cosine")
+                raise ValueError(
+                    f"schedule.{name}.kind=exponential never reaches 0; raise schedule.{name}.start and end above 0, or use cosine"
+                )
         return self
 
 
 class Turns(Section):
-    disagreement: Literal["sampled", "exact"] = Field("sampled", description="d: mean |log pi_old - log pi_T| (paper), or mean full-vocabulary KL")
-    uncertainty: Literal["sampled", "exact"] = Field("sampled", description="h: mean negative log-likelihood (paper), or mean entropy")
+    disagreement: Literal["sampled", "exact"] = Field(
+        "sampled", description="d: mean |log pi_old - log pi_T| (paper), or mean full-vocabulary KL"
+    )
+    uncertainty: Literal["sampled", "exact"] = Field(
+        "sampled", description="h: mean negative log-likelihood (paper), or mean entropy"
+    )
     normalise: Literal["minmax", "rank", "none"] = Field("minmax", description="how each signal is brought to [0, 1]")
     fuse: Literal["softor", "mean", "max", "product", "disagreement", "uncertainty", "uniform", "shuffled"] = Field(
         "softor", description="how the two make one weight"
     )
-    scope: Literal["trajectory", "batch"] = Field("trajectory", description="the turns that are compared with each other")
-    budget: Literal["raw", "mean1"] = Field("raw", description="raw (paper), or scaled and clipped to [0.5, 2] so that the token-weighted mean is 1")
+    scope: Literal["trajectory", "batch"] = Field(
+        "trajectory", description="the turns that are compared with each other"
+    )
+    budget: Literal["raw", "mean1"] = Field(
+        "raw", description="raw (paper), or scaled and clipped to [0.5, 2] so that the token-weighted mean is 1"
+    )
     min_turns: int = Field(3, ge=1, description="trajectories with fewer turns keep weight 1")
     min_disagreement: float = Field(0.01, ge=0, description="trajectories whose largest d is below keep weight 1")
 
@@ -241,23 +307,35 @@ class Turns(Section):
 class Checkpoint(Section):
     every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end or when interrupted")
     keep: int = Field(2, ge=1, description="checkpoints kept")
-    keep_best: bool = Field(False, description="also keep the checkpoint of the best success on env.dev, which checkpoints/best.json names")
+    keep_best: bool = Field(
+        False, description="also keep the checkpoint of the best success on env.dev, which checkpoints/best.json names"
+    )
 
 
 class Observe(Section):
-    trajectories_every: int = Field(10, ge=0, description="steps between files of training trajectories, which each evaluation has too; 0 = no such files")
-    prompts: bool = Field(True, description="write each turn's rendered prompt into them (about 4 bytes a token), special tokens included")
+    trajectories_every: int = Field(
+        10,
+        ge=0,
+        description="steps between files of training trajectories, which each evaluation has too; 0 = no such files",
+    )
+    prompts: bool = Field(
+        True, description="write each turn's rendered prompt into them (about 4 bytes a token), special tokens included"
+    )
 
 
 class Guard(Section):
-    logprob_gap: float = Field(0.0, ge=0, description="largest mean |rollout - trainer log-prob| tolerated; 0 = by dtype: 1e-3 fp32, 0.05 bf16")
+    logprob_gap: float = Field(
+        0.0, ge=0, description="largest mean |rollout - trainer log-prob| tolerated; 0 = by dtype: 1e-3 fp32, 0.05 bf16"
+    )
     wait_minutes: float = Field(
         0.0,
         ge=0,
         description="minutes a rank waits for the others after a rollout; 0 = computed: the longest rollout that the settings allow "
         "(env.step_timeout a turn, 1 s a token), at least 30 minutes",
     )
-    failed_environments: float = Field(0.5, ge=0, le=1, description="largest share of a rollout's or an evaluation's environments that may fail")
+    failed_environments: float = Field(
+        0.5, ge=0, le=1, description="largest share of a rollout's or an evaluation's environments that may fail"
+    )
 
 
 def _over(below: Mapping[str, Any], given: Any) -> Any:
@@ -309,7 +387,9 @@ class Config(Section):
             if owned <= objective.model_fields_set:
                 # A copy of a section holds every key. Those that it changed win over the new preset, the others do not.
                 old = {name for name in owned if getattr(objective, name) == getattr(self.objective, name)}
-                given["objective"] = {name: getattr(objective, name) for name in Objective.model_fields if name not in old}
+                given["objective"] = {
+                    name: getattr(objective, name) for name in Objective.model_fields if name not in old
+                }
         method = _method(given)
         kept = self.model_dump()
         return Config.model_validate({**kept, **_over({name: kept[name] for name in method}, method), **given})
@@ -349,18 +429,28 @@ class Config(Section):
                 "set teacher.path, or kappa to 0 throughout (objective.preset=grpo)"
             )
         if empty:
-            raise ValueError(f"{', '.join(empty)}: empty; name your own: {' '.join(f'{key}=...' for key in empty)} (docs/environments.md)")
+            raise ValueError(
+                f"{', '.join(empty)}: empty; name your own: {' '.join(f'{key}=...' for key in empty)} (docs/environments.md)"
+            )
         for setting in self.choosers:
             if self.eval.every == 0:
-                raise ValueError(f"{setting} follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more")
+                raise ValueError(
+                    f"{setting} follows the evaluations, which eval.every=0 turns off; set eval.every to 1 or more"
+                )
             if not self.env.dev:
                 raise ValueError(
                     f"{setting} chooses by success on env.dev, which is empty; "
                     "give it tasks apart from those of env.eval, which are reported: env.dev='{...}'"
                 )
         if self.schedule.kappa.kind == "adaptive" and not self.teacher_plays:
-            without = 'teacher.path="" does not name; name one' if self.eval.teacher else "eval.teacher=false leaves out; set it to true"
+            without = (
+                'teacher.path="" does not name; name one'
+                if self.eval.teacher
+                else "eval.teacher=false leaves out; set it to true"
+            )
             raise ValueError(f"schedule.kappa.kind=adaptive measures the student against the teacher, which {without}")
         if self.train.group_size == 1 and not self.schedule.rho.always_zero:
-            raise ValueError("train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd")
+            raise ValueError(
+                "train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd"
+            )
         return self

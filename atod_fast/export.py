@@ -27,12 +27,16 @@ def _chosen(given: Path, best: bool) -> Path:
         return checkpoint.placed(given)
     newest = checkpoint.latest(given)
     if newest is None:
-        raise UserError(f"{given} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN")
+        raise UserError(
+            f"{given} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN"
+        )
     if not best:
         return newest
     found = checkpoint.best(given)
     if found is None:
-        raise UserError(f"--best: {given} names no best checkpoint, which takes checkpoint.keep_best=true; leave --best out for the newest")
+        raise UserError(
+            f"--best: {given} names no best checkpoint, which takes checkpoint.keep_best=true; leave --best out for the newest"
+        )
     return checkpoint.folder(given, found.step)
 
 
@@ -69,25 +73,35 @@ def export(path: Path, out: Path, student: str) -> list[str]:
             warnings.simplefilter("ignore")  # that there is no process group
             facts = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             weights = {
-                name: torch.empty(fact.size, dtype=fact.properties.dtype) for name, fact in facts.items() if name.startswith("model.") and hasattr(fact, "size")
+                name: torch.empty(fact.size, dtype=fact.properties.dtype)
+                for name, fact in facts.items()
+                if name.startswith("model.") and hasattr(fact, "size")
             }
             dcp.load(weights, checkpoint_id=path, no_dist=True)
     except (dcp.api.CheckpointException, Exception) as error:  # the first is none of the second
-        raise UserError(f"{path} is damaged or another program's ({checkpoint.reason(error)}); take another checkpoint") from None
+        raise UserError(
+            f"{path} is damaged or another program's ({checkpoint.reason(error)}); take another checkpoint"
+        ) from None
     weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     try:
         return write(out, weights, student, tokenizer, stop_ids)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error}); give another folder, with room for the model") from None
+        raise UserError(
+            f"--out {out} cannot be written ({error}); give another folder, with room for the model"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input."""
     parser = Parser("atod_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run for its newest")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the model; it must not hold anything yet")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the model; it must not hold anything yet"
+    )
     parser.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best success on env.dev")
-    parser.add_argument("--student", metavar="PATH", help="where the model that was trained is now (default: student.path of the run)")
+    parser.add_argument(
+        "--student", metavar="PATH", help="where the model that was trained is now (default: student.path of the run)"
+    )
     try:
         arguments = parser.parse_args(argv)
         out = arguments.out

@@ -24,7 +24,9 @@ def hold(folder: Path) -> Callable[[], None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise UserError(f"{folder} is being written by another process; wait for it, or give another --run-dir") from None
+            raise UserError(
+                f"{folder} is being written by another process; wait for it, or give another --run-dir"
+            ) from None
         except OSError:
             break
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -41,9 +41,13 @@ def resolve(path: str) -> str:
     if path.startswith("demo:"):
         folder = DEMO_WEIGHTS / path.removeprefix("demo:")
         if not (folder / "config.json").is_file():
-            raise UserError(f"model path {path!r} names no shipped model; use demo:student, demo:teacher, or another world's, as demo:searchqa/student")
+            raise UserError(
+                f"model path {path!r} names no shipped model; use demo:student, demo:teacher, or another world's, as demo:searchqa/student"
+            )
         return str(folder)
-    local = Path(path).is_absolute() or path.startswith((".", "~")) or ("/" in path and Path(Path(path).parts[0]).is_dir())
+    local = (
+        Path(path).is_absolute() or path.startswith((".", "~")) or ("/" in path and Path(Path(path).parts[0]).is_dir())
+    )
     if (Path(path).expanduser() / "adapter_config.json").is_file():
         raise UserError(
             f"model path {path!r} holds a PEFT adapter, which is no whole model; merge it into its base with peft's "
@@ -53,7 +57,11 @@ def resolve(path: str) -> str:
         raise NotHere(f"model path {path!r} does not exist here; give a Hugging Face model folder or a hub name")
     if local and not (Path(path).expanduser() / "config.json").is_file():
         run = (Path(path).expanduser() / "checkpoints").is_dir()
-        hint = f"a run's model is {path}/hf, or what python -m atod_fast.export {path} makes" if run else "give a Hugging Face model folder or a hub name"
+        hint = (
+            f"a run's model is {path}/hf, or what python -m atod_fast.export {path} makes"
+            if run
+            else "give a Hugging Face model folder or a hub name"
+        )
         raise UserError(f"model path {path!r} holds no config.json; {hint}")
     folder = str(Path(path).expanduser()) if path.startswith("~") else path
     if not Path(folder).is_dir() and not _HUB_NAME.fullmatch(folder):
@@ -88,7 +96,10 @@ class Reach(NamedTuple):
 def reaches(config) -> list[Reach]:
     """Of every decoder layer of a transformers configuration, by the rule of transformers' caches."""
     text = config.get_text_config(decoder=True)
-    sizes = {"sliding_attention": getattr(text, "sliding_window", None), "chunked_attention": getattr(text, "attention_chunk_size", None)}
+    sizes = {
+        "sliding_attention": getattr(text, "sliding_window", None),
+        "chunked_attention": getattr(text, "attention_chunk_size", None),
+    }
     usual = next((kind for kind, size in sizes.items() if size is not None), "full_attention")
     kinds = getattr(text, "layer_types", None) or [usual] * text.num_hidden_layers
     return [Reach(kind, sizes.get(kind)) for kind in kinds]
@@ -100,7 +111,9 @@ def _from_pretrained(loader, path: str, **options):
         return loader.from_pretrained(resolve(path), **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model path {path!r} cannot be loaded ({reason}); give a Hugging Face model folder or a reachable hub name") from None
+        raise UserError(
+            f"model path {path!r} cannot be loaded ({reason}); give a Hugging Face model folder or a reachable hub name"
+        ) from None
 
 
 def load_tokenizer(path: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
@@ -141,7 +154,9 @@ def _load_whole(path: str, config: PretrainedConfig, **options) -> PreTrainedMod
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
         holds = f", and holds {_some(unexpected)}, which the model has no place for" if unexpected else ""
-        raise UserError(f"model path {path!r} lacks {_some(missing)}{holds}; give a folder whose weights have the names of transformers' {config.model_type}")
+        raise UserError(
+            f"model path {path!r} lacks {_some(missing)}{holds}; give a folder whose weights have the names of transformers' {config.model_type}"
+        )
     if unexpected:
         logger.warning("model path %r holds %s, which the model has no place for: left out", path, _some(unexpected))
     return model
@@ -150,8 +165,12 @@ def _load_whole(path: str, config: PretrainedConfig, **options) -> PreTrainedMod
 def check_quantised(path: str, config) -> None:
     """UserError where a transformers configuration says that the weights are quantised."""
     if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise UserError(f"model path {path!r} holds quantised weights ({method}); give a folder of its weights in bf16, fp16 or fp32")
+        method = (
+            quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
+        )
+        raise UserError(
+            f"model path {path!r} holds quantised weights ({method}); give a folder of its weights in bf16, fp16 or fp32"
+        )
 
 
 def recurrent(model: PreTrainedModel) -> bool:
@@ -165,7 +184,11 @@ _DROPOUT = re.compile("drop")  # names of a configuration's probabilities of dro
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
-    return f"the weight {shown}" if len(names) == 1 else f"{len(names)} weights ({shown}{', ...' if len(names) > 3 else ''})"
+    return (
+        f"the weight {shown}"
+        if len(names) == 1
+        else f"{len(names)} weights ({shown}{', ...' if len(names) > 3 else ''})"
+    )
 
 
 @contextmanager
@@ -212,7 +235,9 @@ def stop_ids(path: str, *, offline: bool = False) -> list[int]:
     found = generation_config(path, offline=offline).get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise UserError(f"generation_config.json of model path {path!r}: eos_token_id = {found!r}: expected an id or a list of ids")
+        raise UserError(
+            f"generation_config.json of model path {path!r}: eos_token_id = {found!r}: expected an id or a list of ids"
+        )
     return ids
 
 
@@ -223,13 +248,17 @@ def skeleton(config, path: str = "", attention: str = "eager") -> PreTrainedMode
         UserError: it is none, or has no such attention on this machine. `path` is named then.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model")
+        raise UserError(
+            f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model"
+        )
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except (ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(f"student.attention: {attention} is not to be had for model path {path!r} ({reason}); set student.attention=auto") from None
+        raise UserError(
+            f"student.attention: {attention} is not to be had for model path {path!r} ({reason}); set student.attention=auto"
+        ) from None
 
 
 def weight_shapes(config) -> dict[str, torch.Size]:

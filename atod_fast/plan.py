@@ -86,7 +86,12 @@ def describe(config: Config, ranks: int) -> str:
         lines += ["", *_table(list(memory(config, shapes["student"], shapes.get("teacher"), found.runtime)))]
     else:
         lines.append("memory: known once the models' config.json files are here")
-    lines += ["", "not checked:", *(f"  {line}" for line in found.unchecked), "  the weights themselves: a dry run reads none"]
+    lines += [
+        "",
+        "not checked:",
+        *(f"  {line}" for line in found.unchecked),
+        "  the weights themselves: a dry run reads none",
+    ]
     if "student" in shapes and (warning := demo_values_warning(config, shapes["student"].parameters)):
         lines = [warning, *lines]
     lines = [*same_tasks(config), *lines]
@@ -142,7 +147,12 @@ def block_activations(shape: Shape, bytes_: int) -> int:
         4 (2N + K + 2)        the norms' and the softmax's fp32 normalisers
     """
     heads, kv = shape.heads, shape.kv_heads
-    return 2 * shape.hidden * (4 + 2 * bytes_) + (heads + kv) * shape.head_dim * (4 + 3 * bytes_) + 4 * bytes_ * shape.intermediate + 4 * (2 * heads + kv + 2)
+    return (
+        2 * shape.hidden * (4 + 2 * bytes_)
+        + (heads + kv) * shape.head_dim * (4 + 3 * bytes_)
+        + 4 * bytes_ * shape.intermediate
+        + 4 * (2 * heads + kv + 2)
+    )
 
 
 def activations(shape: Shape, bytes_: int, checkpointing: bool) -> int:
@@ -154,7 +164,11 @@ def activations(shape: Shape, bytes_: int, checkpointing: bool) -> int:
 
 def gathered(shape: Shape, bytes_: int) -> int:
     """Bytes of parameters that FSDP2 holds whole: root and head, the block in use and the next; small models entirely."""
-    whole = shape.parameters if shape.parameters <= RESHARD_PARAMETERS else min(shape.parameters, shape.root + 2 * shape.block)
+    whole = (
+        shape.parameters
+        if shape.parameters <= RESHARD_PARAMETERS
+        else min(shape.parameters, shape.root + 2 * shape.block)
+    )
     return whole * bytes_
 
 
@@ -202,7 +216,11 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
     if exact_loss:
         yield Item("teacher, head", teacher.root * ct, ("update",))
     if exact:
-        yield Item("teacher, final hidden states", share * teacher.hidden * ct, ("score", "update") if exact_loss else ("score",))
+        yield Item(
+            "teacher, final hidden states",
+            share * teacher.hidden * ct,
+            ("score", "update") if exact_loss else ("score",),
+        )
 
     tokens = rollout.concurrency * rollout.longest
     cache = tokens * cache_line(student, c)
@@ -220,7 +238,11 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
     lean = config.student.head == "lean"
     yield Item("head, logit tiles", head_tiles(student, 2 * mixture, device), ("score",))
     yield Item("head, logit tiles", head_tiles(student, 0 if lean else 1 + exact_loss, device), ("update",))
-    yield Item("head, fp32 gradients", 4 * student.hidden * (min(micro, share) + (0 if lean else student.vocabulary)), ("update",))
+    yield Item(
+        "head, fp32 gradients",
+        4 * student.hidden * (min(micro, share) + (0 if lean else student.vocabulary)),
+        ("update",),
+    )
 
 
 def _table(items: list[Item]) -> Iterator[str]:

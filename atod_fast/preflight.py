@@ -33,7 +33,12 @@ from atod_fast.runtime import Runtime, used_models
 from atod_fast.settings import check_env, check_model, check_ranks
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,9 @@ def _body(config: Config, role: str, path: str, shape, runtime: Runtime) -> PreT
     compute = runtime.student if role == "student" else runtime.teacher or runtime.playing_teacher
     if compute.attention == "flash_attention_2" and compute.dtype == torch.float32:
         key = f"{role}.compute_dtype={(config.student if role == 'student' else config.teacher).compute_dtype}"
-        raise UserError(f"student.attention={compute.attention} computes in 16 bits, and {key} is fp32 here; set it to bf16")
+        raise UserError(
+            f"student.attention={compute.attention} computes in 16 bits, and {key} is fp32 here; set it to bf16"
+        )
     body = skeleton(shape, path, compute.attention)
     if role == "student" or config.teacher_scores:
         CausalPolicy(body)

@@ -23,12 +23,16 @@ from atod_fast.errors import GuardError, RankLost, Unexpected, UserError
 from atod_fast.interrupt import Interrupted
 from atod_fast.records import Trajectory, Turn
 
-COLLECTIVE = timedelta(minutes=30)  # what ranks do together takes far less; they wait for each other's rollouts in `wait`
+COLLECTIVE = timedelta(
+    minutes=30
+)  # what ranks do together takes far less; they wait for each other's rollouts in `wait`
 STOPPING = timedelta(seconds=30)  # ranks that stop for the same reason come to `all_stop` well within it
 
 _before_stop: list[Callable[[], object]] = []
 _waiting: dist.ProcessGroup | None = None  # of `wait`
-_stopping: dist.ProcessGroup | None = None  # of `all_stop`: one that stops must not be taken for one whose rollout is over
+_stopping: dist.ProcessGroup | None = (
+    None  # of `all_stop`: one that stops must not be taken for one whose rollout is over
+)
 _limit = COLLECTIVE
 _doing = "starting"
 
@@ -46,7 +50,9 @@ def start() -> tuple[torch.device, DeviceMesh]:
     if torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > gpus:
-            raise UserError(f"--nproc_per_node {here} exceeds the {gpus} GPUs of this machine; use {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU")
+            raise UserError(
+                f"--nproc_per_node {here} exceeds the {gpus} GPUs of this machine; use {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU"
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
@@ -136,10 +142,14 @@ def understood(error: BaseException) -> Exception:
     text = str(error)
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         late = "imed out" in text
-        return RankLost(f"rank {rank()} waited in vain for another rank in {_doing!r}" if late else _gone("another rank"))
+        return RankLost(
+            f"rank {rank()} waited in vain for another rank in {_doing!r}" if late else _gone("another rank")
+        )
     traceback.print_exception(error)
     first = text.strip().splitlines()[0][:300] if text.strip() else ""
-    return Unexpected(f"{type(error).__name__}: {first}" if world_size() == 1 else f"rank {rank()}: {type(error).__name__}: {first}")
+    return Unexpected(
+        f"{type(error).__name__}: {first}" if world_size() == 1 else f"rank {rank()}: {type(error).__name__}: {first}"
+    )
 
 
 def ending(error: BaseException) -> tuple[Exception, str]:
@@ -226,7 +236,11 @@ def tell(text: str | None, group: dist.ProcessGroup) -> str:
     """The text that the first rank of `group` tells, on every rank of it; the others give None."""
     size = torch.tensor([len(text.encode()) if text is not None else 0])
     dist.broadcast(size, group=group, group_src=0)
-    data = torch.zeros(int(size), dtype=torch.uint8) if text is None else torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    data = (
+        torch.zeros(int(size), dtype=torch.uint8)
+        if text is None
+        else torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    )
     dist.broadcast(data, group=group, group_src=0)
     return data.numpy().tobytes().decode()
 
@@ -245,7 +259,9 @@ def gather_trajectories(mine: Sequence[Trajectory]) -> list[Trajectory]:
     parts = [_all_gather_bytes(array.tobytes()) for array in (header, tokens, logprobs)]
     everyone: list[Trajectory] = []
     for head, ids, values in zip(*parts, strict=True):
-        everyone.extend(_unpack(json.loads(head), np.frombuffer(ids, np.int32).tolist(), np.frombuffer(values, np.float32).tolist()))
+        everyone.extend(
+            _unpack(json.loads(head), np.frombuffer(ids, np.int32).tolist(), np.frombuffer(values, np.float32).tolist())
+        )
     return sorted(everyone, key=lambda t: (t.group, t.member))
 
 
@@ -258,9 +274,15 @@ def _pack(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray, n
             tokens += turn.prompt
             tokens += turn.action
             logprobs += turn.logprobs
-            turns.append(_facts(turn, "prompt", "action", "logprobs") | {"lengths": (len(turn.prompt), len(turn.action))})
+            turns.append(
+                _facts(turn, "prompt", "action", "logprobs") | {"lengths": (len(turn.prompt), len(turn.action))}
+            )
         facts.append(_facts(trajectory, "turns") | {"turns": turns})
-    return np.frombuffer(json.dumps(facts).encode(), np.uint8), np.array(tokens, np.int32), np.array(logprobs, np.float32)
+    return (
+        np.frombuffer(json.dumps(facts).encode(), np.uint8),
+        np.array(tokens, np.int32),
+        np.array(logprobs, np.float32),
+    )
 
 
 def _facts(item: Turn | Trajectory, *without: str) -> dict:
@@ -273,7 +295,14 @@ def _unpack(facts: list[dict], tokens: list[int], logprobs: list[float]) -> list
         turns = []
         for turn in fact.pop("turns"):
             prompt, action = turn.pop("lengths")
-            turns.append(Turn(tokens[at : at + prompt], tokens[at + prompt : at + prompt + action], logprobs[scored : scored + action], **turn))
+            turns.append(
+                Turn(
+                    tokens[at : at + prompt],
+                    tokens[at + prompt : at + prompt + action],
+                    logprobs[scored : scored + action],
+                    **turn,
+                )
+            )
             at, scored = at + prompt + action, scored + action
         out.append(Trajectory(turns=turns, **fact))
     return out

@@ -75,7 +75,9 @@ def _claim(options: Options) -> Place:
         except OSError as error:
             taken, place = place, choose(options)
             if place == taken:
-                raise UserError(f"--run-dir {place.run_dir} cannot be written ({checkpoint.reason(error)}); give another folder") from None
+                raise UserError(
+                    f"--run-dir {place.run_dir} cannot be written ({checkpoint.reason(error)}); give another folder"
+                ) from None
 
     def leave() -> None:
         release()
@@ -98,7 +100,9 @@ def resumed_config(options: Options, resume: Path | None) -> Config:
         return options.config
     student = read_toml(saved).get("student")
     if not isinstance(student, dict) or "path" not in student:
-        raise UserError(f"{saved} is empty or damaged: it does not say student.path; give the run's settings with CONFIG.toml or --preset")
+        raise UserError(
+            f"{saved} is empty or damaged: it does not say student.path; give the run's settings with CONFIG.toml or --preset"
+        )
     return load(None, saved, options.overrides)
 
 
@@ -118,7 +122,11 @@ def choose(options: Options) -> Place:
 def _find(options: Options) -> Place:
     run_dir, resume = options.run_dir, options.resume
     if run_dir is None and resume in (None, "auto"):
-        runs = {int(match[1] or 1): path for path in ROOT.glob("*") if (match := re.fullmatch(re.escape(options.name) + r"(?:-(\d+))?", path.name))}
+        runs = {
+            int(match[1] or 1): path
+            for path in ROOT.glob("*")
+            if (match := re.fullmatch(re.escape(options.name) + r"(?:-(\d+))?", path.name))
+        }
         newest = max(runs, default=0)
         if resume is None or not runs:
             return Place(ROOT / (f"{options.name}-{newest + 1}" if runs else options.name), None)
@@ -135,10 +143,14 @@ def _find(options: Options) -> Place:
         if path is None and resume == "auto":
             return Place(run_dir, None)
         if path is None:
-            raise UserError(f"--resume {resume} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN")
+            raise UserError(
+                f"--resume {resume} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN"
+            )
     run_dir = run_dir or run
     if run_dir is None:
-        raise UserError(f"--resume {resume} lies in no run's checkpoints/; add --run-dir NEW for the run that goes on from it")
+        raise UserError(
+            f"--resume {resume} lies in no run's checkpoints/; add --run-dir NEW for the run that goes on from it"
+        )
     here = Place(run_dir, path).here
     if not here:
         _refuse_taken(run_dir)
@@ -158,8 +170,12 @@ def _find(options: Options) -> Place:
             f"--resume {path}: the run has gone on to step {newest}; add --set-aside to move what came after step {step} "
             f"into {_free(run)}, or --run-dir NEW for a run of its own"
         )
-    if config.schedule.kappa.kind == "adaptive" and (state.get("adaptive") is None or "dev/teacher_success" not in state["before"]):
-        raise UserError(f"schedule.kappa.kind=adaptive: the run of {path} did not measure its teacher on env.dev; start a run of its own")
+    if config.schedule.kappa.kind == "adaptive" and (
+        state.get("adaptive") is None or "dev/teacher_success" not in state["before"]
+    ):
+        raise UserError(
+            f"schedule.kappa.kind=adaptive: the run of {path} did not measure its teacher on env.dev; start a run of its own"
+        )
     return Place(run_dir, path, finished=here and step == newest == steps and (run / "hf" / "config.json").is_file())
 
 
@@ -174,7 +190,9 @@ def _refuse_unusable(run_dir: Path) -> None:
 
 def _refuse_taken(run_dir: Path) -> None:
     if (run_dir / "metrics.jsonl").exists():
-        raise UserError(f"--run-dir {run_dir} already holds a run; add --resume auto to go on with it, or give another folder")
+        raise UserError(
+            f"--run-dir {run_dir} already holds a run; add --resume auto to go on with it, or give another folder"
+        )
 
 
 def open_folder(
@@ -203,7 +221,9 @@ def open_folder(
         files.write(run_dir / "config.toml", settings)
         provenance.record(history, starts, command, ranks.world_size(), device, from_step)
     except OSError as error:
-        raise UserError(f"--run-dir {run_dir} cannot be written ({checkpoint.reason(error)}); make room there, or give another folder") from None
+        raise UserError(
+            f"--run-dir {run_dir} cannot be written ({checkpoint.reason(error)}); make room there, or give another folder"
+        ) from None
 
 
 def set_aside(run_dir: Path, done: int, config: str) -> Path | None:
@@ -216,7 +236,11 @@ def set_aside(run_dir: Path, done: int, config: str) -> Path | None:
     metrics, settings = run_dir / "metrics.jsonl", run_dir / "config.toml"
     kept, beyond = _split(metrics, done)
     moved = checkpoint.beyond(run_dir, done)
-    moved += [path for path in (run_dir / "trajectories").glob("*") if (found := _TRAJECTORIES.fullmatch(path.name)) and int(found[1]) > done]
+    moved += [
+        path
+        for path in (run_dir / "trajectories").glob("*")
+        if (found := _TRAJECTORIES.fullmatch(path.name)) and int(found[1]) > done
+    ]
     moved += [path for path in (run_dir / "hf",) if path.exists()]
     if moved or beyond:
         moved += run_dir.glob("curves.png")
@@ -240,7 +264,11 @@ def set_aside(run_dir: Path, done: int, config: str) -> Path | None:
 def contents(folder: Path, done: int) -> str:
     """What `set_aside` put into `folder`, in words."""
     words = {
-        "files of later steps" if done >= 0 else "what a run without a checkpoint left": ("metrics.jsonl", "checkpoints", "trajectories"),
+        "files of later steps" if done >= 0 else "what a run without a checkpoint left": (
+            "metrics.jsonl",
+            "checkpoints",
+            "trajectories",
+        ),
         "the model of an earlier end": ("hf",),
         "the previous config.toml": ("config.toml",),
     }
@@ -248,7 +276,11 @@ def contents(folder: Path, done: int) -> str:
 
 
 def _free(run_dir: Path) -> Path:
-    taken = [int(path.name.rpartition("-")[2]) for path in run_dir.glob("set-aside-*") if path.name.rpartition("-")[2].isdecimal()]
+    taken = [
+        int(path.name.rpartition("-")[2])
+        for path in run_dir.glob("set-aside-*")
+        if path.name.rpartition("-")[2].isdecimal()
+    ]
     return run_dir / f"set-aside-{max(taken, default=0) + 1}"
 
 

@@ -37,7 +37,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "demo-searchqa": ("envs/searchqa/demo",),
     "demo-webshop": ("envs/webshop/demo",),
     "own": (PAPER, "presets/own"),
-    **{f"{env}-{size}": (PAPER, f"envs/{env}/preset", f"presets/{size}") for env in ("alfworld", "webshop", "searchqa") for size in ("0.6b", "1.7b", "4b")},
+    **{
+        f"{env}-{size}": (PAPER, f"envs/{env}/preset", f"presets/{size}")
+        for env in ("alfworld", "webshop", "searchqa")
+        for size in ("0.6b", "1.7b", "4b")
+    },
     "alfworld-1.7b": (PAPER, "envs/alfworld/preset", "presets/1.7b", "envs/alfworld/preset-1.7b"),
 }
 
@@ -54,7 +58,9 @@ def is_section(field: FieldInfo) -> bool:
 
 
 FIELDS: dict[str, FieldInfo] = dict(_walk(Config))  # sections and keys by dotted name, in order
-TABLES = [key for key, field in FIELDS.items() if get_origin(field.annotation) is dict]  # free tables: any option is a key
+TABLES = [
+    key for key, field in FIELDS.items() if get_origin(field.annotation) is dict
+]  # free tables: any option is a key
 
 
 def load(preset: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -91,7 +97,9 @@ def check_ranks(config: Config, ranks: int) -> None:
         fewer = tasks // engines * engines
         near = f"{fewer} or {fewer + engines}" if fewer else f"{engines}"
         share = f"{ranks} ranks" if together == 1 else f"the {engines} engines of {ranks} ranks"
-        raise UserError(f"train.tasks_per_step={tasks} cannot be divided by {share}; use {near}, or another number of ranks")
+        raise UserError(
+            f"train.tasks_per_step={tasks} cannot be divided by {share}; use {near}, or another number of ranks"
+        )
 
 
 SAME_TASKS = {
@@ -121,7 +129,9 @@ def check_engines(config: Config, ranks: int) -> int:
     """How many rollout engines `ranks` processes make up; UserError unless they are whole ones."""
     together = config.rollout.tensor_parallel
     if ranks % together:
-        raise UserError(f"rollout.tensor_parallel={together} does not divide {ranks} {'rank' if ranks == 1 else 'ranks'}; use a divisor of their number")
+        raise UserError(
+            f"rollout.tensor_parallel={together} does not divide {ranks} {'rank' if ranks == 1 else 'ranks'}; use a divisor of their number"
+        )
     return ranks // together
 
 
@@ -134,8 +144,12 @@ def check_model(config: Config, path: str, model: Mapping[str, Any]) -> None:
     text, rollout = model.get("text_config", model), config.rollout
     positions = text.get("max_position_embeddings")
     if positions is not None and rollout.longest > positions:
-        size = "rollout.prompt_tokens" if rollout.context == "full" else "rollout.prompt_tokens + rollout.response_tokens"
-        raise UserError(f"{size} = {rollout.longest} exceeds the {positions} positions of model {path!r}; lower rollout.prompt_tokens or take another model")
+        size = (
+            "rollout.prompt_tokens" if rollout.context == "full" else "rollout.prompt_tokens + rollout.response_tokens"
+        )
+        raise UserError(
+            f"{size} = {rollout.longest} exceeds the {positions} positions of model {path!r}; lower rollout.prompt_tokens or take another model"
+        )
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     for kind in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         original = kind.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
@@ -151,9 +165,16 @@ def demo_values_warning(config: Config, parameters: int) -> str | None:
     """One line where a student of so many parameters would be trained with values tuned to the demo's tiny one, else None."""
     default = defaults()
     # The learning rate is what harms. Other values of the demo are named beside it, and may be anybody's own without it.
-    tuned = {"train.learning_rate": config.train.learning_rate, "rollout.response_tokens": config.rollout.response_tokens}
+    tuned = {
+        "train.learning_rate": config.train.learning_rate,
+        "rollout.response_tokens": config.rollout.response_tokens,
+    }
     left = [f"{key}={value:g}" for key, value in tuned.items() if value == default[key]]
-    if config.train.learning_rate != default["train.learning_rate"] or parameters <= LARGEST_TINY or config.student.path.startswith("demo:"):
+    if (
+        config.train.learning_rate != default["train.learning_rate"]
+        or parameters <= LARGEST_TINY
+        or config.student.path.startswith("demo:")
+    ):
         return None
     return (
         f"WARNING: {', '.join(left)}: the embedded demo's, for 0.2 million parameters; student.path={config.student.path!r} has "
@@ -211,7 +232,9 @@ def expected(field: FieldInfo) -> str:
     if kind is tuple:
         return f"[{', '.join(expected(FieldInfo.from_annotation(argument)) for argument in arguments)}]"
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [f"{signs[name]} {getattr(bound, name):g}" for bound in field.metadata for name in signs if hasattr(bound, name)]
+    bounds = [
+        f"{signs[name]} {getattr(bound, name):g}" for bound in field.metadata for name in signs if hasattr(bound, name)
+    ]
     return f"{_KINDS[kind]} {' and '.join(bounds)}".rstrip()
 
 
@@ -249,7 +272,9 @@ def _flatten(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterato
         elif isinstance(value, dict):
             yield from _flatten(value, source, f"{key}.")
         else:
-            raise UserError(f"{source}{key} = {show(value)}: expected a section of keys such as {next(k for k in FIELDS if k.startswith(f'{key}.'))}")
+            raise UserError(
+                f"{source}{key} = {show(value)}: expected a section of keys such as {next(k for k in FIELDS if k.startswith(f'{key}.'))}"
+            )
 
 
 def _lay_over(merged: Level, level: Level) -> None:
@@ -282,7 +307,11 @@ def _explain(error: ValidationError, merged: Level, origin: Mapping[str, str]) -
     loc = [str(part) for part in first["loc"]]
     key = next(name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in FIELDS)
     value, field = merged[key], FIELDS[key]
-    near = did_you_mean(value, get_args(field.annotation)) if get_origin(field.annotation) is Literal and isinstance(value, str) else ""
+    near = (
+        did_you_mean(value, get_args(field.annotation))
+        if get_origin(field.annotation) is Literal and isinstance(value, str)
+        else ""
+    )
     return f"{origin.get(key, '')}{key} = {show(value)}: expected {expected(field)}{near}"
 
 
@@ -319,9 +348,13 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     foreign = [other for other in known if other == ELSEWHERE.get(leaf)]
     if found := exact or foreign or short:
         sections = {other.rpartition(".")[0]: other for other in reversed(found)}
-        return next((sections[near] for near in difflib.get_close_matches(name.rpartition(".")[0], sections, 1)), found[0])
+        return next(
+            (sections[near] for near in difflib.get_close_matches(name.rpartition(".")[0], sections, 1)), found[0]
+        )
     by_leaf = {leaf: other for other, leaf in leaves.items()}
-    near = difflib.get_close_matches(name, known, 1) or [by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, 1)]
+    near = difflib.get_close_matches(name, known, 1) or [
+        by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, 1)
+    ]
     return near[0] if near else None
 
 

@@ -79,7 +79,12 @@ class Variant:
 
     @property
     def label(self) -> str:
-        named = {"target": self.target, "bias softcap temperature valid": self.extras, "pointers": not self.tma, "odd H": not self.even}
+        named = {
+            "target": self.target,
+            "bias softcap temperature valid": self.extras,
+            "pointers": not self.tma,
+            "odd H": not self.even,
+        }
         dz = f"dz {self.dz}" if "gradient" in self.kernel else None
         operands = ("bf16" if self.bits == 16 else "fp32") if self.kernel.startswith("fused") else None
         if self.kernel.startswith("turn"):
@@ -89,7 +94,9 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     yield from (Variant("tile_sums_fwd_kernel", kind, extras=extras) for kind in KINDS for extras in (False, True))
-    yield from (Variant("tile_mixture_fwd_kernel", kind, extras=extras) for kind in MIXTURES for extras in (False, True))
+    yield from (
+        Variant("tile_mixture_fwd_kernel", kind, extras=extras) for kind in MIXTURES for extras in (False, True)
+    )
     every = (NO_TEACHER, *DIVERGENCES)
     yield from (Variant("tile_gradient_bwd_kernel", kind, extras=extras) for kind in every for extras in (False, True))
     yield from (Variant("tile_gradient_bwd_kernel", kind, dz="fp32") for kind in KINDS)
@@ -136,7 +143,11 @@ def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[st
     constants |= {"PRECISION": "ieee", "PARTS": 1}
     constants |= {k: x for k, x in config.items() if k.isupper()}
     types = dict.fromkeys(("zs", "zt", "inverse", "temperature", "parts", "stats", "upstream", "look"), "*fp32")
-    types |= dict.fromkeys(("xs", "ws", "xt", "wt", "bias_s", "bias_t"), f"*{operand}") | {"dz": f"*{v.dz}", "target": "*i64", "valid": "*u8"}
+    types |= dict.fromkeys(("xs", "ws", "xt", "wt", "bias_s", "bias_t"), f"*{operand}") | {
+        "dz": f"*{v.dz}",
+        "target": "*i64",
+        "valid": "*u8",
+    }
     if v.kind in MIXTURES:
         constants |= {"A": 0.5, "B": 0.5}
     if v.extras:
@@ -147,7 +158,9 @@ def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[st
         types |= dict.fromkeys(("values", "upstream", "out", "dx", "disagreement", "uncertainty", "weights"), "*fp32")
         types |= {"offsets": "*i64", "lengths": "*i64", "unweighted": "*i8", "fallback": "*i8"}
         types |= dict.fromkeys(("least", "most", "min_disagreement", "flat"), "fp32")
-        constants |= {"REDUCE": v.kind, "NORMALISE": "minmax", "FUSE": "softor", "MEAN_ONE": v.kind == "mean1"} | ({"lengths": None} if v.kind == "raw" else {})
+        constants |= {"REDUCE": v.kind, "NORMALISE": "minmax", "FUSE": "softor", "MEAN_ONE": v.kind == "mean1"} | (
+            {"lengths": None} if v.kind == "raw" else {}
+        )
     if not v.target:
         constants["target"] = None
     if not teacher:
@@ -163,7 +176,12 @@ def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[st
     aligned = [n for n in names if n not in constants and n not in odd and not signature[n].startswith("tensordesc")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     options = {k: x for k, x in config.items() if not k.isupper()} | {"enable_fp_fusion": True}
-    return ASTSource(fn=function, signature=signature, constexprs={(names.index(k),): x for k, x in constants.items()}, attrs=attributes), options
+    return ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(names.index(k),): x for k, x in constants.items()},
+        attrs=attributes,
+    ), options
 
 
 def pairs(variant: Variant, config: dict[str, Any]) -> int:
@@ -227,7 +245,9 @@ def tool(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def scan(lines: Iterable[str], label: re.Pattern[str], instruction: re.Pattern[str], branch: re.Pattern[str]) -> tuple[list[str], list[tuple[int, int]]]:
+def scan(
+    lines: Iterable[str], label: re.Pattern[str], instruction: re.Pattern[str], branch: re.Pattern[str]
+) -> tuple[list[str], list[tuple[int, int]]]:
     """Opcodes and loops: a branch to a label behind it closes one, from the label to the last branch to it."""
     opcodes: list[str] = []
     at: dict[str, int] = {}
@@ -240,7 +260,9 @@ def scan(lines: Iterable[str], label: re.Pattern[str], instruction: re.Pattern[s
             jump = branch.search(line)
             if jump and jump[1] in at:
                 ends[at[jump[1]]] = len(opcodes)
-    loops = [(a, b) for a, b in ends.items() if b - a > 4]  # a branch to itself pads the end; a short one waits for a barrier
+    loops = [
+        (a, b) for a, b in ends.items() if b - a > 4
+    ]  # a branch to itself pads the end; a short one waits for a barrier
     # A wait moved out of line returns into the middle of the loop that it came from: not a loop.
     return opcodes, [(a, b) for a, b in loops if not any(c < a < d < b for c, d in loops)]
 
@@ -284,7 +306,13 @@ SPILLS = {"cuda": r"STL|LDL", "hip": r"scratch_"}
 def examine(variant: Variant, arch: str, config: dict[str, Any]) -> Row:
     """Compile one variant and read what came out."""
     spec = ARCHES[arch]
-    head = {"triton": triton.__version__, "arch": arch, "kernel": variant.kernel, "variant": variant.label, "shared_limit": spec.shared}
+    head = {
+        "triton": triton.__version__,
+        "arch": arch,
+        "kernel": variant.kernel,
+        "variant": variant.label,
+        "shared_limit": spec.shared,
+    }
     head["config"] = " ".join(f"{k}={v}" for k, v in config.items() if k != "EVEN")
     start = time.perf_counter()
     try:
@@ -303,7 +331,10 @@ def examine(variant: Variant, arch: str, config: dict[str, Any]) -> Row:
     faults = {
         f"spills {read.spilled_bytes} bytes, {spills} instructions": read.spilled_bytes or spills,
         f"shared memory {shared} of {spec.shared}": shared > spec.shared,
-        f"tensor memory {getattr(compiled.metadata, 'tmem_size', 0)} of {TENSOR_MEMORY}": (getattr(compiled.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY,
+        f"tensor memory {getattr(compiled.metadata, 'tmem_size', 0)} of {TENSOR_MEMORY}": (
+            getattr(compiled.metadata, "tmem_size", 0) or 0
+        )
+        > TENSOR_MEMORY,
         "no tensor-core instruction": variant.kernel.startswith("fused") and variant.bits == 16 and not tensor,
         "no 128-bit loads": variant.kernel.startswith("tile") and not loads,
     }
@@ -368,25 +399,44 @@ def markdown(rows: list[dict[str, str]]) -> str:
     for row in rows:
         groups.setdefault((row["arch"], row["kernel"], row["triton"]), []).append(row)
     order = list(ARCHES)
-    for (arch, kernel, version), group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1:])):
+    for (arch, kernel, version), group in sorted(
+        groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1:])
+    ):
         kinds = sorted({name for row in group for name in row["tensor"].split() if not name.isdigit()})
         kib = span(f"{int(row['shared']) / 1024:.1f}" for row in group if row["shared"] != "")
-        cells = [arch, kernel, version, str(len(group)), span(r["registers"] for r in group), span(r["spilled_bytes"] for r in group)]
+        cells = [
+            arch,
+            kernel,
+            version,
+            str(len(group)),
+            span(r["registers"] for r in group),
+            span(r["spilled_bytes"] for r in group),
+        ]
         cells += [
             f"{kib} ({int(group[0]['shared_limit']) // 1024})",
             " ".join(kinds),
             *(span(r[k] for r in group) for k in ("loads", "stores", "per_pair", "seconds")),
         ]
         lines.append("| " + " | ".join([*cells, str(sum(bool(r["fault"]) for r in group))]) + " |")
-    lines += ["", *(f"- {row['triton']} {row['arch']} {row['kernel']} ({row['variant']}): {row['fault']}" for row in faults)]
+    lines += [
+        "",
+        *(f"- {row['triton']} {row['arch']} {row['kernel']} ({row['variant']}): {row['fault']}" for row in faults),
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def store(path: Path, rows: list[Row]) -> None:
     """Write the CSV, keeping what it holds of other versions and architectures, and the table beside it."""
     done = {(row.triton, row.arch) for row in rows}
-    kept = [] if not path.exists() else [r for r in csv.DictReader(path.open(newline="")) if (r["triton"], r["arch"]) not in done]
-    every = sorted(kept + [{k: str(v) for k, v in asdict(row).items()} for row in rows], key=lambda r: (r["triton"], list(ARCHES).index(r["arch"])))
+    kept = (
+        []
+        if not path.exists()
+        else [r for r in csv.DictReader(path.open(newline="")) if (r["triton"], r["arch"]) not in done]
+    )
+    every = sorted(
+        kept + [{k: str(v) for k, v in asdict(row).items()} for row in rows],
+        key=lambda r: (r["triton"], list(ARCHES).index(r["arch"])),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
@@ -399,7 +449,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 on a fault")
     parser.add_argument("--arch", nargs="+", choices=tuple(ARCHES), default=tuple(ARCHES))
-    parser.add_argument("--kernel", nargs="+", default=[], help="names that a kernel's must begin with one of; nothing is written then")
+    parser.add_argument(
+        "--kernel", nargs="+", default=[], help="names that a kernel's must begin with one of; nothing is written then"
+    )
     parser.add_argument("--out", default=str(RESULTS), help="the CSV, the table is written beside it; '' for none")
     args = parser.parse_args()
     chosen = [v for v in variants() if not args.kernel or v.kernel.startswith(tuple(args.kernel))]
@@ -411,9 +463,14 @@ def main() -> None:
                 rows.append(row)
                 tensor = row.tensor or "no tensor cores"
                 found = f"{row.registers} registers, {row.shared} B shared, {row.per_pair or '-'} per pair, {row.loads} loads {row.stores} stores, {tensor}"
-                print(f"{'FAULT' if row.fault else 'ok   '} {arch} {row.kernel} ({row.variant}): {row.fault or found}, {row.seconds} s", flush=True)
+                print(
+                    f"{'FAULT' if row.fault else 'ok   '} {arch} {row.kernel} ({row.variant}): {row.fault or found}, {row.seconds} s",
+                    flush=True,
+                )
     faults = sum(bool(row.fault) for row in rows)
-    print(f"triton {triton.__version__}: {len(rows)} compilations, {faults} with a fault, {sum(float(row.seconds or 0) for row in rows):.0f} s")
+    print(
+        f"triton {triton.__version__}: {len(rows)} compilations, {faults} with a fault, {sum(float(row.seconds or 0) for row in rows):.0f} s"
+    )
     if args.out and not args.kernel:
         store(Path(args.out), rows)
     sys.exit(1 if args.check and faults else 0)

@@ -118,12 +118,15 @@ FAMILIES = [
     Family(
         "DeepSeek V3",
         "deepseek_v3",
-        EXPERTS | MLA | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+        EXPERTS
+        | MLA
+        | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
     ),
     Family(
         "dots.llm1",
         "dots1",
-        EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        EXPERTS
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     ),
     Family("ERNIE 4.5", "ernie4_5"),
     Family("ERNIE 4.5 MoE", "ernie4_5_moe", EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}),
@@ -174,7 +177,8 @@ FAMILIES = [
     Family(
         "GLM-4 MoE",
         "glm4_moe",
-        EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        EXPERTS
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     ),
     Family("GPT-2", "gpt2", GPT),
     Family("GPT-BigCode", "gpt_bigcode", GPT),
@@ -195,7 +199,9 @@ FAMILIES = [
     Family(
         "Granite 4, hybrid",
         "granitemoehybrid",
-        EXPERTS | MAMBA | {"logits_scaling": 6.0, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
+        EXPERTS
+        | MAMBA
+        | {"logits_scaling": 6.0, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
     ),
     Family("Helium", "helium"),
     Family("Hunyuan, dense", "hunyuan_v1_dense"),
@@ -400,7 +406,11 @@ def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
     half = build_student(compute, liger=False, checkpointing=student.supports_gradient_checkpointing)
     half = shard(half.train(), mesh, torch.bfloat16)
     (half(batch, HeadJob(batch.target, 0.7)).logp * weight).sum().backward()
-    taught = [(p.grad.full_tensor(), gradients[name]) for name, p in half.named_parameters() if p.grad is not None and gradients[name] is not None]
+    taught = [
+        (p.grad.full_tensor(), gradients[name])
+        for name, p in half.named_parameters()
+        if p.grad is not None and gradients[name] is not None
+    ]
     alike("gradients", *(torch.cat([tensor.flatten() for tensor in side]) for side in zip(*taught, strict=True)), 0.95)
     source = dict(plain.named_parameters(remove_duplicate=False))
     sent = {name: tensor.clone() for name, tensor in stream_weights(policy)}

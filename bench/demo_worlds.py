@@ -90,7 +90,10 @@ def main() -> None:
     more = [f"train.steps={arguments.steps}"] if arguments.steps else []
     load = os.getloadavg()[0]
     with TemporaryDirectory() as folder:
-        runs = {preset: train(preset, Path(folder) / preset, [f"env.eval.seed={seed}", *more]) for preset, seed in PRESETS.items()}
+        runs = {
+            preset: train(preset, Path(folder) / preset, [f"env.eval.seed={seed}", *more])
+            for preset, seed in PRESETS.items()
+        }
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     machine = f"{processor()}, {os.cpu_count()} cores, load {load:.1f} at the start; {versions}"
     at = f"commit {head}" + (f", with changes in {', '.join(changed)}" if changed else "")

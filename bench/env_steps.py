@@ -46,7 +46,11 @@ def in_alfworld(env: Environment, info: Info, taken: int, random: Random) -> str
 
 def in_webshop(env: Environment, info: Info, taken: int, random: Random) -> str:
     command = random.choice(info["admissible_actions"])
-    return f"search[{some_words(env.goal.instruction, random)}]" if command.startswith("search[") or command == "click[search]" else command
+    return (
+        f"search[{some_words(env.goal.instruction, random)}]"
+        if command.startswith("search[") or command == "click[search]"
+        else command
+    )
 
 
 def in_searchqa(env: Environment, info: Info, taken: int, random: Random) -> str:
@@ -81,7 +85,15 @@ def measured(case: Case) -> str:
             steps += taken
     rate = median(rates)
     spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
-    cells = [case.title, f"{len(env):,}", f"{steps:,}", f"**{rate:,.0f}**", spread, f"{1e3 / rate:.3f}", f"{median(resets):.3f}"]
+    cells = [
+        case.title,
+        f"{len(env):,}",
+        f"{steps:,}",
+        f"**{rate:,.0f}**",
+        spread,
+        f"{1e3 / rate:.3f}",
+        f"{median(resets):.3f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -112,11 +124,29 @@ def cases(args: argparse.Namespace) -> list[Case]:
     found = [Case("ALFWorld, made up, full scenes", "alfworld", made | {"scene": "full"}, in_alfworld, *often)]
     if args.textworld and version("textworld") and version("alfworld"):
         slow = {"generate": args.textworld, "seed": 0, "scene": "full", "engine": "textworld"}
-        found.append(Case("ALFWorld, made up, full scenes, TextWorld's engine", "alfworld", slow, in_alfworld, args.textworld, 1))
+        found.append(
+            Case("ALFWorld, made up, full scenes, TextWorld's engine", "alfworld", slow, in_alfworld, args.textworld, 1)
+        )
     found.append(Case("ALFWorld, made up, the demo's scenes", "alfworld", made, in_alfworld, *often))
     if args.alfworld_data:
-        found.append(Case("ALFWorld, official valid_seen", "alfworld", {"split": "valid_seen", "data": args.alfworld_data}, in_alfworld, *often))
-    found.append(Case("WebShop, 1,000 made-up products, full pages", "webshop", {"generate": 1000, "scale": "full", "nouns": "heuristic"}, in_webshop, *often))
+        found.append(
+            Case(
+                "ALFWorld, official valid_seen",
+                "alfworld",
+                {"split": "valid_seen", "data": args.alfworld_data},
+                in_alfworld,
+                *often,
+            )
+        )
+    found.append(
+        Case(
+            "WebShop, 1,000 made-up products, full pages",
+            "webshop",
+            {"generate": 1000, "scale": "full", "nouns": "heuristic"},
+            in_webshop,
+            *often,
+        )
+    )
     products, attributes = shared / "webshop_products_1000.jsonl.xz", shared / "webshop_items_ins_v2_1000.json"
     if products.exists() and attributes.exists():
         official = {"products": products, "attributes": attributes, "nouns": "heuristic"}
@@ -124,7 +154,15 @@ def cases(args: argparse.Namespace) -> list[Case]:
     found.append(Case("Search-QA, made up", "searchqa", {"generate": 1000}, in_searchqa, *often))
     questions, corpus = shared / "searchqa_hotpot_questions.jsonl", shared / "searchqa_hotpot_corpus.jsonl"
     if questions.exists() and corpus.exists():
-        found.append(Case("Search-QA, HotpotQA, 1,000 passages", "searchqa", {"questions": questions, "retriever": corpus}, in_searchqa, *often))
+        found.append(
+            Case(
+                "Search-QA, HotpotQA, 1,000 passages",
+                "searchqa",
+                {"questions": questions, "retriever": corpus},
+                in_searchqa,
+                *often,
+            )
+        )
     return found
 
 

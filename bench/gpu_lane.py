@@ -115,7 +115,14 @@ def cases(interpreted: bool) -> Iterator[Case]:
     for schedule in ("fast", "lean"):
         for kind in DIVERGENCES:
             yield Case(kind, schedule, torch.bfloat16, options=kind == "jsd")
-            yield Case(kind, schedule, torch.float32, spread=2.0 if interpreted else 30.0, options=kind == "reverse_kl", wider="teacher")
+            yield Case(
+                kind,
+                schedule,
+                torch.float32,
+                spread=2.0 if interpreted else 30.0,
+                options=kind == "reverse_kl",
+                wider="teacher",
+            )
         yield Case("reverse_kl", schedule, torch.bfloat16, spread=30.0, target=False)
         if not interpreted:
             for kind in DIVERGENCES:
@@ -139,13 +146,23 @@ def make(case: Case, device: torch.device, interpreted: bool, seed: int = 0) -> 
     weight[:, h:] *= 0.1 / more**0.5
     hidden, weight = hidden.to(case.dtype), weight.to(case.dtype)
     sizes = (v + 13, v) if case.wider == "student" else (v, v + 13)
-    tensors = {"student_hidden": hidden[:, :h], "student_weight": weight[: sizes[0], :h], "teacher_hidden": hidden, "teacher_weight": weight[: sizes[1]]}
+    tensors = {
+        "student_hidden": hidden[:, :h],
+        "student_weight": weight[: sizes[0], :h],
+        "teacher_hidden": hidden,
+        "teacher_weight": weight[: sizes[1]],
+    }
     valid = torch.ones(v, dtype=torch.bool)
     options: dict[str, Any] = {"divergence": case.kind, "alpha": 0.3}
     if case.options:
         valid[3:17] = False
         bias = torch.randn(v + 13, generator=g).to(case.dtype)
-        tensors |= {"student_bias": bias[: sizes[0]], "teacher_bias": bias[: sizes[1]], "temperature": torch.rand(t, generator=g) + 0.5, "valid_columns": valid}
+        tensors |= {
+            "student_bias": bias[: sizes[0]],
+            "teacher_bias": bias[: sizes[1]],
+            "temperature": torch.rand(t, generator=g) + 0.5,
+            "valid_columns": valid,
+        }
         options |= {"softcap": 2 * case.spread, "teacher_softcap": 2 * case.spread}
     if case.target:
         target = torch.randint(17, v, (t,), generator=g)
@@ -183,7 +200,9 @@ def plain(
     return tuple(x if x is None or target is None else x.masked_fill(target == -100, 0) for x in out)
 
 
-def results(function: Callable[..., Any], inputs: Inputs, dtype: torch.dtype | None = None, **more: Any) -> list[Tensor | None]:
+def results(
+    function: Callable[..., Any], inputs: Inputs, dtype: torch.dtype | None = None, **more: Any
+) -> list[Tensor | None]:
     """The outputs, then the gradients of hidden, weight and bias, for the random upstream; `dtype` converts the inputs first."""
     tensors = {k: x.to(dtype) if dtype and x.is_floating_point() else x for k, x in inputs.tensors.items()}
     tensors = {k: x.detach().clone().requires_grad_(k.startswith("student")) for k, x in tensors.items()}
@@ -240,7 +259,11 @@ def correctness(lane: Lane, interpreted: bool) -> None:
                 again = results(linear_divergence, inputs, schedule=case.schedule, backend="triton")
                 equal = all(a is b or torch.equal(a, b) for a, b in zip(got, again, strict=True))
                 lane.check(f"{case}: run to run", equal, "equal to the last bit" if equal else "differs")
-    for kind, schedule, dtype in (("reverse_kl", "fast", torch.bfloat16), ("jsd", "fast", torch.float32), ("forward_kl", "lean", torch.bfloat16)):
+    for kind, schedule, dtype in (
+        ("reverse_kl", "fast", torch.bfloat16),
+        ("jsd", "fast", torch.float32),
+        ("forward_kl", "lean", torch.bfloat16),
+    ):
         case = Case(kind, schedule, dtype)
         if not lane.ready(f"token loss {case}"):
             continue
@@ -249,7 +272,13 @@ def correctness(lane: Lane, interpreted: bool) -> None:
             leaves = {k: x.detach().clone().requires_grad_(k.startswith("student")) for k, x in inputs.tensors.items()}
             loss, stats = token_loss(inputs.upstream, **leaves, **inputs.options, schedule=schedule, backend="triton")
             loss.backward()
-            compare(lane, f"token loss {case}", [*stats, leaves["student_hidden"].grad, leaves["student_weight"].grad, None], inputs, case)
+            compare(
+                lane,
+                f"token loss {case}",
+                [*stats, leaves["student_hidden"].grad, leaves["student_weight"].grad, None],
+                inputs,
+                case,
+            )
 
 
 def single_model(lane: Lane, interpreted: bool, target: Tensor | None, lean: bool) -> problem.Problem:
@@ -272,7 +301,9 @@ def recompute(lane: Lane, interpreted: bool) -> None:
     dz = torch.empty(t, v, device=lane.device)
     for rows in (slice(0, t // 3), slice(t // 3, t)):  # not the forward's blocks
         for columns in (slice(0, v // 2), slice(v // 2, v)):
-            tile = torch.empty_like(dz[rows, columns], memory_format=torch.contiguous_format)  # rows of its own: the kernel writes whole ones
+            tile = torch.empty_like(
+                dz[rows, columns], memory_format=torch.contiguous_format
+            )  # rows of its own: the kernel writes whole ones
             dz[rows, columns] = fused.gradient(rows, columns, tile, stats, upstream)
     logits = p.student_hidden.double() @ p.student_weight.double().T
     at = logits.argmax(1)
@@ -280,9 +311,15 @@ def recompute(lane: Lane, interpreted: bool) -> None:
     entropy, log_s = stats[algebra.ENTROPY].double(), stats[algebra.LOG_S].double()
     expected = (log_s - entropy) * (-log_s).exp()
     got = dz.gather(1, at[:, None])[:, 0].double()
-    slack = 4e-7 * (log_s.abs() + entropy.abs()) + 1e-9  # of fp32 in this formula; a logit off by its last bit moves the result by 4e-6 p
+    slack = (
+        4e-7 * (log_s.abs() + entropy.abs()) + 1e-9
+    )  # of fp32 in this formula; a logit off by its last bit moves the result by 4e-6 p
     off = ((got - expected).abs() / slack)[sure].max().item()
-    lane.check("fused recompute equals its forward", off <= 1, f"{int(sure.sum())} rows, largest difference {off:.2f} of what rounding allows")
+    lane.check(
+        "fused recompute equals its forward",
+        off <= 1,
+        f"{int(sure.sum())} rows, largest difference {off:.2f} of what rounding allows",
+    )
 
 
 def out_of_range(lane: Lane, interpreted: bool) -> None:
@@ -298,7 +335,11 @@ def out_of_range(lane: Lane, interpreted: bool) -> None:
         upstream = torch.ones(3, p.tokens, device=lane.device)
         dx, _, _ = backend.head_gradients(p, stats, upstream, True, True, False)
         passed = bool(logp[2]) and int(logp.sum()) == 1 and not dx[2:4].any() and bool(dx.isfinite().all())
-        lane.check(f"target out of range, {'lean' if lean else 'fast'}", passed, f"NaN in {logp.nonzero()[:, 0].tolist()}, expected [2]; no gradient there")
+        lane.check(
+            f"target out of range, {'lean' if lean else 'fast'}",
+            passed,
+            f"NaN in {logp.nonzero()[:, 0].tolist()}, expected [2]; no gradient there",
+        )
 
 
 def turn_kernels(lane: Lane, interpreted: bool) -> None:
@@ -331,11 +372,21 @@ def turn_kernels(lane: Lane, interpreted: bool) -> None:
             expected = turns.turn_weight_report(d, h, trajectories, turn_lengths=n, budget=budget, fuse=fuse)
             arguments = [x.to(lane.device) for x in (d, h, trajectories)]
             lengths = n.to(lane.device) if budget == "mean1" else None
-            options = {"normalise": "minmax", "fuse": fuse, "clip": (0.5, 2.0), "min_turns": 3, "min_disagreement": 0.01}
+            options = {
+                "normalise": "minmax",
+                "fuse": fuse,
+                "clip": (0.5, 2.0),
+                "min_turns": 3,
+                "min_disagreement": 0.01,
+            }
             weights, left, fallback = triton_turns.turn_weights(*arguments, lengths, **options)
             same = torch.equal(left.cpu(), expected.unweighted) and torch.equal(fallback.cpu(), expected.fallback)
             off = error(weights.cpu(), expected.weights)
-            lane.check(f"turn_weights {budget} {fuse}", off < 1e-6 and same, f"weights {off:.1e}, flags {'equal' if same else 'differ'}")
+            lane.check(
+                f"turn_weights {budget} {fuse}",
+                off < 1e-6 and same,
+                f"weights {off:.1e}, flags {'equal' if same else 'differ'}",
+            )
 
 
 def timing(lane: Lane, sizes: str, dtype: torch.dtype) -> None:
@@ -344,7 +395,10 @@ def timing(lane: Lane, sizes: str, dtype: torch.dtype) -> None:
 
     shape = head.Shape.parse(sizes)
     inputs = head.make_inputs(shape, "cuda", dtype)
-    found = sorted(head.contenders("cuda").items(), key=lambda item: (item[1].compiled, item[1].role not in ("ours", "floor"), item[1].role != "floor"))
+    found = sorted(
+        head.contenders("cuda").items(),
+        key=lambda item: (item[1].compiled, item[1].role not in ("ours", "floor"), item[1].role != "floor"),
+    )
     for which in (head.BOTH, head.FORWARD):
         for name, contender in found:
             if which not in contender.passes:
@@ -361,7 +415,13 @@ def timing(lane: Lane, sizes: str, dtype: torch.dtype) -> None:
                 finally:
                     head.clear(inputs)
                     torch.cuda.empty_cache()
-                row = {"pass": which, "contender": name, "role": contender.role, "milliseconds": milliseconds[len(milliseconds) // 2], "peak_mib": peak}
+                row = {
+                    "pass": which,
+                    "contender": name,
+                    "role": contender.role,
+                    "milliseconds": milliseconds[len(milliseconds) // 2],
+                    "peak_mib": peak,
+                }
                 lane.times.append(row)
                 print(f"timed   {name}, {which}: {row['milliseconds']:.1f} ms, {peak:.0f} MiB", flush=True)
 
@@ -373,9 +433,14 @@ def table(lane: Lane) -> str:
         rows = [row for row in lane.times if row["pass"] == which]
         floor = min((row["milliseconds"] for row in rows if row["role"] == "floor"), default=math.nan)
         lines += [f"\n{which:48} {'ms':>8} {'x floor':>8} {'MiB':>8}"]
-        lines += [f"{row['contender']:48} {row['milliseconds']:8.1f} {row['milliseconds'] / floor:8.2f} {row['peak_mib']:8.0f}" for row in rows]
+        lines += [
+            f"{row['contender']:48} {row['milliseconds']:8.1f} {row['milliseconds'] / floor:8.2f} {row['peak_mib']:8.0f}"
+            for row in rows
+        ]
     passed = sum(check["passed"] for check in lane.checks)
-    lines.append(f"\nchecks: {passed} of {len(lane.checks)} passed; failures: {len(lane.failures)}; skipped: {len(lane.skipped)}")
+    lines.append(
+        f"\nchecks: {passed} of {len(lane.checks)} passed; failures: {len(lane.failures)}; skipped: {len(lane.skipped)}"
+    )
     lines += [f"  FAILED {text}" for text in lane.failures] + [f"  skipped {text}" for text in lane.skipped]
     return "\n".join(lines)
 
@@ -384,7 +449,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the results as JSON")
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it ends within this")
-    parser.add_argument("--shape", default="8192,151936,2048,4096", help="tokens,columns,student_hidden,teacher_hidden of the timing")
+    parser.add_argument(
+        "--shape", default="8192,151936,2048,4096", help="tokens,columns,student_hidden,teacher_hidden of the timing"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--interpret", action="store_true", help="the checks alone, tiny, on the CPU")
     args = parser.parse_args()
@@ -402,7 +469,11 @@ def main() -> int:
 
     import triton
 
-    about = {"torch": torch.__version__, "triton": triton.__version__, "device": "interpreter" if args.interpret else torch.cuda.get_device_name()}
+    about = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "device": "interpreter" if args.interpret else torch.cuda.get_device_name(),
+    }
     print(" ".join(f"{k} {v}" for k, v in about.items()), flush=True)
 
     def finish() -> int:
@@ -418,10 +489,17 @@ def main() -> int:
         finish()
         os._exit(1)
 
-    watchdog = threading.Timer(60 * args.minutes, hung)  # a kernel that hangs blocks the main thread in C, where no signal reaches it
+    watchdog = threading.Timer(
+        60 * args.minutes, hung
+    )  # a kernel that hangs blocks the main thread in C, where no signal reaches it
     watchdog.daemon = True
     watchdog.start()
-    for name, run in (("recompute", recompute), ("out of range", out_of_range), ("turns", turn_kernels), ("correctness", correctness)):
+    for name, run in (
+        ("recompute", recompute),
+        ("out of range", out_of_range),
+        ("turns", turn_kernels),
+        ("correctness", correctness),
+    ):
         if lane.ready(name):
             with lane.step(name):
                 run(lane, args.interpret)

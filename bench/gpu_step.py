@@ -61,7 +61,12 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        settings = [*make_models(args.tokenizer, Path(folder)), *SETTINGS, f"train.steps={args.steps}", f"train.microbatch_tokens={args.microbatch_tokens}"]
+        settings = [
+            *make_models(args.tokenizer, Path(folder)),
+            *SETTINGS,
+            f"train.steps={args.steps}",
+            f"train.microbatch_tokens={args.microbatch_tokens}",
+        ]
         plan = io.StringIO()
         with contextlib.redirect_stdout(plan):
             train.main([*settings, "--dry-run"])

@@ -55,7 +55,9 @@ class Shape:
     def parse(cls, text: str) -> Shape:
         sizes = [int(x) for x in text.split(",")]
         if len(sizes) not in (3, 4) or min(sizes) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r}; expected tokens,columns,hidden or tokens,columns,student_hidden,teacher_hidden")
+            raise argparse.ArgumentTypeError(
+                f"{text!r}; expected tokens,columns,hidden or tokens,columns,student_hidden,teacher_hidden"
+            )
         return cls(*sizes, *sizes[2:] * (len(sizes) == 3))
 
     def __str__(self) -> str:
@@ -85,7 +87,10 @@ def make_inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) ->
     """Student hidden and weight (requiring gradients), teacher hidden and weight; logits of standard deviation 2."""
     g = torch.Generator(device).manual_seed(seed)
     t, v, hs, ht = astuple(shape)
-    tensors = [torch.empty(size, device=device, dtype=dtype).normal_(generator=g) for size in ((t, hs), (v, hs), (t, ht), (v, ht))]
+    tensors = [
+        torch.empty(size, device=device, dtype=dtype).normal_(generator=g)
+        for size in ((t, hs), (v, hs), (t, ht), (v, ht))
+    ]
     for weight in tensors[1::2]:
         weight.mul_(2 / weight.shape[1] ** 0.5)
     return [x.requires_grad_(i < 2) for i, x in enumerate(tensors)]
@@ -129,10 +134,15 @@ def checked(device: str, wanted: Callable[[str], bool]) -> dict[str, tuple[Conte
             print(f"left out: {name}: {first_line(error)}")
             continue
         if value is not None:
-            pairs = ((value.detach(), expected.detach()), *((x.grad, y.grad) for x, y in zip(inputs[:2], doubles[:2], strict=True)))
+            pairs = (
+                (value.detach(), expected.detach()),
+                *((x.grad, y.grad) for x, y in zip(inputs[:2], doubles[:2], strict=True)),
+            )
             error = max(float((a.cpu().double() - b).norm() / b.norm()) for a, b in pairs)
             if not error < 1e-4:
-                raise SystemExit(f"{name} computes something else: its loss or gradients are {error:.1e} from the reference's")
+                raise SystemExit(
+                    f"{name} computes something else: its loss or gradients are {error:.1e} from the reference's"
+                )
             print(f"checked: {name}: within {error:.0e} of the reference in loss and gradients")
         found[name] = contender, loss
     torch._dynamo.reset()  # each shape is compiled for itself, not for shapes that vary
@@ -198,11 +208,24 @@ def peak_of_this_process(name: str, shape: Shape, dtype: torch.dtype, which: str
 def peak_cpu(name: str, shape: Shape, dtype: torch.dtype, which: str) -> float:
     """The same in a fresh process, whose allocator gives every large buffer back at once so that none hides in what was freed before."""
     sizes = ",".join(str(x) for x in astuple(shape))
-    command = [sys.executable, __file__, "--peak-of", name, "--shapes", sizes, "--pass", which, "--dtype", str(dtype).removeprefix("torch.")]
+    command = [
+        sys.executable,
+        __file__,
+        "--peak-of",
+        name,
+        "--shapes",
+        sizes,
+        "--pass",
+        which,
+        "--dtype",
+        str(dtype).removeprefix("torch."),
+    ]
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | allocator)
     if done.returncode:
-        raise MemoryError(f"its process ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+        raise MemoryError(
+            f"its process ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}"
+        )
     return float(done.stdout.split()[-1])
 
 
@@ -224,7 +247,15 @@ class Study:
     timed: bool = True
 
 
-def measure(study: Study, shape: Shape, which: str, running: dict[str, tuple[Contender, Loss]], dtype: torch.dtype, device: str, rounds: int) -> Iterator[dict]:
+def measure(
+    study: Study,
+    shape: Shape,
+    which: str,
+    running: dict[str, tuple[Contender, Loss]],
+    dtype: torch.dtype,
+    device: str,
+    rounds: int,
+) -> Iterator[dict]:
     """The CSV's rows of one shape and pass."""
     load = round(os.getloadavg()[0], 2)
     taking_part = {name: pair for name, pair in running.items() if which in pair[0].passes and study.only(name)}
@@ -245,7 +276,12 @@ def measure(study: Study, shape: Shape, which: str, running: dict[str, tuple[Con
             times[name].append(samples(taking_part[name][1], inputs, which))
 
     def row(name: str, metric: str, quantile: int | str, value: float, count: int) -> dict:
-        stack = {"torch": torch.__version__, "triton": version("triton"), "liger": version("liger-kernel"), "trl": version("trl")}
+        stack = {
+            "torch": torch.__version__,
+            "triton": version("triton"),
+            "liger": version("liger-kernel"),
+            "trl": version("trl"),
+        }
         return {
             "study": study.name,
             "tokens": shape.tokens,
@@ -282,15 +318,30 @@ def measure(study: Study, shape: Shape, which: str, running: dict[str, tuple[Con
     chunked = [name for name in times if taking_part[name][0].role == "chunked peer"]
     against[plot_head.TO_PEER] = min(chunked, key=lambda name: sorted(rounds_of[name])[rounds // 2], default=None)
     for name, turns in times.items():
-        yield from quantiles(name, "milliseconds" if device == "cuda" else "cpu seconds", [x for turn in turns for x in turn])
+        yield from quantiles(
+            name, "milliseconds" if device == "cuda" else "cpu seconds", [x for turn in turns for x in turn]
+        )
         for metric, other in against.items():
             if other is not None:
-                yield from quantiles(name, metric, [a / b for a, b in zip(rounds_of[name], rounds_of[other], strict=True)])
+                yield from quantiles(
+                    name, metric, [a / b for a, b in zip(rounds_of[name], rounds_of[other], strict=True)]
+                )
 
 
 def store(path: Path, rows: list[dict]) -> None:
     """Write the rows; what the file held of the same study, shape, pass and machine is replaced."""
-    key = ("study", "tokens", "columns", "student_hidden", "teacher_hidden", "dtype", "device", "hardware", "threads", "pass")
+    key = (
+        "study",
+        "tokens",
+        "columns",
+        "student_hidden",
+        "teacher_hidden",
+        "dtype",
+        "device",
+        "hardware",
+        "threads",
+        "pass",
+    )
     replaced = {tuple(str(row[k]) for k in key) for row in rows}
     kept = [row for row in plot_head.read(path) if tuple(row[k] for k in key) not in replaced] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +355,10 @@ def studies(args: argparse.Namespace) -> Iterator[Study]:
     passes = (args.which,) if args.which else None
     if args.shapes is not None or not (args.sweep or args.lean_memory):
         given = args.shapes or ["bar"]
-        for name, shapes in (("bar", BAR[args.device] if "bar" in given else []), ("shapes", [s for s in given if s != "bar"])):
+        for name, shapes in (
+            ("bar", BAR[args.device] if "bar" in given else []),
+            ("shapes", [s for s in given if s != "bar"]),
+        ):
             yield Study(name, shapes, passes or (BOTH, FORWARD))
     for axis in args.sweep:
         yield Study(f"sweep {axis}", SWEEPS[args.device][axis], passes or (BOTH,))
@@ -314,13 +368,22 @@ def studies(args: argparse.Namespace) -> Iterator[Study]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", type=lambda s: s if s == "bar" else Shape.parse(s), help="bar, or T,V,H or T,V,Hs,Ht, several")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=lambda s: s if s == "bar" else Shape.parse(s),
+        help="bar, or T,V,H or T,V,Hs,Ht, several",
+    )
     parser.add_argument("--sweep", nargs="+", choices=("T", "V", "H"), default=[])
     parser.add_argument("--lean-memory", action="store_true")
-    parser.add_argument("--pass", dest="which", choices=(FORWARD, BOTH), help="default: both, in sweeps forward+backward")
+    parser.add_argument(
+        "--pass", dest="which", choices=(FORWARD, BOTH), help="default: both, in sweeps forward+backward"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV; tables and plots are written beside it")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -15,7 +15,9 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def processor() -> str:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def version(package: str) -> str:

@@ -57,7 +57,9 @@ class Mutant(NamedTuple):
 
 MUTANTS = {  # by file below atod_fast/
     "schedules.py": [
-        Mutant("schedule-late", "the slide begins a step late", "(step - self.slide.hold)", "(step - 1 - self.slide.hold)"),
+        Mutant(
+            "schedule-late", "the slide begins a step late", "(step - self.slide.hold)", "(step - 1 - self.slide.hold)"
+        ),
         Mutant("hold-ignored", "schedule.*.hold is ignored", "(step - self.slide.hold)", "step"),
         Mutant(
             "warm-up-late",
@@ -75,7 +77,9 @@ MUTANTS = {  # by file below atod_fast/
         Mutant("lag-of-one", "the adaptive kappa sees one evaluation", "WINDOW = 5", "WINDOW = 1"),
     ],
     "objective/turns.py": [
-        Mutant("signed-d", "d without its absolute value", "(old_logp - teacher_logp).abs()", "(old_logp - teacher_logp)"),
+        Mutant(
+            "signed-d", "d without its absolute value", "(old_logp - teacher_logp).abs()", "(old_logp - teacher_logp)"
+        ),
         Mutant("h-always-sampled", "turns.uncertainty is ignored", 'if config.uncertainty == "exact"', "if False"),
         Mutant("d-always-sampled", "turns.disagreement is ignored", 'if config.disagreement == "exact"', "if False"),
         Mutant("scope-ignored", "turns.scope is ignored", "scope=config.scope", 'scope="trajectory"'),
@@ -96,7 +100,9 @@ MUTANTS = {  # by file below atod_fast/
     "objective/advantage.py": [
         Mutant("valid-punished", "the penalty falls on valid turns", "(~right)", "right"),
         Mutant("invalid-ignored", "form alone is looked at", 'if objective.invalid == "form" else table.valid', ""),
-        Mutant("biased-std", "std divides by n", "(square / (count - 1).clamp(min=1))", "(square / count.clamp(min=1))"),
+        Mutant(
+            "biased-std", "std divides by n", "(square / (count - 1).clamp(min=1))", "(square / count.clamp(min=1))"
+        ),
         Mutant("std-ignored", "normalise_std is ignored", "if not objective.normalise_std:", "if False:"),
         Mutant(
             "flat-explodes",
@@ -113,7 +119,9 @@ MUTANTS = {  # by file below atod_fast/
         ),
         Mutant("no-discount", "gigpo_gamma is ignored", "objective.gigpo_gamma)", "1.0)"),
         Mutant("omega-ignored", "gigpo_omega is ignored", "objective.gigpo_omega * ", ""),
-        Mutant("free-return", "GiGPO's return has no penalty", "objective.gigpo_gamma) - penalty", "objective.gigpo_gamma)"),
+        Mutant(
+            "free-return", "GiGPO's return has no penalty", "objective.gigpo_gamma) - penalty", "objective.gigpo_gamma)"
+        ),
         Mutant(
             "groups-cross",
             "GiGPO compares across tasks",
@@ -297,7 +305,9 @@ MUTANTS = {  # by file below atod_fast/
             "seed=_seed(train.seed, step, group)",
         ),
         Mutant("same-tasks", "every step plays the same tasks", "(step - 1) * train.tasks_per_step + group", "group"),
-        Mutant("one-order", "all epochs and seeds have one order", "default_rng([train.seed, epoch])", "default_rng(0)"),
+        Mutant(
+            "one-order", "all epochs and seeds have one order", "default_rng([train.seed, epoch])", "default_rng(0)"
+        ),
         Mutant("own-worlds", "members of a group get different worlds", "env_seed=world)", "env_seed=world + member)"),
     ],
     "train.py": [
@@ -307,7 +317,9 @@ MUTANTS = {  # by file below atod_fast/
             "turn_weight=weights.weight,",
             "turn_weight=torch.ones_like(weights.weight),",
         ),
-        Mutant("no-reward", "A_RL is 0", "rl_advantage=advantages.turn,", "rl_advantage=torch.zeros_like(advantages.turn),"),
+        Mutant(
+            "no-reward", "A_RL is 0", "rl_advantage=advantages.turn,", "rl_advantage=torch.zeros_like(advantages.turn),"
+        ),
         Mutant(
             "failed-trained",
             "failed trajectories are trained on",
@@ -330,7 +342,9 @@ MUTANTS = {  # by file below atod_fast/
         ),
     ],
     "batches.py": [
-        Mutant("anchor-of-action", "GiGPO's anchor is the action", "_anchor(turn.observation)", "_anchor(turn.command)"),
+        Mutant(
+            "anchor-of-action", "GiGPO's anchor is the action", "_anchor(turn.observation)", "_anchor(turn.command)"
+        ),
     ],
     "records.py": [
         Mutant(

@@ -25,7 +25,9 @@ def divergence(schedule: str, backend: str) -> Loss:
 
 
 def token_loss(schedule: str, backend: str) -> Loss:
-    return lambda *inputs: linear_token_loss(lambda s: s.divergence / len(inputs[0]), *inputs, schedule=schedule, backend=backend)[0]
+    return lambda *inputs: linear_token_loss(
+        lambda s: s.divergence / len(inputs[0]), *inputs, schedule=schedule, backend=backend
+    )[0]
 
 
 def naive() -> Loss:
@@ -67,7 +69,9 @@ def liger(compiled: bool, chunk: int) -> Loss:
     """liger_kernel.chunked_loss: its JSD at beta 1 is KL(student || teacher). The gradients come out of its forward, always."""
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
-    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1, compiled=compiled, chunk_size=chunk)
+    module = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1, compiled=compiled, chunk_size=chunk
+    )
 
     def loss(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
         return module(x, w, xt, wt, torch.zeros(len(x), dtype=torch.long, device=x.device))
@@ -81,7 +85,11 @@ def products(student: int, gradients: bool) -> Loss:
     def run(*inputs: Tensor) -> None:
         x, w, xt, wt = (t.detach() for t in inputs)
         rows = 2048 if x.is_cuda else 256
-        logits, dx, dw = x.new_empty(min(rows, len(x)), len(w)), torch.empty_like(x), torch.empty_like(w) if gradients else None
+        logits, dx, dw = (
+            x.new_empty(min(rows, len(x)), len(w)),
+            torch.empty_like(x),
+            torch.empty_like(w) if gradients else None,
+        )
         for i in range(0, len(x), rows):
             part = slice(i, min(i + rows, len(x)))
             z = logits[: part.stop - i]
@@ -109,12 +117,17 @@ def contenders(device: str) -> dict[str, Contender]:
         suffix = f", {backend}" if device == "cuda" else ""
         for schedule in ("fast", "lean"):
             found[f"linear_divergence {schedule}{suffix}"] = Contender("ours", partial(divergence, schedule, backend))
-            found[f"linear_token_loss {schedule}{suffix}"] = Contender("ours", partial(token_loss, schedule, backend), (BOTH,))
+            found[f"linear_token_loss {schedule}{suffix}"] = Contender(
+                "ours", partial(token_loss, schedule, backend), (BOTH,)
+            )
     found["naive torch"] = Contender("peer", naive)
     found["TRL GKD loss, beta=1"] = Contender("peer", trl_gkd)
     found["TRL ChunkedDivergence, beta=1"] = Contender("chunked peer", trl_chunked)
     for compiled in (False, True):
-        for chunk in (1024, 256):  # 1024 is Liger's default; fewer tokens than twice that are one chunk, so a smaller one is measured too
+        for chunk in (
+            1024,
+            256,
+        ):  # 1024 is Liger's default; fewer tokens than twice that are one chunk, so a smaller one is measured too
             name = f"Liger JSD beta=1, {'compiled' if compiled else 'eager'}, chunk {chunk}"
             found[name] = Contender("chunked peer", partial(liger, compiled, chunk), (BOTH,), compiled)
     found["products (1+r)G"] = Contender("floor", partial(products, 1, gradients=False), (FORWARD,))

@@ -88,10 +88,14 @@ def clauses(results: Results) -> list[str]:
             continue
         least, peer_memory = 0.65 * results(peer, TO_FLOOR), results(peer, BEYOND_GRADIENTS)
         if least < 1.2:
-            lines.append(f"- not asked: {name} at most 0.65 of {peer}: {to_peer:.2f} (0.65 of it is {least:.2f} of the floor)")
+            lines.append(
+                f"- not asked: {name} at most 0.65 of {peer}: {to_peer:.2f} (0.65 of it is {least:.2f} of the floor)"
+            )
         else:
             lines.append(clause(to_peer <= 0.65, f"{name} at most 0.65 of {peer}: {to_peer:.2f}"))
-        lines.append(clause(memory <= peer_memory, f"{name} no more memory than {peer}: {memory:.0f} of {peer_memory:.0f} MiB"))
+        lines.append(
+            clause(memory <= peer_memory, f"{name} no more memory than {peer}: {memory:.0f} of {peer_memory:.0f} MiB")
+        )
     for name in [] if peer is None else results.ours("linear_divergence lean") + results.ours("linear_token_loss lean"):
         to_peer, of_memory = results(name, TO_PEER), results(name, BEYOND_GRADIENTS) / results(peer, BEYOND_GRADIENTS)
         products = number(results("products (4+2r)G", TO_PEER))
@@ -120,8 +124,17 @@ def report(rows: list[Row]) -> str:
 
 def style(provider: str, role: str) -> dict:
     """Ours blue, floors black and dashed, a peer's variants in one colour."""
-    colours = {"linear_token_loss": "tab:blue", "linear_divergence": "tab:cyan", "naive": "tab:gray", "TRL GKD": "tab:brown", "TRL Chunked": "tab:orange"}
-    colour = next((c for start, c in colours.items() if provider.startswith(start)), "tab:red" if "compiled" in provider else "tab:pink")
+    colours = {
+        "linear_token_loss": "tab:blue",
+        "linear_divergence": "tab:cyan",
+        "naive": "tab:gray",
+        "TRL GKD": "tab:brown",
+        "TRL Chunked": "tab:orange",
+    }
+    colour = next(
+        (c for start, c in colours.items() if provider.startswith(start)),
+        "tab:red" if "compiled" in provider else "tab:pink",
+    )
     if role == "floor":
         return {"color": "black", "linestyle": "--" if "3+r" in provider else ":", "linewidth": 1}
     second = " lean" in provider or "chunk 256" in provider
@@ -154,13 +167,23 @@ def sweep(rows: list[Row], axis: str, path: Path) -> None:
         for (provider, role), mine in groups([r for r in rows if r["metric"] == metric], "provider", "role"):
             if metric == BEYOND_GRADIENTS and role == "floor":
                 continue
-            points = {q: sorted((int(r[column]), float(r["value"])) for r in mine if r["quantile"] == q) for q in ("20", "50", "80", "")}
+            points = {
+                q: sorted((int(r[column]), float(r["value"])) for r in mine if r["quantile"] == q)
+                for q in ("20", "50", "80", "")
+            }
             middle = points["50"] or points[""]
             look = style(provider, role)
             panel.plot(*zip(*middle, strict=True), label=provider, **look)
             if points["20"]:
                 xs = [x for x, _ in points["20"]]
-                panel.fill_between(xs, [y for _, y in points["20"]], [y for _, y in points["80"]], color=look["color"], alpha=0.12, linewidth=0)
+                panel.fill_between(
+                    xs,
+                    [y for _, y in points["20"]],
+                    [y for _, y in points["80"]],
+                    color=look["color"],
+                    alpha=0.12,
+                    linewidth=0,
+                )
         ticks = sorted({int(r[column]) for r in rows})
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel=metric)
         panel.set_xticks(ticks, [str(t) for t in ticks])
@@ -169,8 +192,13 @@ def sweep(rows: list[Row], axis: str, path: Path) -> None:
     fixed = {k: rows[0][k] for k in SHAPE if k != column and not (axis == "H" and k == "teacher_hidden")}
     names = {"tokens": "T", "columns": "V", "student_hidden": "H", "teacher_hidden": "teacher's H"}
     at = ", ".join(f"{names[k]} {v}" for k, v in fixed.items())
-    figure.suptitle(f"reverse KL, {rows[0]['pass']}, {at}, {rows[0]['dtype']} ({rows[0]['hardware']}; band: 20% to 80%)", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(
+        f"reverse KL, {rows[0]['pass']}, {at}, {rows[0]['dtype']} ({rows[0]['hardware']}; band: 20% to 80%)",
+        fontsize=10,
+    )
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -180,7 +208,9 @@ def lean_memory(rows: list[Row], path: Path) -> None:
     plt = pyplot()
     rows = [r for r in rows if r["metric"] == BEYOND_INPUTS and r["pass"] == BOTH]
     operators = sorted({r["provider"] for r in rows})
-    figure, (panels,) = plt.subplots(1, len(operators), figsize=(5.5 * len(operators), 4.4), layout="constrained", sharey=True, squeeze=False)
+    figure, (panels,) = plt.subplots(
+        1, len(operators), figsize=(5.5 * len(operators), 4.4), layout="constrained", sharey=True, squeeze=False
+    )
     tokens = sorted({int(r["tokens"]) for r in rows})
     hidden, itemsize = int(rows[0]["student_hidden"]), 4 if rows[0]["dtype"] == "float32" else 2
     needed = 5 * 4 + hidden * itemsize  # bytes per token: five fp32 outputs and the gradient of its hidden state
@@ -191,12 +221,20 @@ def lean_memory(rows: list[Row], path: Path) -> None:
             points = sorted((int(r["tokens"]), float(r["value"]) - weight) for r in mine)
             slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0]) * 2**20
             panel.plot(*zip(*points, strict=True), marker="o", label=f"V {columns}: {slope:.0f} bytes per token")
-        panel.plot(tokens, [t * needed / 2**20 for t in tokens], "k--", linewidth=1, label=f"outputs and dX: {needed} bytes per token")
+        panel.plot(
+            tokens,
+            [t * needed / 2**20 for t in tokens],
+            "k--",
+            linewidth=1,
+            label=f"outputs and dX: {needed} bytes per token",
+        )
         panel.set(title=operator, xlabel="tokens T", xticks=tokens, ylim=(0, None))
         panel.grid(alpha=0.3, linewidth=0.5)
         panel.legend(frameon=False)
     panels[0].set_ylabel("peak MiB beyond inputs and dW")
-    figure.suptitle(f"reverse KL, forward and backward, H {hidden}, {rows[0]['dtype']} ({rows[0]['hardware']})", fontsize=10)
+    figure.suptitle(
+        f"reverse KL, forward and backward, H {hidden}, {rows[0]['dtype']} ({rows[0]['hardware']})", fontsize=10
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

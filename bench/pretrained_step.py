@@ -61,7 +61,12 @@ def official_games(archive: Path, folder: Path, count: int = 8) -> str:
     """The first few training games of the archive, in the official layout."""
     with tarfile.open(archive) as tar:
         for member in tar:
-            if "/train/" in member.name and member.isfile() and "movable" not in member.name and "Sliced" not in member.name:
+            if (
+                "/train/" in member.name
+                and member.isfile()
+                and "movable" not in member.name
+                and "Sliced" not in member.name
+            ):
                 tar.extract(member, folder, filter="data")
                 if len(list(folder.rglob("game.tw-pddl"))) > count:
                     break
@@ -74,7 +79,10 @@ def main(archive: str) -> int:
         root = Path(folder)
         teacher, student = unpack(root)
         games = official_games(Path(archive), root / "games")
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads", flush=True)
+        print(
+            f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads",
+            flush=True,
+        )
         settings = [word.replace("GAMES", games) for word in SETTINGS]
         run = root / "run"
         code = train.main([f"student.path={student}", f"teacher.path={teacher}", *settings, "--run-dir", str(run)])
@@ -83,7 +91,9 @@ def main(archive: str) -> int:
             print(json.dumps({key: value for key, value in line.items() if not key.startswith("profile/")}, indent=1))
             first = json.loads((run / "trajectories" / "step_000001.jsonl").read_text().splitlines()[0])
             for number, turn in enumerate(first["turns"]):
-                print(f"--- turn {number}: d {turn['disagreement']:.3f} h {turn['uncertainty']:.3f} w {turn['weight']:.3f} valid {turn['valid']}")
+                print(
+                    f"--- turn {number}: d {turn['disagreement']:.3f} h {turn['uncertainty']:.3f} w {turn['weight']:.3f} valid {turn['valid']}"
+                )
                 print(f"{turn['observation'][:400]}\n> {turn['text'][:300]}")
         return code
 

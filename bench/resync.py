@@ -28,7 +28,14 @@ from atod_fast.policy.model import CausalPolicy
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard, units
 
-SIZES = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 10, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 64}
+SIZES = {
+    "hidden_size": 640,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "head_dim": 64,
+}
 ROUNDS = 8
 
 
@@ -38,7 +45,11 @@ def per_unit(policy: CausalPolicy) -> Iterator[tuple[str, Tensor]]:
     names = {module: prefix for prefix, module in policy.named_modules()}
     for unit in units(policy):
         unit.unshard()
-        yield from ((n, p.detach()) for n, p in unit.named_parameters(prefix=names[unit], remove_duplicate=False) if not isinstance(p, DTensor))
+        yield from (
+            (n, p.detach())
+            for n, p in unit.named_parameters(prefix=names[unit], remove_duplicate=False)
+            if not isinstance(p, DTensor)
+        )
         unit.reshard()
 
 
@@ -89,7 +100,9 @@ def measure(tied: bool, device: torch.device, mesh) -> list[tuple]:
     model = Qwen3ForCausalLM(config)
     count = sum(p.numel() for p in model.parameters())
     policy = shard(CausalPolicy(model), mesh, torch.bfloat16)
-    replica = {name: torch.empty(p.shape, dtype=torch.bfloat16) for name, p in policy.named_parameters(remove_duplicate=False)}
+    replica = {
+        name: torch.empty(p.shape, dtype=torch.bfloat16) for name, p in policy.named_parameters(remove_duplicate=False)
+    }
     whole = {name: p.full_tensor().bfloat16() for name, p in policy.named_parameters(remove_duplicate=False)}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(ROUNDS + 1):
@@ -105,7 +118,15 @@ def measure(tied: bool, device: torch.device, mesh) -> list[tuple]:
     base = statistics.median(seconds["parameters"])
     mib = {way: count * size * (ranks.world_size() - 1) / ranks.world_size() / 2**20 for way, (_, size) in WAYS.items()}
     return [
-        (f"{count / 1e6:.0f}M, {'tied' if tied else 'untied'}", way, statistics.median(s), min(s), max(s), statistics.median(s) / base, mib[way])
+        (
+            f"{count / 1e6:.0f}M, {'tied' if tied else 'untied'}",
+            way,
+            statistics.median(s),
+            min(s),
+            max(s),
+            statistics.median(s) / base,
+            mib[way],
+        )
         for way, s in seconds.items()
     ]
 
@@ -122,7 +143,10 @@ def report(rows: list[tuple]) -> str:
         "| model | way | seconds | of `parameters` | MiB received by a rank |",
         "|---|---|---|---|---|",
     ]
-    lines += [f"| {model} | {way} | {mid:.3f} ({low:.3f} to {high:.3f}) | {ratio:.2f} | {mib:.0f} |" for model, way, mid, low, high, ratio, mib in rows]
+    lines += [
+        f"| {model} | {way} | {mid:.3f} ({low:.3f} to {high:.3f}) | {ratio:.2f} | {mib:.0f} |"
+        for model, way, mid, low, high, ratio, mib in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

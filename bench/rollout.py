@@ -46,7 +46,14 @@ from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.runtime import Runtime
 
 ROUNDS = 5
-LARGER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+LARGER = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 
 
 class Recorded:
@@ -74,7 +81,10 @@ def batch(engine: Engine, sampling: Sampling, requests: dict[int, list[Request]]
     """Ask all `requests` as of so many trajectories, 64 at a time; tokens sampled."""
     forget(engine)
     engine.begin(sampling)
-    waiting = [Request(number, request.prompt, request.seed) for number, request in enumerate(r for turns in requests.values() for r in turns)]
+    waiting = [
+        Request(number, request.prompt, request.seed)
+        for number, request in enumerate(r for turns in requests.values() for r in turns)
+    ]
     tokens = asked = 0
     while waiting or asked:
         while waiting and asked < 64:
@@ -125,14 +135,29 @@ def efficiency(actor: Actor, engine: Engine, config: Config) -> tuple[float, ...
     recorded = Recorded(engine)
     played = actor.train(recorded, 1)
     tokens = sum(len(turn.action) for trajectory in played for turn in trajectory.turns)
-    sampling = Sampling(config.rollout.temperature, config.rollout.response_tokens, actor.renderer.stop_ids, actor.renderer.valid_columns)
-    assert abs(bare(engine, sampling, recorded.requests) - tokens) < 0.02 * tokens, "bare requests sample what the loop sampled"
-    ways = (lambda: loop(actor, engine), lambda: bare(engine, sampling, recorded.requests), lambda: batch(engine, sampling, recorded.requests))
+    sampling = Sampling(
+        config.rollout.temperature,
+        config.rollout.response_tokens,
+        actor.renderer.stop_ids,
+        actor.renderer.valid_columns,
+    )
+    assert abs(bare(engine, sampling, recorded.requests) - tokens) < 0.02 * tokens, (
+        "bare requests sample what the loop sampled"
+    )
+    ways = (
+        lambda: loop(actor, engine),
+        lambda: bare(engine, sampling, recorded.requests),
+        lambda: batch(engine, sampling, recorded.requests),
+    )
     rounds = [[0.0] * 3 for _ in range(ROUNDS)]
     for number, taken in enumerate(rounds):
         for way in ((number + place) % 3 for place in range(3)):
             taken[way] = seconds(ways[way])
-    return tokens, *(statistics.median(column) for column in zip(*rounds, strict=True)), statistics.median(b / a for a, b, _ in rounds)
+    return (
+        tokens,
+        *(statistics.median(column) for column in zip(*rounds, strict=True)),
+        statistics.median(b / a for a, b, _ in rounds),
+    )
 
 
 class Scorer:
@@ -189,7 +214,14 @@ def overlap(actor: Actor, engine: Engine, score: Scorer) -> tuple[float, ...]:
     """(rollout's, then the teacher's median seconds, the two overlapped, overlapped by one after the other)."""
     played = actor.train(engine, 1)
     overlapped(actor, engine, score)
-    triples = [(seconds(lambda: loop(actor, engine)), seconds(lambda: score(played)), seconds(lambda: overlapped(actor, engine, score))) for _ in range(ROUNDS)]
+    triples = [
+        (
+            seconds(lambda: loop(actor, engine)),
+            seconds(lambda: score(played)),
+            seconds(lambda: overlapped(actor, engine, score)),
+        )
+        for _ in range(ROUNDS)
+    ]
     rollout, teacher, both = (statistics.median(column) for column in zip(*triples, strict=True))
     return rollout, teacher, both, statistics.median(c / (a + b) for a, b, c in triples)
 
@@ -210,7 +242,9 @@ def main() -> None:
             for kind in ("transformers", "vllm") if vllm_limits.supported() else ("transformers",):
                 engine = make_engine(config, kind, Runtime.of(config, device).student, device)
                 tokens, played, alone, raw, ratio = efficiency(actor, engine, config)
-                efficient.append(f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} | {tokens / raw:.0f} |")
+                efficient.append(
+                    f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} | {tokens / raw:.0f} |"
+                )
                 rollout, teacher, both, share = overlap(actor, engine, score)
                 gained.append(f"| {name} | {kind} | {rollout:.2f} | {teacher:.2f} | {both:.2f} | {share:.2f} |")
     table = report(efficient, gained)
@@ -224,14 +258,19 @@ def larger(folder: str) -> str:
     """A random model with the demo's tokenizer."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("demo:student")
-    config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, dtype="float32", **LARGER)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, dtype="float32", **LARGER
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def report(efficient: list[str], gained: list[str]) -> str:
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers")) + f", vllm {vllm_limits.installed()}"
+    versions = (
+        ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
+        + f", vllm {vllm_limits.installed()}"
+    )
     return "\n".join(
         [
             "# Rollouts: the agent loop and its engines",

@@ -72,7 +72,10 @@ class Kernel:
 
 def over_memory(name: str, kind: str, moved: float, shape: Shape, machine: Machine) -> Kernel:
     row = compiled(aot_audit.Variant(name, kind))
-    memory, issue = shape.pairs * moved / machine.memory, shape.pairs * row.per_pair / (128 * machine.units * machine.clock * machine.issue)
+    memory, issue = (
+        shape.pairs * moved / machine.memory,
+        shape.pairs * row.per_pair / (128 * machine.units * machine.clock * machine.issue),
+    )
     return Kernel(f"{name} {kind}", moved, row.per_pair, max(memory, issue), "memory" if memory > issue else "issue")
 
 
@@ -87,7 +90,13 @@ def fused(name: str, kind: str, moved: float, shape: Shape, machine: Machine) ->
     epilogue = row.per_pair * bm * bn / (128 * machine.issue)
     tiles = math.ceil(shape.tokens / bm) * math.ceil(shape.columns / bn)
     seconds = tiles / machine.units * (max(products, traffic) + epilogue) / machine.clock
-    return Kernel(f"{name} {kind}", moved, row.per_pair, max(seconds, shape.pairs * moved / machine.memory), "tensor cores" if products >= traffic else "L2")
+    return Kernel(
+        f"{name} {kind}",
+        moved,
+        row.per_pair,
+        max(seconds, shape.pairs * moved / machine.memory),
+        "tensor cores" if products >= traffic else "L2",
+    )
 
 
 def compiled(variant: aot_audit.Variant) -> aot_audit.Row:
@@ -116,7 +125,9 @@ class Schedule:
         if self.gradients:
             # fp32 sums that are read and written again: dX for every slice of columns, dW for every chunk of tokens.
             # The lean schedule adds to a slice of dW that it then stores once.
-            touched = 8 * shape.student * (shape.tokens * slices + shape.columns * chunks) + (4 * shape.columns * shape.student if lean else 0)
+            touched = 8 * shape.student * (shape.tokens * slices + shape.columns * chunks) + (
+                4 * shape.columns * shape.student if lean else 0
+            )
             total += machine.exposed * touched / machine.memory
         return total + machine.launch * chunks * slices * (2 * math.ceil(self.products) + len(self.kernels))
 
@@ -159,12 +170,27 @@ def report(shape: Shape, machine: Machine) -> str:
     for kind, mixture in (("reverse_kl", False), ("jsd", True)):
         found = schedules(kind, mixture, shape, machine)
         kernels = {kernel.name: kernel for schedule, _ in found for kernel in schedule.kernels}
-        lines += ["", f"## {kind}", "", "| kernel | bytes per pair | instructions per pair | ms | bound by |", "|---|---|---|---|---|"]
-        lines += [f"| {k.name} | {k.bytes:g} | {k.instructions:g} | {k.seconds * 1e3:.1f} | {k.bound} |" for k in kernels.values()]
-        lines += ["", "| schedule | products | TFLOP | their floor, ms | predicted, ms | floor / predicted |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {kind}",
+            "",
+            "| kernel | bytes per pair | instructions per pair | ms | bound by |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {k.name} | {k.bytes:g} | {k.instructions:g} | {k.seconds * 1e3:.1f} | {k.bound} |"
+            for k in kernels.values()
+        ]
+        lines += [
+            "",
+            "| schedule | products | TFLOP | their floor, ms | predicted, ms | floor / predicted |",
+            "|---|---|---|---|---|---|",
+        ]
         for schedule, lean in found:
             floor, seconds = schedule.work * flops / machine.products, schedule.seconds(shape, machine, lean)
-            figures = f"{schedule.work * flops / 1e12:.1f} | {floor * 1e3:.1f} | {seconds * 1e3:.1f} | {floor / seconds:.0%}"
+            figures = (
+                f"{schedule.work * flops / 1e12:.1f} | {floor * 1e3:.1f} | {seconds * 1e3:.1f} | {floor / seconds:.0%}"
+            )
             lines.append(f"| {schedule.name} | {schedule.work:g} G | {figures} |")
     return "\n".join(lines) + "\n"
 
@@ -180,7 +206,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        text = report(Shape(args.tokens, args.columns, args.student, args.teacher), Machine(products=args.products * 1e12))
+        text = report(
+            Shape(args.tokens, args.columns, args.student, args.teacher), Machine(products=args.products * 1e12)
+        )
     print(text, end="")
     if args.out:
         Path(args.out).write_text(text)

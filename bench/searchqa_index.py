@@ -30,13 +30,17 @@ from atod_fast.envs.searchqa.store import load
 
 RESULTS = Path(__file__).parent / "results" / "searchqa_index.json"
 VOCABULARY, COMMON = 1_000_000, 100
-SYLLABLES = "ba be bi bo bu da de di do du ka ke ki ko ku la le li lo lu ma me mi mo mu na ne ni no nu ra re ri ro ru".split()
+SYLLABLES = (
+    "ba be bi bo bu da de di do du ka ke ki ko ku la le li lo lu ma me mi mo mu na ne ni no nu ra re ri ro ru".split()
+)
 
 
 def words() -> np.ndarray:
     """VOCABULARY distinct words of four syllables, as an array of objects."""
     places = len(SYLLABLES) ** np.arange(4)
-    return np.array(["".join(SYLLABLES[n // place % len(SYLLABLES)] for place in places) for n in range(VOCABULARY)], object)
+    return np.array(
+        ["".join(SYLLABLES[n // place % len(SYLLABLES)] for place in places) for n in range(VOCABULARY)], object
+    )
 
 
 def zipf() -> np.ndarray:
@@ -49,7 +53,9 @@ def write_corpus(path: Path, passages: int, length: int) -> None:
     with path.open("w") as file:
         for number in range(passages):
             chosen = names[np.searchsorted(cumulative, rng.random(length))]
-            file.write(json.dumps({"id": str(number), "contents": f'"{chosen[0]} {chosen[1]}"\n{" ".join(chosen)}'}) + "\n")
+            file.write(
+                json.dumps({"id": str(number), "contents": f'"{chosen[0]} {chosen[1]}"\n{" ".join(chosen)}'}) + "\n"
+            )
 
 
 def search(folder: Path, queries: int) -> dict:
@@ -66,7 +72,11 @@ def search(folder: Path, queries: int) -> dict:
         index.search(query, 3)
         taken.append(1e3 * (time.perf_counter() - start))
     quantiles = {f"p{level}": float(np.percentile(taken, level)) for level in (50, 95, 99)}
-    return {"open_ms": 1e3 * opened, "query_ms": quantiles | {"first": taken[0]}, "peak_mb": _peak_mb(resource.RUSAGE_SELF)}
+    return {
+        "open_ms": 1e3 * opened,
+        "query_ms": quantiles | {"first": taken[0]},
+        "peak_mb": _peak_mb(resource.RUSAGE_SELF),
+    }
 
 
 def _peak_mb(whom: int) -> float:
@@ -101,11 +111,22 @@ def main() -> None:
             "index_mb": sum(file.stat().st_size for file in index.iterdir()) / 1e6,
             "build": {"seconds": built, "cpu_seconds": cpu, "peak_mb": peak},
             "search": found,
-            "machine": {"processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None},
-            "versions": {"python": platform.python_version(), "numpy": version("numpy"), "bm25s": version("bm25s"), "PyStemmer": version("PyStemmer")},
+            "machine": {
+                "processor": processor(),
+                "cores": os.cpu_count(),
+                "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                "numpy": version("numpy"),
+                "bm25s": version("bm25s"),
+                "PyStemmer": version("PyStemmer"),
+            },
         }
     query = found["query_ms"]
-    print(f"{args.passages:,} passages of {args.words} words: corpus {result['corpus_mb']:,.0f} MB, index {result['index_mb']:,.0f} MB")
+    print(
+        f"{args.passages:,} passages of {args.words} words: corpus {result['corpus_mb']:,.0f} MB, index {result['index_mb']:,.0f} MB"
+    )
     print(f"build   {built:8.1f} s   {peak:8,.0f} MB at most, {cpu:.1f} s of one core")
     print(f"open    {found['open_ms']:8.1f} ms  {found['peak_mb']:8,.0f} MB at most, with the queries")
     print(f"query   {query['p50']:8.2f} ms  median, {query['p95']:.2f} at 95%, {query['p99']:.2f} at 99%")

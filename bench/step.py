@@ -94,7 +94,9 @@ def reward(response: str) -> float:
 
 def check(tokens: float, gradient_norm: float) -> None:
     if tokens != RESPONSE or not gradient_norm > 0:
-        raise SystemExit(f"not the step that is compared: responses of {tokens:g} tokens in place of {RESPONSE}, gradient norm {gradient_norm:g}")
+        raise SystemExit(
+            f"not the step that is compared: responses of {tokens:g} tokens in place of {RESPONSE}, gradient norm {gradient_norm:g}"
+        )
 
 
 def prepare(name: str, folder: Path) -> str:
@@ -105,18 +107,31 @@ def prepare(name: str, folder: Path) -> str:
         words = ("".join(letters) for letters in product(ascii_lowercase, repeat=3))
         spoken = islice((word for word in words if compact(word) == [word]), 8192 - len(CONTROL) - 1)
         build_tokenizer(list(spoken), max_length=512, environment="alfworld").save_pretrained(folder)
-        sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+        sizes = {
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+        }
         torch.manual_seed(0)
         ids = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 4}
-        config = Qwen3Config(vocab_size=8192, max_position_embeddings=512, tie_word_embeddings=True, dtype="float32", **sizes, **ids)
+        config = Qwen3Config(
+            vocab_size=8192, max_position_embeddings=512, tie_word_embeddings=True, dtype="float32", **sizes, **ids
+        )
         Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     words = sorted(word for word in tokenizer.get_vocab() if compact(word) == [word])
     prompts = [" ".join(Random(task).choices(words, k=PROMPT - 2)) for task in range(PROMPTS)]
     shown = [CompactRenderer(tokenizer, DIALECT).prompt([], prompt, {}) for prompt in prompts]
-    assert shown == tokenizer([f"{BOS} {prompt} {ACT}" for prompt in prompts])["input_ids"] and {len(ids) for ids in shown} == {PROMPT}
+    assert shown == tokenizer([f"{BOS} {prompt} {ACT}" for prompt in prompts])["input_ids"] and {
+        len(ids) for ids in shown
+    } == {PROMPT}
     (folder / "prompts.json").write_text(json.dumps(prompts))
-    return f"Qwen3 of {(folder / 'model.safetensors').stat().st_size / 4e6:.1f}M parameters, vocabulary {len(tokenizer)}"
+    return (
+        f"Qwen3 of {(folder / 'model.safetensors').stat().st_size / 4e6:.1f}M parameters, vocabulary {len(tokenizer)}"
+    )
 
 
 def now() -> tuple[float, float]:
@@ -129,7 +144,9 @@ def steps_of(marks: list[tuple[float, float]], phases: list[dict[str, float]]) -
     rows = []
     for (before, after), phase in zip(pairwise(marks), phases[1:], strict=True):
         clock, cpu = (end - start for start, end in zip(before, after, strict=True))
-        rows.append({"clock": clock, "step": cpu} | dict.fromkeys(PHASES, 0.0) | phase | {"rest": cpu - sum(phase.values())})
+        rows.append(
+            {"clock": clock, "step": cpu} | dict.fromkeys(PHASES, 0.0) | phase | {"rest": cpu - sum(phase.values())}
+        )
     return rows
 
 
@@ -161,11 +178,16 @@ def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, flo
     scratch = Path(tempfile.mkdtemp(dir=folder))
     if code := train.main([*settings.split(), "--run-dir", str(scratch)]):
         sys.exit(code)
-    lines = [json.loads(line) for line in (scratch / "metrics.jsonl").read_text().splitlines()][1:]  # after the line of step 0
+    lines = [json.loads(line) for line in (scratch / "metrics.jsonl").read_text().splitlines()][
+        1:
+    ]  # after the line of step 0
     for line in lines:
         check(line["rollout/turns"] * line["rollout/response_tokens"], line["policy/gradient_norm"])
     names = {"rollout": ["rollout"], "score": ["teacher", "score", "weigh"], "train": ["train"], "resync": ["resync"]}
-    return steps_of(marks, [{phase: sum(line[f"time/{name}"] for name in parts) for phase, parts in names.items()} for line in lines])
+    return steps_of(
+        marks,
+        [{phase: sum(line[f"time/{name}"] for name in parts) for phase, parts in names.items()} for line in lines],
+    )
 
 
 def trl_steps(folder: Path, steps: int) -> list[dict[str, float]]:
@@ -203,7 +225,9 @@ def trl_steps(folder: Path, steps: int) -> list[dict[str, float]]:
         processing_class=AutoTokenizer.from_pretrained(folder),
         args=HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(settings.split())[0],
         reward_funcs=lambda completions, **columns: [reward(response) for response in completions],
-        train_dataset=Dataset.from_dict({"prompt": [f"{BOS} {prompt} {ACT}" for prompt in json.loads((folder / "prompts.json").read_text())]}),
+        train_dataset=Dataset.from_dict(
+            {"prompt": [f"{BOS} {prompt} {ACT}" for prompt in json.loads((folder / "prompts.json").read_text())]}
+        ),
         callbacks=[Marks()],
     )
     trainer.train()
@@ -226,14 +250,21 @@ def table(name: str, about: str, rows: list[dict]) -> str:
         return median(seconds(TRL, metric, rounds)) / median(seconds(OURS, metric, rounds))
 
     every = {row["round"] for row in rows}
-    lines = [f"## {name}: {about}\n", f"| a step, median (best) of {len(rows) // 2} | {OURS} | {TRL} | ratio (rounds) |", "|---|---|---|---|"]
+    lines = [
+        f"## {name}: {about}\n",
+        f"| a step, median (best) of {len(rows) // 2} | {OURS} | {TRL} | ratio (rounds) |",
+        "|---|---|---|---|",
+    ]
     for title, metric, tokens in (
         ("**generated tokens a CPU second**", "step", ROWS * RESPONSE),
         ("generated tokens a second by the clock", "clock", ROWS * RESPONSE),
         *((f"CPU seconds, {metric}", metric, 0) for metric in ("step", *PHASES)),
     ):
         found = [(median(taken), min(taken)) for taken in (seconds(trainer, metric, every) for trainer in TRAINERS)]
-        cells = [f"{tokens / middle:.0f} ({tokens / best:.0f})" if tokens else f"{middle:.3f} ({best:.3f})" for middle, best in found]
+        cells = [
+            f"{tokens / middle:.0f} ({tokens / best:.0f})" if tokens else f"{middle:.3f} ({best:.3f})"
+            for middle, best in found
+        ]
         of_rounds = [ratio(metric, {round_}) for round_ in every] if metric not in ("resync", "rest") else []
         cells.append(f"{ratio(metric, every):.2f} ({min(of_rounds):.2f} to {max(of_rounds):.2f})" if of_rounds else "")
         lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -248,12 +279,25 @@ def measure(name: str, rounds: int, engine: str) -> tuple[list[dict], str]:
         about = prepare(name, folder)
         for round_, trainer in product(range(1, rounds + 1), TRAINERS):
             command = [sys.executable, __file__, "--worker", trainer, str(folder), "--engine", engine]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
             if done.returncode:
-                sys.exit(f"bench/step.py: {trainer} on {name} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+                sys.exit(
+                    f"bench/step.py: {trainer} on {name} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}"
+                )
             found = json.loads(done.stdout.splitlines()[-1])
-            rows += [{"model": name, "round": round_, "trainer": trainer, "number": number, **step} for number, step in enumerate(found, 2)]
-            print(f"measured: {name}, round {round_}, {trainer}: {median(step['step'] for step in found):.3f} CPU seconds a step", flush=True)
+            rows += [
+                {"model": name, "round": round_, "trainer": trainer, "number": number, **step}
+                for number, step in enumerate(found, 2)
+            ]
+            print(
+                f"measured: {name}, round {round_}, {trainer}: {median(step['step'] for step in found):.3f} CPU seconds a step",
+                flush=True,
+            )
     return rows, table(name, about, rows)
 
 
@@ -261,7 +305,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="of atod_fast's rollouts; TRL's are by transformers")
+    parser.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="of atod_fast's rollouts; TRL's are by transformers",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV; the tables are written beside it")
     parser.add_argument("--worker", nargs=2, metavar=("TRAINER", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -269,7 +318,9 @@ def main() -> None:
         sys.exit("bench/step.py: TRL is not installed; pip install '.[peers]'")
     torch.set_num_threads(1)
     if args.worker:
-        metrics.time = SimpleNamespace(perf_counter=time.process_time)  # Clock, which times the phases, then counts no neighbour's work
+        metrics.time = SimpleNamespace(
+            perf_counter=time.process_time
+        )  # Clock, which times the phases, then counts no neighbour's work
         trainer, folder, steps = args.worker[0], Path(args.worker[1]), STEPS[Path(args.worker[1]).name]
         print(json.dumps(trl_steps(folder, steps) if trainer == TRL else atod_fast_steps(folder, steps, args.engine)))
         return
@@ -289,7 +340,9 @@ def main() -> None:
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: f"{value:.5f}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+        writer.writerows(
+            {key: f"{value:.5f}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
 
 
 if __name__ == "__main__":

@@ -61,16 +61,29 @@ def candidates(family: str, arch: str, bits: int) -> Iterator[Config]:
             yield {"BM": bm, "BN": bn, "BK": bk, "TMA": tma, "PARTS": parts, "num_warps": warps, "num_stages": stages}
 
 
-def faultless(family: str, arch: str, bits: int, config: Config, every: bool, judge: Callable[[Variant, str, Config], Any] = examine) -> bool:
+def faultless(
+    family: str,
+    arch: str,
+    bits: int,
+    config: Config,
+    every: bool,
+    judge: Callable[[Variant, str, Config], Any] = examine,
+) -> bool:
     """Whether a configuration compiles without a fault: in every variant of the family's kernels, or in the most demanding of each kernel."""
-    judged = [v for v in variants() if v.kernel in FAMILIES[family] and (family != "fused" or (v.bits == bits and v.even))]
+    judged = [
+        v for v in variants() if v.kernel in FAMILIES[family] and (family != "fused" or (v.bits == bits and v.even))
+    ]
     if not every:
         judged = list({v.kernel: v for v in judged if v.extras and v.kind in ("jsd", "reverse_kl")}.values())
-    launched = ((v, config | {"TMA": config["TMA"] and v.tma, "EVEN": v.even} if family == "fused" else config) for v in judged)
+    launched = (
+        (v, config | {"TMA": config["TMA"] and v.tma, "EVEN": v.even} if family == "fused" else config) for v in judged
+    )
     return not any(judge(v, arch, c).fault for v, c in launched)
 
 
-def ranked(configs: list[Config], start: Config, call: Callable[[Config], Callable[[], Any]], timer: Timer, rounds: int) -> list[tuple[float, Config]]:
+def ranked(
+    configs: list[Config], start: Config, call: Callable[[Config], Callable[[], Any]], timer: Timer, rounds: int
+) -> list[tuple[float, Config]]:
     """Median milliseconds over rounds in which the candidates take turns, the best first; `start` leads unless beaten by the margin."""
     configs = [start, *(c for c in configs if c != start)]
     times: list[list[float]] = [[] for _ in configs]
@@ -87,10 +100,14 @@ def ranked(configs: list[Config], start: Config, call: Callable[[Config], Callab
     return [(medians[i], configs[i]) for i in order if medians[i] < math.inf]
 
 
-def merged(rows: list[dict[str, Any]], found: dict[str, Config], arch: str, bits: int, version: str = triton.__version__) -> list[dict[str, Any]]:
+def merged(
+    rows: list[dict[str, Any]], found: dict[str, Config], arch: str, bits: int, version: str = triton.__version__
+) -> list[dict[str, Any]]:
     """The table with this architecture's rows replaced by what was found, those of this version of Triton alone too; `fused` has a row per
     operand size."""
-    new = [{"kernel": k, "arch": arch} | ({"bits": bits} if k == "fused" else {}) | {"config": c} for k, c in found.items()]
+    new = [
+        {"kernel": k, "arch": arch} | ({"bits": bits} if k == "fused" else {}) | {"config": c} for k, c in found.items()
+    ]
 
     def replaced(row: dict[str, Any]) -> bool:
         key = {k: v for k, v in row.items() if k not in ("config", "triton")}
@@ -181,7 +198,9 @@ class Made(backend.Tiles):
 
 def with_config(family: str, config: Config) -> None:
     """Make the backend launch one family with a configuration."""
-    backend.configuration = lambda kernel, arch, bits: config if kernel == family else configs.configuration(kernel, arch, bits)
+    backend.configuration = lambda kernel, arch, bits: (
+        config if kernel == family else configs.configuration(kernel, arch, bits)
+    )
 
 
 def tune_tile(shape: tuple[int, ...], dtype: torch.dtype, timer: Timer, rounds: int) -> dict[tuple[int, int], float]:
@@ -191,7 +210,9 @@ def tune_tile(shape: tuple[int, ...], dtype: torch.dtype, timer: Timer, rounds: 
 
     def call() -> None:
         x.grad = w.grad = None
-        linear_token_loss(lambda s: s.divergence, x, w, p.teacher_hidden, p.teacher_weight, p.target, backend="triton")[0].backward()
+        linear_token_loss(lambda s: s.divergence, x, w, p.teacher_hidden, p.teacher_weight, p.target, backend="triton")[
+            0
+        ].backward()
 
     before, times = problem.TILE["accelerator"], {tile: [] for tile in TILES}
     try:
@@ -210,7 +231,11 @@ def main() -> int:
     parser.add_argument("--shape", default="4096,32768,2048,4096", help="tokens,columns,student_hidden,teacher_hidden")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tile", action="store_true", help="also time tile sizes; the best goes into problem.TILE by hand, as it changes chunking")
+    parser.add_argument(
+        "--tile",
+        action="store_true",
+        help="also time tile sizes; the best goes into problem.TILE by hand, as it changes chunking",
+    )
     parser.add_argument("--table", default=str(TABLE), help="the JSON that is read and written; '' writes nothing")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -247,7 +272,9 @@ def main() -> int:
     if args.tile:
         times = tune_tile(shape, dtype, timer, args.rounds)
         for tile, milliseconds in sorted(times.items(), key=lambda item: item[1]):
-            print(f"tile {tile[0]} x {tile[1]}: {milliseconds:.2f} ms{' (problem.TILE)' if tile == problem.TILE['accelerator'] else ''}")
+            print(
+                f"tile {tile[0]} x {tile[1]}: {milliseconds:.2f} ms{' (problem.TILE)' if tile == problem.TILE['accelerator'] else ''}"
+            )
     return 0
 
 

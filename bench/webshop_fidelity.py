@@ -60,9 +60,13 @@ def lucene(jar: Path, products: Iterable[Product], asked: list[str]) -> list[lis
         (folder / "Searcher.java").write_text(SEARCHER)
         options = "-collection JsonCollection -input documents -index index -generator DefaultLuceneDocumentGenerator -threads 1"
         java = ["java", "-Xmx1g", "-cp", str(jar.resolve())]
-        subprocess.run([*java, "io.anserini.index.IndexCollection", *options.split()], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [*java, "io.anserini.index.IndexCollection", *options.split()], cwd=folder, check=True, capture_output=True
+        )
         text = "".join(f"{query}\n" for query in asked).encode()
-        subprocess.run([*java, "Searcher.java", "index", "hits"], cwd=folder, check=True, capture_output=True, input=text)
+        subprocess.run(
+            [*java, "Searcher.java", "index", "hits"], cwd=folder, check=True, capture_output=True, input=text
+        )
         return [line.split() for line in (folder / "hits").read_text(encoding="utf-8").splitlines()]
 
 
@@ -83,9 +87,15 @@ def nouns(products: list[Product], model: str, pairs: int = 20_000) -> dict:
     import spacy
 
     parse = spacy.load(model)
-    tagged = {product.title: tuple(token.text.lower() for token in parse(product.title) if token.pos_ in ("NOUN", "PROPN")) for product in products}
+    tagged = {
+        product.title: tuple(token.text.lower() for token in parse(product.title) if token.pos_ in ("NOUN", "PROPN"))
+        for product in products
+    }
     both = [(Counter(tagged[product.title]), Counter(heuristic(product.title))) for product in products]
-    right, theirs, ours = ((sum(sum(part(a, b).values()) for a, b in both)) for part in (lambda a, b: a & b, lambda a, b: a, lambda a, b: b))
+    right, theirs, ours = (
+        (sum(sum(part(a, b).values()) for a, b in both))
+        for part in (lambda a, b: a & b, lambda a, b: a, lambda a, b: b)
+    )
 
     def same(some: list[tuple[Product, Product]], spacys: Callable[[str], tuple[str, ...]]) -> float:
         return sum(type_reward(a, b, spacys) == type_reward(a, b, heuristic) for a, b in some) / len(some)
@@ -95,8 +105,15 @@ def nouns(products: list[Product], model: str, pairs: int = 20_000) -> dict:
         together[product.query].append(product)
     random_pairs = [(rng.choice(products), rng.choice(products)) for _ in range(pairs)]
     near_pairs = [(a, b) for group in together.values() for a in group for b in group if a is not b]
-    agreement = {"type_reward_random_pairs": same(random_pairs, tagged.__getitem__), "type_reward_pairs_of_a_query": same(near_pairs, tagged.__getitem__)}
-    return {"model": f"{parse.meta['name']} {parse.meta['version']}", "precision": right / ours, "recall": right / theirs} | agreement
+    agreement = {
+        "type_reward_random_pairs": same(random_pairs, tagged.__getitem__),
+        "type_reward_pairs_of_a_query": same(near_pairs, tagged.__getitem__),
+    }
+    return {
+        "model": f"{parse.meta['name']} {parse.meta['version']}",
+        "precision": right / ours,
+        "recall": right / theirs,
+    } | agreement
 
 
 def main() -> None:

@@ -18,8 +18,14 @@ from atod_fast.errors import UserError
 TABLE = "orders(customer TEXT, item TEXT, month INTEGER, amount INTEGER)"
 CUSTOMERS, ITEMS = ("Ana", "Ben", "Cleo", "Dai"), ("tea", "rice", "lamp", "pen", "rug")
 QUESTIONS = {  # by task type: the question, and the query that answers it
-    "count": ("How many orders did {c} place in month {m}?", "SELECT COUNT(*) FROM orders WHERE customer='{c}' AND month={m}"),
-    "sum": ("What is the total amount that {c} spent on {i}?", "SELECT TOTAL(amount) FROM orders WHERE customer='{c}' AND item='{i}'"),
+    "count": (
+        "How many orders did {c} place in month {m}?",
+        "SELECT COUNT(*) FROM orders WHERE customer='{c}' AND month={m}",
+    ),
+    "sum": (
+        "What is the total amount that {c} spent on {i}?",
+        "SELECT TOTAL(amount) FROM orders WHERE customer='{c}' AND item='{i}'",
+    ),
     "most": (
         "On which item did {c} spend most? (Of equal ones the first in the alphabet.)",
         "SELECT item FROM orders WHERE customer='{c}' GROUP BY item ORDER BY SUM(amount) DESC, item LIMIT 1",
@@ -51,7 +57,10 @@ class SqlQuestions:
         self.close()
         self.database = sqlite3.connect(":memory:")
         self.database.execute(f"CREATE TABLE {TABLE}")
-        rows = [(draw.choice(CUSTOMERS), draw.choice(ITEMS), draw.randint(1, 12), draw.randint(1, 99)) for _ in range(self.orders)]
+        rows = [
+            (draw.choice(CUSTOMERS), draw.choice(ITEMS), draw.randint(1, 12), draw.randint(1, 99))
+            for _ in range(self.orders)
+        ]
         self.database.executemany("INSERT INTO orders VALUES (?, ?, ?, ?)", rows)
         self.task, self.kind = task, draw.choice(list(QUESTIONS))
         facts = {"c": draw.choice(rows)[0], "i": draw.choice(ITEMS), "m": draw.randint(1, 12)}

@@ -40,7 +40,9 @@ def main(overrides: list[str], run_dir: Path | None = None, table: Path = Path("
     config = load_config(overrides=[*SHORT, *overrides])
     rows = Table(table, ["train/success", "turns/weight_mean", "loss/total"])
     done = train(config, run_dir=run_dir, callbacks=[rows])
-    print(f"success {done.before['eval/success']:.1%} before, {done.metrics['eval/success']:.1%} after; model {done.model}")
+    print(
+        f"success {done.before['eval/success']:.1%} before, {done.metrics['eval/success']:.1%} after; model {done.model}"
+    )
 
     greedy = config.model_copy(update={"eval": config.eval.model_copy(update={"temperature": 0.0})})
     found = evaluate(done.model, greedy)

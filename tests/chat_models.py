@@ -8,14 +8,30 @@ import torch
 from chat_tokenizers import tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
 # A run of one step in the world of `worlds.Corridor`.
 SHORT = """rollout.context=window rollout.prompt_tokens=600 rollout.response_tokens=6 rollout.concurrency=8 env.max_turns=3
 env.name=worlds:Rooms env.train={tasks=20} env.eval={tasks=20} eval.teacher=false eval.every=0 eval.tasks=2 train.steps=1 train.tasks_per_step=2
 train.group_size=2 train.minibatch_rows=0 checkpoint.every=0 observe.trajectories_every=1""".split()
 
 
-def save_chat_model(folder: Path, kind: str = "qwen", *, columns: int = 0, seed: int = 0, made=Qwen3ForCausalLM, config=Qwen3Config, **changes) -> str:
+def save_chat_model(
+    folder: Path,
+    kind: str = "qwen",
+    *,
+    columns: int = 0,
+    seed: int = 0,
+    made=Qwen3ForCausalLM,
+    config=Qwen3Config,
+    **changes,
+) -> str:
     """A random model with the tokenizer `kind`; its head has `columns` columns, or six more than there are tokens."""
     words = tokenizer(kind)
     sizes = {"vocab_size": columns or len(words) + 6, "max_position_embeddings": 4096, "dtype": "float32"}

@@ -59,7 +59,9 @@ def _byte_level() -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), byte_level])
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=380, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     inner.train_from_iterator(CORPUS, trainer)
     return inner
 
@@ -70,7 +72,9 @@ def _sentencepiece(prepend: bool) -> Tokenizer:
     replace = normalizers.Replace(" ", "\u2581")
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prepend else replace
     pieces = ["<unk>", "<s>", "</s>"]
-    inner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=pieces, show_progress=False, max_token_length=8))
+    inner.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=pieces, show_progress=False, max_token_length=8)
+    )
     described = json.loads(inner.to_str())
     vocabulary = described["model"]["vocab"]
     for byte in range(256):
@@ -86,7 +90,9 @@ def _unigram() -> Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     inner.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
     alphabet = sorted({letter for text in CORPUS for letter in text} | set(string.printable + "\u2581"))
-    trainer = trainers.UnigramTrainer(vocab_size=240, special_tokens=["<unk>"], unk_token="<unk>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=240, special_tokens=["<unk>"], unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
+    )
     inner.train_from_iterator(CORPUS, trainer)
     return inner
 
@@ -112,7 +118,9 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
             options = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         case "llama3":
             inner, template = _byte_level(), LLAMA3
-            inner.add_special_tokens(_special("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+            inner.add_special_tokens(
+                _special("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+            )
             options = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
         case "phi":
             inner, template = _sentencepiece(prepend=True), PHI

@@ -24,7 +24,10 @@ def run_ranks(world: int, function: Callable, *arguments) -> list:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(world, mp_context=_context, max_tasks_per_child=1) as pool:
-        return [future.result(timeout=240) for future in [pool.submit(_as_rank, rank, world, port, function, arguments) for rank in range(world)]]
+        return [
+            future.result(timeout=240)
+            for future in [pool.submit(_as_rank, rank, world, port, function, arguments) for rank in range(world)]
+        ]
 
 
 def _as_rank(rank: int, world: int, port: int, function: Callable, arguments: tuple):

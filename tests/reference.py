@@ -191,7 +191,9 @@ class Step:
 
 
 @torch.no_grad()
-def look(config, kappa: float, rho: float, trajectories, student: Turns, teacher: Turns | None, columns: Tensor) -> Step:
+def look(
+    config, kappa: float, rho: float, trajectories, student: Turns, teacher: Turns | None, columns: Tensor
+) -> Step:
     """The facts of a step from its distributions."""
     o, turns = config.objective, [turn for trajectory in trajectories for turn in trajectory.turns]
     old = of_actions(student, trajectories, columns)

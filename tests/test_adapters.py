@@ -96,7 +96,12 @@ class Guesser:
 
 
 def play(env: Environment, tasks: int = 12):
-    config = Config.model_validate({"rollout": {"prompt_tokens": 4000, "response_tokens": 24, "concurrency": 4}, "env": {"max_turns": 8, "step_timeout": 20.0}})
+    config = Config.model_validate(
+        {
+            "rollout": {"prompt_tokens": 4000, "response_tokens": 24, "concurrency": 4},
+            "env": {"max_turns": 8, "step_timeout": 20.0},
+        }
+    )
     prompt = prompt_for("one's own", env, thinking=False, history=2)
     renderer = ChatRenderer(TOKENIZER, prompt, context="full", thinking=False, prompt_tokens=4000)
     episodes = [Episode(task, task, 0, seed=task, env_seed=77) for task in range(tasks)]
@@ -105,7 +110,12 @@ def play(env: Environment, tasks: int = 12):
 
 def won_by_halving(played) -> None:
     for number, trajectory in enumerate(played):
-        assert (trajectory.task, trajectory.failure, trajectory.truncated, trajectory.success) == (number, None, False, True)
+        assert (trajectory.task, trajectory.failure, trajectory.truncated, trajectory.success) == (
+            number,
+            None,
+            False,
+            True,
+        )
         assert [turn.reward for turn in trajectory.turns] == [0.0] * (len(trajectory.turns) - 1) + [1.0]
         assert len(trajectory.turns) <= 6 and all(turn.valid for turn in trajectory.turns)
         assert trajectory.turns[0].observation == "I think of a number from 1 to 50. Which?"
@@ -133,9 +143,23 @@ def test_the_page_s_commands_train_and_evaluate(page, tmp_path, monkeypatch, cap
         tokenizer.save_pretrained(tmp_path / name)
     (_, _, program, *settings), (_, _, other, *arguments) = COMMANDS[:2]
     assert (program, other) == ("atod_fast.train", "atod_fast.evaluate")
-    small = ["train.steps=1", "train.tasks_per_step=2", "train.group_size=2", "eval.tasks=2", "eval.teacher=false", "env.max_turns=2"]
-    assert train.main([*settings, *small, "student.path=student", "teacher.path=teacher", "rollout.response_tokens=6"]) == 0
-    (line,) = [line for line in map(json.loads, (tmp_path / "runs/guess/metrics.jsonl").read_text().splitlines()) if line["step"] == 1]
+    small = [
+        "train.steps=1",
+        "train.tasks_per_step=2",
+        "train.group_size=2",
+        "eval.tasks=2",
+        "eval.teacher=false",
+        "env.max_turns=2",
+    ]
+    assert (
+        train.main([*settings, *small, "student.path=student", "teacher.path=teacher", "rollout.response_tokens=6"])
+        == 0
+    )
+    (line,) = [
+        line
+        for line in map(json.loads, (tmp_path / "runs/guess/metrics.jsonl").read_text().splitlines())
+        if line["step"] == 1
+    ]
     assert line["rollout/turns"] == 2 and line["sync/logprob_gap"] < 1e-4 and line["policy/gradient_norm"] > 0
     assert evaluate.main([*arguments, "eval.tasks=3"]) == 0
     assert "on 3 tasks" in capsys.readouterr().out
@@ -145,7 +169,11 @@ def test_every_command_of_the_page_says_what_the_program_understands():
     for _, _, program, *arguments in COMMANDS:
         if program == "atod_fast.train":
             config = cli.parse(arguments).config
-            assert config.train.learning_rate == 1e-6 and config.rollout.context == "window" and "--preset own" in " ".join(arguments)
+            assert (
+                config.train.learning_rate == 1e-6
+                and config.rollout.context == "window"
+                and "--preset own" in " ".join(arguments)
+            )
             assert demo_values_warning(config, 596_049_920) is None
             env = config.env
             options = env.options | env.train
@@ -196,7 +224,11 @@ def test_an_option_that_is_missing_is_named():
     ],
 )
 def test_what_makes_no_environment_is_refused(page, name, words):
-    page.Endless = type("Endless", (), {member: getattr(page.Guess, member) for member in ("instant", "reset", "step", "clone", "close")})
+    page.Endless = type(
+        "Endless",
+        (),
+        {member: getattr(page.Guess, member) for member in ("instant", "reset", "step", "clone", "close")},
+    )
     with pytest.raises(UserError, match=f"env.name='{name}' .*{words}"):
         make(name)
 
@@ -213,7 +245,9 @@ def test_a_window_prompt_tells_the_beginning_once_it_has_scrolled_away():
     for history, told in ((0, True), (1, True), (2, True), (3, False)):
         text = PlainPrompt(False, history, "RULES").message("START", turns, "NOW", ["x", "it's"])
         assert text.startswith("RULES") and "NOW" in text and "step 4" in text and ("began with: START" in text) == told
-        assert [f"Action {n}: '{c}'" in text for n, c in ((1, "a"), (2, "b"), (3, "c"))] == [n > 3 - history for n in (1, 2, 3)]
+        assert [f"Action {n}: '{c}'" in text for n, c in ((1, "a"), (2, "b"), (3, "c"))] == [
+            n > 3 - history for n in (1, 2, 3)
+        ]
         assert "admissible actions: 'x', \"it's\"." in text and text.endswith("<action> </action> tags.")
     plain = PlainPrompt(True, 2)
     assert plain.message("START", [], "START", []) == plain.first("START", []) and "<think>" in plain.first("START", [])
@@ -291,20 +325,31 @@ def test_a_gymnasium_environment_is_played_by_the_agent_loop(page, gymnasium):
     gymnasium.register("Guess-v0", Game)
     played = play(Gymnasium(id="Guess-v0", tasks=20, seed=5, instructions="You guess."))
     won_by_halving(played)
-    assert [t.turns for t in play(Gymnasium(id="Guess-v0", tasks=20, seed=5, instructions="You guess.", instant=False))] == [t.turns for t in played]
-    assert [t.turns[-1].command for t in play(Gymnasium(id="Guess-v0", tasks=20, seed=6), 11)] == [t.turns[-1].command for t in played[1:]]
+    assert [
+        t.turns for t in play(Gymnasium(id="Guess-v0", tasks=20, seed=5, instructions="You guess.", instant=False))
+    ] == [t.turns for t in played]
+    assert [t.turns[-1].command for t in play(Gymnasium(id="Guess-v0", tasks=20, seed=6), 11)] == [
+        t.turns[-1].command for t in played[1:]
+    ]
 
 
 def test_frozen_lake_is_walked_by_name_and_seen_in_words(gymnasium):
     env = Gymnasium(**FROZEN, kwargs={"is_slippery": False})
     observation, info = env.reset(0, 0)
     assert observation.split() == ["[red", "S]FFF", "FHFH", "FFFH", "HFFG"]
-    assert info == {"won": False, "is_action_valid": True, "task_id": "FrozenLake-v1/0", "admissible_actions": FROZEN["actions"]}
+    assert info == {
+        "won": False,
+        "is_action_valid": True,
+        "task_id": "FrozenLake-v1/0",
+        "admissible_actions": FROZEN["actions"],
+    }
     assert env.step("jump") == (observation, 0.0, False, False, info | {"is_action_valid": False})
     path = [env.step(action) for action in ("down", " DOWN", "right", "right", "down", "right")]
     assert [step[1:4] for step in path] == [(0.0, False, False)] * 5 + [(1.0, True, False)]
     assert [step[4]["won"] for step in path] == [False] * 5 + [True] and "HFF[red G]" in path[-1][0]
-    assert all(type(step[1]) is float and type(step[2]) is bool for step in path), "numpy's own types do not become JSON"
+    assert all(type(step[1]) is float and type(step[2]) is bool for step in path), (
+        "numpy's own types do not become JSON"
+    )
 
 
 def test_a_task_is_a_seed_and_repeats_in_a_clone_whatever_the_loop_s_seed(gymnasium):
@@ -314,7 +359,9 @@ def test_a_task_is_a_seed_and_repeats_in_a_clone_whatever_the_loop_s_seed(gymnas
         return env.reset(seed, task), [env.step(action) for action in ["right", "down"] * 6]
 
     assert walk(first, 1, 4) == walk(first.clone(), 2, 4)
-    assert walk(first, 0, 4)[1] == [(*step[:4], step[4] | {"task_id": "FrozenLake-v1/4"}) for step in walk(second, 0, 1)[1]]
+    assert walk(first, 0, 4)[1] == [
+        (*step[:4], step[4] | {"task_id": "FrozenLake-v1/4"}) for step in walk(second, 0, 1)[1]
+    ]
     assert len({str(walk(first, 0, task)[1][:-1]) for task in range(6)}) > 1, "the ice is slippery by the seed"
     with pytest.raises(IndexError):
         first.reset(0, 50)
@@ -332,12 +379,25 @@ def test_the_mask_says_which_actions_there_are(gymnasium):
 
 
 def test_what_the_environment_tells_of_itself_goes_through(gymnasium):
-    told = {"won": np.bool_(True), "score": np.float32(0.5), "task_type": "count", "admissible_actions": ("a", "b"), "unheard": object()}
+    told = {
+        "won": np.bool_(True),
+        "score": np.float32(0.5),
+        "task_type": "count",
+        "admissible_actions": ("a", "b"),
+        "unheard": object(),
+    }
     env = Gymnasium(id=registered(gymnasium, info=told), tasks=3)
     env.reset(0, 0)
     observation, _, _, _, info = env.step("Say THIS")
     assert observation == "step 1 'Say THIS'", "commands for a Text space keep their letters"
-    assert info == {"won": True, "score": 0.5, "task_type": "count", "admissible_actions": ["a", "b"], "is_action_valid": True, "task_id": "Counter-v0/0"}
+    assert info == {
+        "won": True,
+        "score": 0.5,
+        "task_type": "count",
+        "admissible_actions": ["a", "b"],
+        "is_action_valid": True,
+        "task_id": "Counter-v0/0",
+    }
     assert json.dumps(info)
 
 
@@ -354,7 +414,12 @@ def test_success_is_an_end_with_enough_reward(gymnasium):
 
 def test_a_discrete_space_may_start_anywhere_and_a_function_may_tell_the_observation(gymnasium, page):
     page.told = lambda observation, info: f"told: {observation}"
-    env = Gymnasium(id=registered(gymnasium, (gymnasium.spaces.Discrete(2, start=-1),)), tasks=1, actions=["down", "up"], observation="guess:told")
+    env = Gymnasium(
+        id=registered(gymnasium, (gymnasium.spaces.Discrete(2, start=-1),)),
+        tasks=1,
+        actions=["down", "up"],
+        observation="guess:told",
+    )
     assert env.reset(0, 0)[0] == "told: start 0"
     assert [env.step(action)[0] for action in ("down", "up")] == ["told: step 1 -1", "told: step 2 0"]
 
@@ -371,7 +436,10 @@ def test_a_discrete_space_may_start_anywhere_and_a_function_may_tell_the_observa
         ({"observation": "os:nothing"}, "observation='os:nothing' cannot be loaded"),
         ({"observation": ".os:sep"}, "observation='.os:sep' cannot be loaded"),
         ({"observation": "os:sep"}, "observation='os:sep' is not a function"),
-        ({"id": "Blackjack-v1", "actions": []}, "observation='render': Blackjack-v1 draws in human, rgb_array, not in ansi"),
+        (
+            {"id": "Blackjack-v1", "actions": []},
+            "observation='render': Blackjack-v1 draws in human, rgb_array, not in ansi",
+        ),
         ({"id": "Pendulum-v1", "observation": "text"}, "actions are Box, not Text or Discrete; wrap it"),
         ({"actions": ["a", "b", "A", "c"]}, "has 3 different names; FrozenLake-v1 has 4 actions"),
         ({"tasks": 0}, "tasks=0 must be a whole number of at least 1"),
@@ -417,17 +485,30 @@ def test_what_is_shown_is_bounded_and_free_of_control_characters(text, chars):
 @given(st.text("ab", min_size=121, max_size=300), st.integers(16, 120))
 def test_of_what_is_too_long_the_middle_is_left_out(text, most):
     start, end = cut_middle(text, most).split(GAP)
-    assert len(start) + len(end) == most and len(start) - len(end) in (0, 1) and text.startswith(start) and text.endswith(end)
+    assert (
+        len(start) + len(end) == most
+        and len(start) - len(end) in (0, 1)
+        and text.startswith(start)
+        and text.endswith(end)
+    )
 
 
 def check_shown(observation: str, info: dict, chars: int = 4000) -> None:
     """What an adapter makes of `HOSTILE`."""
     text = observation + "".join(map(str, info.values()))
     assert not re.search("[\x1b\u202e]", text + info.get("task_type", ""))
-    assert observation.startswith("seen") and observation.endswith("z" * (chars // 2)) and len(observation) == chars + len(GAP)
+    assert (
+        observation.startswith("seen")
+        and observation.endswith("z" * (chars // 2))
+        and len(observation) == chars + len(GAP)
+    )
     *listed, mark = info["admissible_actions"]
     assert mark in GAP and listed[0] == "act" and listed[1].startswith("yy") and GAP in listed[1]
-    assert len(listed) <= adapter.MOST_ACTIONS and max(map(len, listed)) <= 200 + len(GAP) and sum(map(len, listed)) <= chars
+    assert (
+        len(listed) <= adapter.MOST_ACTIONS
+        and max(map(len, listed)) <= 200 + len(GAP)
+        and sum(map(len, listed)) <= chars
+    )
 
 
 HOSTILE_TEXT = "\x1b[31mse\u202een" + "z" * 100_000
@@ -440,7 +521,9 @@ def test_what_a_gymnasium_environment_tells_is_cleaned_and_cut(gymnasium):
     for observation, *_, told in (env.reset(0, 0), env.step("x")):
         check_shown(observation, told)
         assert len(told["task_type"]) == len(told["task_id"]) == 200 + len(GAP)
-    assert len(Gymnasium(id="Counter-v0", tasks=1, chars=20).reset(0, 0)[1]["admissible_actions"]) == 2, "the list's characters are counted"
+    assert len(Gymnasium(id="Counter-v0", tasks=1, chars=20).reset(0, 0)[1]["admissible_actions"]) == 2, (
+        "the list's characters are counted"
+    )
 
 
 def test_all_of_many_actions_are_accepted_though_not_all_are_listed(gymnasium):
@@ -569,7 +652,17 @@ def served(request, page):
 
 
 def connect(address: str, **changes) -> OpenEnv:
-    return OpenEnv(**{"url": address, "tasks": 20, "seed": 5, "action": {"number": "{}"}, "observation": "turns.-1.content", "timeout": 20.0} | changes)
+    return OpenEnv(
+        **{
+            "url": address,
+            "tasks": 20,
+            "seed": 5,
+            "action": {"number": "{}"},
+            "observation": "turns.-1.content",
+            "timeout": 20.0,
+        }
+        | changes
+    )
 
 
 def test_an_openenv_server_is_played_by_the_agent_loop(served, page):
@@ -577,12 +670,17 @@ def test_an_openenv_server_is_played_by_the_agent_loop(served, page):
         played = play(connect(url, instructions="You guess."))
         won_by_halving(played)
         same = [page.Guess(tasks=1, seed=5 + task) for task in range(12)]
-        assert all(world.reset(0, 0) and str(world.number) == t.turns[-1].command for world, t in zip(same, played, strict=True))
+        assert all(
+            world.reset(0, 0) and str(world.number) == t.turns[-1].command
+            for world, t in zip(same, played, strict=True)
+        )
 
 
 def test_a_wrong_value_costs_the_turn_and_a_server_s_fault_the_trajectory(served):
     with served() as (url, _):
-        env = connect(url, admissible="legal", reset={"most": 7}, observation=["turns.0.content", "turns.-1.content", "nothing"])
+        env = connect(
+            url, admissible="legal", reset={"most": 7}, observation=["turns.0.content", "turns.-1.content", "nothing"]
+        )
         first, info = env.reset(0, 0)
         assert first == "before\nI think of a number from 1 to 7. Which?" and info["admissible_actions"] == ["1", "2"]
         assert env.step("three") == (first, 0.0, False, False, info | {"is_action_valid": False})
@@ -623,7 +721,11 @@ def test_an_idle_session_that_was_ended_is_opened_again(page):
 
 
 def test_what_a_server_tells_is_cleaned_and_cut(page, monkeypatch):
-    told = {"observation": {"turns": [{"content": HOSTILE_TEXT}], "legal": HOSTILE_ACTIONS}, "reward": None, "done": False}
+    told = {
+        "observation": {"turns": [{"content": HOSTILE_TEXT}], "legal": HOSTILE_ACTIONS},
+        "reward": None,
+        "done": False,
+    }
     monkeypatch.setattr(Served, "told", lambda *_: told)
     with replica(page) as (url, _):
         env = connect(url, admissible="legal")
@@ -634,9 +736,13 @@ def test_what_a_server_tells_is_cleaned_and_cut(page, monkeypatch):
         env.close()
 
 
-@pytest.mark.parametrize(("reward", "done", "gained", "won"), [(2.0, False, 2.0, False), (2.0, True, 2.0, True), (None, True, 0.0, False)])
+@pytest.mark.parametrize(
+    ("reward", "done", "gained", "won"), [(2.0, False, 2.0, False), (2.0, True, 2.0, True), (None, True, 0.0, False)]
+)
 def test_a_server_s_episode_is_won_at_its_end_and_no_reward_is_none(page, monkeypatch, reward, done, gained, won):
-    monkeypatch.setattr(Served, "told", lambda *_: {"observation": {"turns": [{"content": "x"}]}, "reward": reward, "done": done})
+    monkeypatch.setattr(
+        Served, "told", lambda *_: {"observation": {"turns": [{"content": "x"}]}, "reward": reward, "done": done}
+    )
     with replica(page) as (url, _):
         env = connect(url)
         env.reset(0, 0)
@@ -656,7 +762,11 @@ def test_a_server_s_message_has_a_longest_size(page, monkeypatch):
     [
         ({"code": "VALIDATION_ERROR", "errors": [{"msg": "too low"}]}, True, "VALIDATION_ERROR; too low"),
         ({"code": "VALIDATION_ERROR", "errors": [{"type": "missing"}]}, False, "VALIDATION_ERROR"),
-        ({"code": "VALIDATION_ERROR", "errors": [{"type": "missing", "loc": "number", "msg": 5}]}, False, "VALIDATION_ERROR; number: 5"),
+        (
+            {"code": "VALIDATION_ERROR", "errors": [{"type": "missing", "loc": "number", "msg": 5}]},
+            False,
+            "VALIDATION_ERROR; number: 5",
+        ),
         ({"code": "VALIDATION_ERROR", "errors": ["too low", None]}, True, "VALIDATION_ERROR; too low"),
         ({"code": "X", "errors": "its own words", "message": "m"}, False, "X; m; its own words"),
         ({"code": ["X"], "errors": {"msg": "one"}}, False, "['X']; one"),
@@ -678,7 +788,12 @@ def test_a_server_s_words_are_cleaned_and_cut_where_they_are_told(page):
         pool.step(0, "3")
         failure = pool.ready(wait=True)[0].failure
         pool.close()
-    assert failure.startswith("ServerError: EXECUTION_ERROR") and failure.endswith("long end'") and len(failure) < 340 and failure.isprintable()
+    assert (
+        failure.startswith("ServerError: EXECUTION_ERROR")
+        and failure.endswith("long end'")
+        and len(failure) < 340
+        and failure.isprintable()
+    )
 
 
 @pytest.mark.parametrize(
@@ -723,4 +838,12 @@ def test_templates_are_filled_and_paths_followed():
     template = {"type": "call_tool", "arguments": {"message": "{}", "to": ["{}", "all"]}}
     assert filled(template, "hi {}") == {"type": "call_tool", "arguments": {"message": "hi {}", "to": ["hi {}", "all"]}}
     value = {"a": [{"b": 1}, {"b": None}], "c": "text"}
-    assert [at(value, path) for path in ("a.0.b", "a.-1.b", "a.2.b", "a.b", "c.0", "c", "d")] == [1, None, None, None, None, "text", None]
+    assert [at(value, path) for path in ("a.0.b", "a.-1.b", "a.2.b", "a.b", "c.0", "c", "d")] == [
+        1,
+        None,
+        None,
+        None,
+        None,
+        "text",
+        None,
+    ]

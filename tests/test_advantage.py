@@ -38,7 +38,11 @@ def random_episodes(seed):
     rng = np.random.default_rng(seed)
 
     def turn():
-        return float(rng.choice([0.0, 0.5, 10.0])), str(rng.choice(["valid", "valid", "refused", "malformed"])), int(rng.integers(0, 4))
+        return (
+            float(rng.choice([0.0, 0.5, 10.0])),
+            str(rng.choice(["valid", "valid", "refused", "malformed"])),
+            int(rng.integers(0, 4)),
+        )
 
     return [(int(rng.integers(0, 3)), [turn() for _ in range(rng.integers(1, 5))]) for _ in range(rng.integers(1, 11))]
 
@@ -110,7 +114,9 @@ def test_rounding_is_no_variance():
 @pytest.mark.parametrize("baseline", ["rows", "trajectory"])
 def test_an_invalid_action_in_a_group_that_always_succeeds_never_explodes(baseline, advantage):
     table = make_table([outcome(0, 1.0), outcome(0, 1.0, verdict="malformed"), outcome(0, 1.0)])
-    result = rl_advantages(table, Objective(baseline=baseline, advantage=advantage, gigpo_omega=0.0, invalid_penalty=0.1))
+    result = rl_advantages(
+        table, Objective(baseline=baseline, advantage=advantage, gigpo_omega=0.0, invalid_penalty=0.1)
+    )
     assert result.turn.abs().max() < 10
     assert result.flat_groups == (1.0 if baseline == "trajectory" else 0.0)
 
@@ -162,7 +168,12 @@ def test_a_trajectory_without_turns_counts_by_its_reward_alone():
 
 def test_group_numbers_may_have_gaps():
     table = make_table([outcome(7, 1.0), outcome(7, 0.0), outcome(3, 1.0), outcome(3, 0.0)])
-    assert rl_advantages(table, Objective(advantage="rloo", baseline="trajectory")).turn.tolist() == [1.0, -1.0, 1.0, -1.0]
+    assert rl_advantages(table, Objective(advantage="rloo", baseline="trajectory")).turn.tolist() == [
+        1.0,
+        -1.0,
+        1.0,
+        -1.0,
+    ]
 
 
 def test_discounted_returns_stop_at_trajectory_borders():

@@ -52,7 +52,11 @@ def next_command(world: FastAlfWorld) -> str:
         return command if world.is_open(place) else say("openobject", r=place)
 
     lies = sorted(world.facts["inreceptacle"])
-    wanted = [(item, place) for item, place in lies if game.kind[item] == task.object and item in game.properties["pickupable"]]
+    wanted = [
+        (item, place)
+        for item, place in lies
+        if game.kind[item] == task.object and item in game.properties["pickupable"]
+    ]
     targets = [place for place in game.receptacles if game.kind[place] == task.receptacle]
     targets.sort(key=lambda place: -sum(where == place for _, where in wanted))
     if held is None:
@@ -159,14 +163,21 @@ def test_what_textworld_does_that_nobody_would_expect():
 
 def test_the_sentences_come_from_the_game_file():
     _, data = generate(Spec(), 0)
-    data["grammar"] = data["grammar"].replace("You are not carrying anything.", "Your {a.indefinite} hand is empty.".replace("{a.indefinite} ", ""))
+    data["grammar"] = data["grammar"].replace(
+        "You are not carrying anything.", "Your {a.indefinite} hand is empty.".replace("{a.indefinite} ", "")
+    )
     assert FastAlfWorld(Game.parse(data, "")).step("inventory")[0] == "Your hand is empty."
 
 
 @pytest.mark.parametrize(
     ("key", "old", "new", "complaint"),
     [
-        ("pddl_domain", "(isClean ?o)\n            )", "(isHot ?o)\n            )", "action cleanobject is not ALFWorld's"),
+        (
+            "pddl_domain",
+            "(isClean ?o)\n            )",
+            "(isHot ?o)\n            )",
+            "action cleanobject is not ALFWorld's",
+        ),
         ("pddl_domain", "(:action look", "(:action sing", "is not ALFWorld's"),
         ("grammar", "openable(r:receptacle) & opened", "locked(r:receptacle) & opened", "asks for locked"),
         ("grammar", "{o.indefinite + ' ' + o.name | inreceptacle", "{o.name.upper() | inreceptacle", "computes"),
@@ -210,7 +221,12 @@ def content(data: dict) -> tuple:
 
 def test_training_and_evaluation_games_share_nothing():
     """Also the harder statement: no two of them are one game in another place."""
-    splits = [Env().train, Env().eval, Env().dev, {"generate": 2000, "seed": 3}]  # the last: those of bench/demo_study.py
+    splits = [
+        Env().train,
+        Env().eval,
+        Env().dev,
+        {"generate": 2000, "seed": 3},
+    ]  # the last: those of bench/demo_study.py
     games = [[generate(Spec(at["seed"], SMALL_TASK_TYPES), i)[1] for i in range(at["generate"])] for at in splits]
     assert len({data["pddl_problem"] for split in games for data in split}) == sum(map(len, games)) == 8300
     for one, other in combinations([set(map(content, split)) for split in games], 2):
@@ -223,7 +239,9 @@ def test_a_game_depends_on_seed_index_and_options_alone():
     assert games[0] == games[2] != games[1]
     assert generate(Spec(seed=5, scene="full"), 5) != games[0]
     code = "from atod_fast.envs.alfworld.generator import *; print(generate(Spec(seed=3, scene='full'), 5))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == str(games[0])
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip() == str(games[0])
 
 
 @settings(max_examples=50, deadline=None)
@@ -252,8 +270,14 @@ def test_it_speaks_the_protocol_and_pays_once_the_goal_is_reached():
     env = make("alfworld", generate=8, seed=1, reward=7)
     assert isinstance(env, Environment) and env.instant and len(env) == 8
     observation, info = env.reset(0, 3)
-    assert observation.startswith("-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room.") and "Your task is to: " in observation
-    assert info.keys() == {"won", "admissible_actions", "is_action_valid", "task_type", "task_id"} and info["task_type"] in info["task_id"]
+    assert (
+        observation.startswith("-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room.")
+        and "Your task is to: " in observation
+    )
+    assert (
+        info.keys() == {"won", "admissible_actions", "is_action_valid", "task_type", "task_id"}
+        and info["task_type"] in info["task_id"]
+    )
     assert env.step("fly")[1:4] == (0.0, False, False) and not env.step("fly")[4]["is_action_valid"]
     rewards = []
     while not info["won"]:
@@ -419,7 +443,9 @@ def test_other_worlds_come_by_module_and_class_or_by_entry_point(monkeypatch):
     own = make("atod_fast.envs.alfworld.env:AlfWorld", generate=1)
     assert type(own) is AlfWorld
     offered = EntryPoint("kitchens", "atod_fast.envs.alfworld.env:AlfWorld", atod_fast.envs.GROUP)
-    monkeypatch.setattr(atod_fast.envs, "entry_points", lambda group: (offered,) if group == atod_fast.envs.GROUP else ())
+    monkeypatch.setattr(
+        atod_fast.envs, "entry_points", lambda group: (offered,) if group == atod_fast.envs.GROUP else ()
+    )
     assert len(make("kitchens", generate=4)) == 4
     with pytest.raises(UserError, match="did you mean kitchens"):
         make("kitchen")

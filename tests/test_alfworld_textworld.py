@@ -52,7 +52,11 @@ def remembering() -> Iterator[None]:
     from textworld.envs.pddl import textgen
     from textworld.logic import Rule
 
-    parse, query, translate = textgen._parse_and_convert, Rule.__dict__["parse_conjunctive_query"], fast_downward.pddl2sas
+    parse, query, translate = (
+        textgen._parse_and_convert,
+        Rule.__dict__["parse_conjunctive_query"],
+        fast_downward.pddl2sas,
+    )
     translated: dict = {}
 
     def parse_once(text, rule_name="start", **options):
@@ -72,7 +76,11 @@ def remembering() -> Iterator[None]:
             translated[domain, problem] = translate(domain, problem, verbose=verbose)
         return translated[domain, problem]
 
-    textgen._parse_and_convert, Rule.parse_conjunctive_query, fast_downward.pddl2sas = parse_once, classmethod(query_once), translate_once
+    textgen._parse_and_convert, Rule.parse_conjunctive_query, fast_downward.pddl2sas = (
+        parse_once,
+        classmethod(query_once),
+        translate_once,
+    )
     try:
         yield
     finally:
@@ -104,7 +112,11 @@ class Both:
         for _ in range(steps):
             if self.fast.won:
                 return
-            acting = [command for command in self.fast.admissible if command.split()[0] not in ("go", "look", "inventory", "examine", "help", "close")]
+            acting = [
+                command
+                for command in self.fast.admissible
+                if command.split()[0] not in ("go", "look", "inventory", "examine", "help", "close")
+            ]
             roll = random.random()
             if roll < 0.05:
                 self.step(random.choice(("go to nowhere 9", "LOOK", "", " inventory ", "take mug 1", "help")))
@@ -173,7 +185,11 @@ ODD = {
 def test_oddities_of_official_games(engine, official, oddity):  # noqa: F811
     files = sorted(official.rglob("game.tw-pddl"))
     Random(oddity).shuffle(files)
-    odd = [file for file in files if re.search(ODD[oddity], json.loads(file.read_text())["pddl_problem"].partition("(:goal")[0], re.DOTALL)]
+    odd = [
+        file
+        for file in files
+        if re.search(ODD[oddity], json.loads(file.read_text())["pddl_problem"].partition("(:goal")[0], re.DOTALL)
+    ]
     for file in odd[:2]:
         Both(engine, json.loads(file.read_text()), str(file)).wander(Random(2), 30)
     assert odd
@@ -241,7 +257,9 @@ def record() -> None:
                 both.finish()
                 turns, listed = [], set(both.log[0][2])
                 for command, observation, admissible in both.log[1:]:
-                    turns.append([command, observation, sorted(set(admissible) - listed), sorted(listed - set(admissible))])
+                    turns.append(
+                        [command, observation, sorted(set(admissible) - listed), sorted(listed - set(admissible))]
+                    )
                     listed = set(admissible)
                 records.append(
                     {

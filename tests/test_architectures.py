@@ -126,7 +126,9 @@ def mistral(**options) -> MistralForCausalLM:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    model = MistralForCausalLM(MistralConfig(vocab_size=53, max_position_embeddings=256, dtype="float32", **sizes | options))
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=53, max_position_embeddings=256, dtype="float32", **sizes | options)
+    )
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -144,7 +146,10 @@ def test_an_attention_that_forgets_a_window_is_found_out_and_the_models_own_cach
     monkeypatch.setattr(forward, "reaches", lambda config: [Reach("full_attention")] * 2)
     model = mistral(sliding_window=window)
     engine = TransformersEngine(model, slots=2, max_model_len=200, device="cpu")
-    assert type(engine._forward) is CacheForward and "mistral model generates with transformers' own cache" in engine.slower
+    assert (
+        type(engine._forward) is CacheForward
+        and "mistral model generates with transformers' own cache" in engine.slower
+    )
     assert model.config.sliding_window == window and model.config._attn_implementation == "sdpa"
     assert {layer.self_attn.config.sliding_window for layer in model.model.layers} == {window}
 
@@ -278,22 +283,38 @@ def test_a_model_that_cannot_run_is_refused_with_the_reason():
 def test_longrope_beyond_the_original_positions_is_refused(context, most):
     factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
-    config = make(replace(NAMES["Phi-3, sliding window"], options={"rope_parameters": rope, "original_max_position_embeddings": 64})).config
+    config = make(
+        replace(
+            NAMES["Phi-3, sliding window"], options={"rope_parameters": rope, "original_max_position_embeddings": 64}
+        )
+    ).config
     for facts in (config.to_dict(), {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}):
         for tokens in (most, most + 1):
             asked = [f"rollout.context={context}", f"rollout.prompt_tokens={tokens}", "rollout.response_tokens=28"]
             if tokens == most:
                 check_model(load(None, None, asked), "m", facts)
                 continue
-            with pytest.raises(UserError, match=f"rollout.prompt_tokens = {tokens}: .* of model 'm'.*to at most {most}$"):
+            with pytest.raises(
+                UserError, match=f"rollout.prompt_tokens = {tokens}: .* of model 'm'.*to at most {most}$"
+            ):
                 check_model(load(None, None, asked), "m", facts)
 
 
-@pytest.mark.parametrize(("name", "buffer"), [("LFM2 MoE", "expert_bias"), ("DeepSeek V3", "e_score_correction_bias"), ("Qwen3", "")])
+@pytest.mark.parametrize(
+    ("name", "buffer"), [("LFM2 MoE", "expert_bias"), ("DeepSeek V3", "e_score_correction_bias"), ("Qwen3", "")]
+)
 def test_vllm_is_not_sent_buffers_so_their_students_are_refused(name, buffer):
     model = make(NAMES[name])
-    config = load(None, None, ["student.compute_dtype=fp32", "rollout.engine=vllm", "rollout.prompt_tokens=64", "rollout.response_tokens=8"])
-    with pytest.raises(UserError, match=f"rollout.engine=vllm .*{buffer}.*; set rollout.engine=transformers") if buffer else nullcontext():
+    config = load(
+        None,
+        None,
+        ["student.compute_dtype=fp32", "rollout.engine=vllm", "rollout.prompt_tokens=64", "rollout.response_tokens=8"],
+    )
+    with (
+        pytest.raises(UserError, match=f"rollout.engine=vllm .*{buffer}.*; set rollout.engine=transformers")
+        if buffer
+        else nullcontext()
+    ):
         preflight._body(config, "student", "m", model.config, CPU)
 
 
@@ -321,7 +342,10 @@ def test_a_lost_state_is_found_in_16_bits_too(name):
     model = make(NAMES[name]).to(torch.bfloat16)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     assert chosen(model, 64) is AnewForward
-    assert all(tensor.dtype == before[key].dtype and torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(
+        tensor.dtype == before[key].dtype and torch.equal(tensor, before[key])
+        for key, tensor in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -380,7 +404,9 @@ def test_a_hybrid_student_trains(tmp_path, capsys):
     assert train.main([*small.split(), "env.max_turns=4", "objective.preset=exact", *paths]) == 0
     said = capsys.readouterr()
     assert "a lfm2 model generates with transformers' own cache" in said.out + said.err
-    lines = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"sync/logprob_gap"' in line]
+    lines = [
+        line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"sync/logprob_gap"' in line
+    ]
     assert len(lines) == 2
     gaps = [json.loads(line)["sync/logprob_gap_max"] for line in lines]
     assert max(gaps) < 1e-4, "the engine computes what the trainer computes, after an update too"

@@ -21,7 +21,11 @@ from atod_fast.rollout.rendering import ChatRenderer
 from atod_fast.rollout.template import ChatTemplate
 
 DAY = date(2026, 11, 27)
-OBSERVATIONS = ["\nYou are in a room.\n\nYour task is to: put a mug on the desk.\n", "You see  a mug 1.\n\n\nAnd nothing else.", "\n\nNothing happens. "]
+OBSERVATIONS = [
+    "\nYou are in a room.\n\nYour task is to: put a mug on the desk.\n",
+    "You see  a mug 1.\n\n\nAnd nothing else.",
+    "\n\nNothing happens. ",
+]
 ANSWERS = ["<action>look</action>", "go to desk 1", "take it"]
 ACTIONS = ["look", "go to desk 1"]
 WORDS = {"alfworld": AlfWorldPrompt(False, 2), "plain": PlainPrompt(False, 2, "You put things in their places.\n")}
@@ -108,12 +112,16 @@ def test_a_control_token_that_an_environment_spells_is_ordinary_characters(kind,
         assert controls(f"a {spelled} b{spelled}") == controls("a desk b"), spelled
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unigram"])  # whose pieces do not hold every character
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind != "unigram"]
+)  # whose pieces do not hold every character
 def test_a_control_token_that_an_environment_spells_is_shown_as_it_was_spelled(kind):
     words = tokenizer(kind)
     for token in words.added_tokens_decoder.values():
         text = f"See {token.content.strip(chr(0x2581))} here"
-        shown = words.decode(renderer(kind, "window", "plain").prompt([], text, info([text])), clean_up_tokenization_spaces=False)
+        shown = words.decode(
+            renderer(kind, "window", "plain").prompt([], text, info([text])), clean_up_tokenization_spaces=False
+        )
         assert shown.count(text) == 2
 
 
@@ -132,7 +140,11 @@ def test_the_prompt_s_own_words_may_write_control_tokens():
 @settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(KINDS),
-    st.lists(st.sampled_from(["\n", "\n\n", " ", "  ", "mug", " 1", "\u00df", "\u4e2d", "<", "|", "im_end", "\t"]) | st.text(max_size=3), max_size=8),
+    st.lists(
+        st.sampled_from(["\n", "\n\n", " ", "  ", "mug", " 1", "\u00df", "\u4e2d", "<", "|", "im_end", "\t"])
+        | st.text(max_size=3),
+        max_size=8,
+    ),
 )
 def test_any_text_without_control_tokens_is_encoded_as_by_the_tokenizer(kind, parts):
     template = ChatTemplate(tokenizer(kind), thinking=False, day=DAY, continues=True)
@@ -143,13 +155,19 @@ def test_any_text_without_control_tokens_is_encoded_as_by_the_tokenizer(kind, pa
         assert template.first(text) == right(kind, text)
 
 
-@pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFC()], ids=["nfkc", "lower", "nfc"])
+@pytest.mark.parametrize(
+    "normalizer", [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFC()], ids=["nfkc", "lower", "nfc"]
+)
 def test_no_text_becomes_a_control_token_by_being_normalised(normalizer):
     """Added tokens may match text as the tokenizer's normaliser leaves it."""
     inner = Tokenizer.from_str(tokenizer("qwen").backend_tokenizer.to_str())
     inner.normalizer = normalizer
-    inner.add_tokens([AddedToken("<thinking>", special=False, normalized=True), AddedToken("\u00c5ngstr\u00f6m<x>", normalized=True)])
-    words = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", chat_template=tokenizer("qwen").chat_template)
+    inner.add_tokens(
+        [AddedToken("<thinking>", special=False, normalized=True), AddedToken("\u00c5ngstr\u00f6m<x>", normalized=True)]
+    )
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", chat_template=tokenizer("qwen").chat_template
+    )
     control = set(words.added_tokens_decoder)
     shown = ChatRenderer(words, WORDS["plain"], context="window", thinking=False, prompt_tokens=999, day=DAY)
 
@@ -173,7 +191,11 @@ def test_marks_that_a_prompt_of_one_s_own_rewrites_or_cuts_do_no_harm():
     ids = shown.prompt([], "See <think>", info(["say <think>"]))
     thought = words.convert_tokens_to_ids("<think>")
     assert ids.count(thought) == right("qwen", "x").count(thought)
-    assert "\"See <think>\" ['say <think>'] See " in words.decode(ids) and "fdd" not in words.decode(ids) and str(thought) not in words.decode(ids)
+    assert (
+        "\"See <think>\" ['say <think>'] See " in words.decode(ids)
+        and "fdd" not in words.decode(ids)
+        and str(thought) not in words.decode(ids)
+    )
 
 
 def test_code_points_reserved_for_marks_are_shown_as_replaced():
@@ -186,7 +208,9 @@ def test_code_points_reserved_for_marks_are_shown_as_replaced():
 
 def test_a_template_that_writes_the_date_writes_the_run_s():
     def prompt(day: date) -> str:
-        shown = ChatRenderer(tokenizer("llama3"), WORDS["plain"], context="full", thinking=False, prompt_tokens=10_000, day=day)
+        shown = ChatRenderer(
+            tokenizer("llama3"), WORDS["plain"], context="full", thinking=False, prompt_tokens=10_000, day=day
+        )
         return tokenizer("llama3").decode(shown.prompt([], "x", info()))
 
     assert "Today Date: 27 Nov 2026" in prompt(DAY) and "Today Date: 01 Dec 2026" in prompt(date(2026, 12, 1))
@@ -195,11 +219,21 @@ def test_a_template_that_writes_the_date_writes_the_run_s():
 def test_a_response_ends_at_any_token_that_the_model_s_makers_name():
     words = tokenizer("qwen")
     end, text = words.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    shown = ChatRenderer(words, WORDS["plain"], context="full", thinking=False, prompt_tokens=999, columns=len(words), stop_ids=[text, end, 3, len(words)])
+    shown = ChatRenderer(
+        words,
+        WORDS["plain"],
+        context="full",
+        thinking=False,
+        prompt_tokens=999,
+        columns=len(words),
+        stop_ids=[text, end, 3, len(words)],
+    )
     assert shown.stop_ids == (end, text, 3)  # an id beyond the head is never sampled
 
 
 def test_ids_beyond_the_head_are_never_sampled():
     words = tokenizer("qwen")
-    shown = ChatRenderer(words, WORDS["plain"], context="full", thinking=False, prompt_tokens=999, columns=len(words) - 2)
+    shown = ChatRenderer(
+        words, WORDS["plain"], context="full", thinking=False, prompt_tokens=999, columns=len(words) - 2
+    )
     assert shown.valid_columns is None  # all that the head has

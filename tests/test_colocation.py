@@ -45,7 +45,9 @@ class FakeVllm:
 
     def collective_rpc(self, method, kwargs):
         assert method == "reload_weights" and "weights" in self.awake and kwargs["weights_iterator"] is not None
-        assert all(weight.sum() == 10 for _, weight in list(kwargs["weights_iterator"])), "each was copied before the next came"
+        assert all(weight.sum() == 10 for _, weight in list(kwargs["weights_iterator"])), (
+            "each was copied before the next came"
+        )
         self.loaded = True
 
     def reset_prefix_cache(self):
@@ -160,7 +162,10 @@ def test_a_sync_is_whole_or_an_error():
             list(checked(iter(weights), SHAPES))
 
 
-@pytest.mark.parametrize(("found", "word"), [(None, "vLLM is not installed"), ("0.33.0", "vLLM 0.33.0 is installed"), ("0.3", "vLLM 0.3 is installed")])
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [(None, "vLLM is not installed"), ("0.33.0", "vLLM 0.33.0 is installed"), ("0.3", "vLLM 0.3 is installed")],
+)
 def test_a_vllm_that_is_missing_or_of_another_version_is_named(tmp_path, capfd, monkeypatch, found, word):
     monkeypatch.setattr(vllm_limits, "installed", lambda: found)
     run(tmp_path / "run", "rollout.engine=vllm", code=2)
@@ -257,7 +262,15 @@ def test_a_rollout_that_broke_down_is_repeated_with_the_same_seeds(tmp_path, mon
 
 def test_an_engine_that_breaks_down_twice_stops_the_run_and_leaves_its_checkpoint(tmp_path, monkeypatch, capfd):
     break_once(monkeypatch, 10**6)
-    run(tmp_path / "run", "train.steps=50", "checkpoint.every=1", "eval.teacher=false", "eval.every=0", "eval.tasks=2", code=3)
+    run(
+        tmp_path / "run",
+        "train.steps=50",
+        "checkpoint.every=1",
+        "eval.teacher=false",
+        "eval.every=0",
+        "eval.tasks=2",
+        code=3,
+    )
     out, error = capfd.readouterr()
     assert "broke down twice" in error and "saved after step 1; go on with" in out and "--resume auto" in out
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())

@@ -90,7 +90,20 @@ def test_nothing_given_is_the_demo_and_the_defaults():
 
 def test_arguments_come_in_any_order(write):
     file = write("train.steps = 7")
-    options = parse(["train.seed=3", "--preset", "demo", file, "--dry-run", "eval.every=9", "--run-dir", "runs/x", "--resume", "auto"])
+    options = parse(
+        [
+            "train.seed=3",
+            "--preset",
+            "demo",
+            file,
+            "--dry-run",
+            "eval.every=9",
+            "--run-dir",
+            "runs/x",
+            "--resume",
+            "auto",
+        ]
+    )
     assert (options.config.train.seed, options.config.train.steps, options.config.eval.every) == (3, 7, 9)
     assert (options.name, str(options.run_dir), options.resume, options.dry_run) == ("my", "runs/x", "auto", True)
 
@@ -155,7 +168,12 @@ def test_the_family_of_objectives():
     exact = load(overrides=["objective.preset=exact"])
     correction = {name: load(overrides=[f"objective.preset={name}"]).objective.tis_cap for name in OBJECTIVES}
     assert correction == dict.fromkeys(OBJECTIVES, 2.0) | {"paper": 0.0}
-    assert (exact.objective.divergence, exact.turns.disagreement, exact.turns.uncertainty, exact.turns.budget) == ("reverse_kl", "exact", "exact", "mean1")
+    assert (exact.objective.divergence, exact.turns.disagreement, exact.turns.uncertainty, exact.turns.budget) == (
+        "reverse_kl",
+        "exact",
+        "exact",
+        "mean1",
+    )
 
 
 # --- the same from Python
@@ -168,7 +186,9 @@ def same(*configs: Config) -> bool:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_preset_expands_however_a_config_is_made(name):
     chosen = {"preset": name}
-    start = load(overrides=["objective.preset=fixed", "objective.divergence=k2", "turns.fuse=max", "schedule.rho.end=7"])
+    start = load(
+        overrides=["objective.preset=fixed", "objective.divergence=k2", "turns.fuse=max", "schedule.rho.end=7"]
+    )
     assert same(
         load(overrides=[f"objective.preset={name}"]),
         Config(objective=chosen),
@@ -182,22 +202,34 @@ def test_an_objective_preset_expands_however_a_config_is_made(name):
 
 
 def test_keys_given_beside_the_preset_win_and_the_rest_is_the_presets():
-    tables = {"objective": {"preset": "grpo", "clip": 0.3}, "schedule": {"kappa": {"horizon": 10}}, "turns": {"fuse": "max"}}
+    tables = {
+        "objective": {"preset": "grpo", "clip": 0.3},
+        "schedule": {"kappa": {"horizon": 10}},
+        "turns": {"fuse": "max"},
+    }
     models = {
         "objective": Objective(preset="grpo", clip=0.3),
         "schedule": Schedule(kappa=Slide(horizon=10)),
         "turns": Turns(fuse="max"),
     }
-    wanted = load(overrides=["objective.preset=grpo", "objective.clip=0.3", "schedule.kappa.horizon=10", "turns.fuse=max"])
-    assert same(wanted, Config(**tables), Config(**models), Config(**models | {"schedule": {"kappa": Slide(horizon=10)}}))
+    wanted = load(
+        overrides=["objective.preset=grpo", "objective.clip=0.3", "schedule.kappa.horizon=10", "turns.fuse=max"]
+    )
+    assert same(
+        wanted, Config(**tables), Config(**models), Config(**models | {"schedule": {"kappa": Slide(horizon=10)}})
+    )
     assert (wanted.schedule.kappa.start, wanted.schedule.kappa.horizon, wanted.turns.fuse) == (0.0, 10, "max")
-    assert Config(schedule={"rho": {"horizon": 10}}) == load(overrides=["schedule.rho.horizon=10"]), "a slide is filled up with its own ends"
+    assert Config(schedule={"rho": {"horizon": 10}}) == load(overrides=["schedule.rho.horizon=10"]), (
+        "a slide is filled up with its own ends"
+    )
 
 
 def test_a_copy_is_a_checked_config_that_differs_in_what_was_asked_for():
     start = load(overrides=["objective.preset=opd", "train.seed=3", "schedule.kappa.horizon=9"])
     copy = start.model_copy(update={"train": Train(steps=7)})
-    assert values(copy) == values(start) | {"train.steps": 7, "train.seed": 0}, "a section is replaced, others are left as they are"
+    assert values(copy) == values(start) | {"train.steps": 7, "train.seed": 0}, (
+        "a section is replaced, others are left as they are"
+    )
     assert start.model_copy() == start
     moved = start.model_copy(update={"objective": {"preset": "sequential"}})
     assert moved.schedule.kappa == Slide(kind="step", start=1.0, end=0.0, horizon=9)
@@ -222,8 +254,16 @@ SETTINGS = (
     "objective.invalid_penalty",
     "rollout.history",
 )
-PAPER = {"alfworld": (50, 16, 128, 2048, 256, 0.1, 2), "webshop": (15, 16, 128, 4096, 64, 0.1, 2), "searchqa": (4, 128, 512, 4096, 256, 0.01, 4)}
-MODELS = {"0.6b": ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"), "1.7b": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B"), "4b": ("Qwen/Qwen3-4B", "Qwen/Qwen3-30B-A3B")}
+PAPER = {
+    "alfworld": (50, 16, 128, 2048, 256, 0.1, 2),
+    "webshop": (15, 16, 128, 4096, 64, 0.1, 2),
+    "searchqa": (4, 128, 512, 4096, 256, 0.01, 4),
+}
+MODELS = {
+    "0.6b": ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"),
+    "1.7b": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B"),
+    "4b": ("Qwen/Qwen3-4B", "Qwen/Qwen3-30B-A3B"),
+}
 COMMON = {
     "train.learning_rate": 1e-6,
     "train.weight_decay": 0.01,
@@ -313,7 +353,9 @@ FREE = {
 def test_presets_state_their_method_and_inherit_no_tuning_of_the_demo(name):
     level = preset_level(name)
     stated = set(level) | set(OBJECTIVES[level["objective.preset"]])
-    method = {key for key in KEYS if key.split(".")[0] in ("rollout", "eval", "train", "objective", "schedule", "turns")}
+    method = {
+        key for key in KEYS if key.split(".")[0] in ("rollout", "eval", "train", "objective", "schedule", "turns")
+    }
     assert method - stated == FREE & (method - stated)
 
 
@@ -322,7 +364,10 @@ def test_the_demo_of_another_world_differs_in_the_world_its_models_and_the_size_
     found, demo = values(load(f"demo-{world}")), values(Config())
     changed = {key for key in found if found[key] != demo[key]}
     assert {"env.name", "student.path", "teacher.path"} <= changed
-    assert all(key.startswith(("env.", "student.path", "teacher.path", "train.", "rollout.concurrency", "schedule.")) for key in changed), changed
+    assert all(
+        key.startswith(("env.", "student.path", "teacher.path", "train.", "rollout.concurrency", "schedule."))
+        for key in changed
+    ), changed
     seeds = {found[f"env.{split}"]["seed"] for split in ("train", "eval", "dev")}
     assert found["env.name"] == world and len(seeds) == 3
 
@@ -349,22 +394,45 @@ def test_the_preset_of_ones_own_holds_nothing_of_the_demo():
     assert {key: found[key] for key in COMMON if key not in ("rollout.response_tokens", "eval.temperature")} == {
         key: COMMON[key] for key in COMMON if key not in ("rollout.response_tokens", "eval.temperature")
     }
-    tuned = ("train.learning_rate", "train.betas", "train.weight_decay", "rollout.context", "rollout.prompt_tokens", "rollout.response_tokens")
+    tuned = (
+        "train.learning_rate",
+        "train.betas",
+        "train.weight_decay",
+        "rollout.context",
+        "rollout.prompt_tokens",
+        "rollout.response_tokens",
+    )
     assert all(found[key] != demo[key] for key in tuned)
     assert found["student.compute_dtype"] == found["teacher.compute_dtype"] == "auto"
 
 
 def test_the_demo_s_values_are_warned_of_where_a_real_model_meets_them():
-    real = {"student": Student(path="/models/mine"), "teacher": Teacher(path="/models/larger"), "env": Env(name="guess:Guess")}
+    real = {
+        "student": Student(path="/models/mine"),
+        "teacher": Teacher(path="/models/larger"),
+        "env": Env(name="guess:Guess"),
+    }
     line = demo_values_warning(Config(**real), 135_000_000)
     assert "\n" not in line
-    for part in ("train.learning_rate=0.0007", "rollout.response_tokens=9", "/models/mine", "135 million", "--preset own", "1e-6", "1e-5"):
+    for part in (
+        "train.learning_rate=0.0007",
+        "rollout.response_tokens=9",
+        "/models/mine",
+        "135 million",
+        "--preset own",
+        "1e-6",
+        "1e-5",
+    ):
         assert part in line
     half = demo_values_warning(load("own", None, [*OWN, "train.learning_rate=7e-4"]), 596_000_000)
     assert "train.learning_rate=0.0007" in half and "rollout.response_tokens" not in half
     assert demo_values_warning(Config(**real), 9_000_000) is None, "tiny models of one's own"
     assert demo_values_warning(Config(), 135_000_000) is None, "the demo itself"
-    assert all(demo_values_warning(load(name, None, OWN), 4_000_000_000) is None for name in PRESETS if not name.startswith("demo"))
+    assert all(
+        demo_values_warning(load(name, None, OWN), 4_000_000_000) is None
+        for name in PRESETS
+        if not name.startswith("demo")
+    )
 
 
 # --- free tables
@@ -375,7 +443,10 @@ def test_a_table_in_a_file_replaces_and_a_dotted_option_adds(write):
     assert parse([start]).config.env.train == {"generate": 5, "seed": 6}
     assert parse([start, "env.train.generate=50"]).config.env.train == {"generate": 50, "seed": 6}
     assert parse([start, 'env.train={split="train"}']).config.env.train == {"split": "train"}
-    assert parse([start, "env.train={}", "env.train.split=train", "env.train.deep.er=[1, 2]"]).config.env.train == {"split": "train", "deep": {"er": [1, 2]}}
+    assert parse([start, "env.train={}", "env.train.split=train", "env.train.deep.er=[1, 2]"]).config.env.train == {
+        "split": "train",
+        "deep": {"er": [1, 2]},
+    }
 
 
 def test_another_environment_drops_the_options_of_the_one_before():
@@ -502,15 +573,24 @@ def test_bad_usage_is_one_line_that_names_the_remedy(argv, parts):
         (["schedule.kappa.kind=exponential", "schedule.kappa.end=0"], ["schedule.kappa", "cosine"]),
         (["schedule.kappa.kind=adaptive", "eval.every=0"], ["eval.every"]),
         (["schedule.kappa.kind=adaptive", "eval.teacher=false"], ["eval.teacher"]),
-        (["schedule.kappa.kind=adaptive", "env.dev={}"], ["schedule.kappa.kind=adaptive", "env.dev, which is empty", "env.dev='{...}'"]),
-        (["checkpoint.keep_best=true", "env.name=guess:Guess"], ["checkpoint.keep_best=true", "env.dev, which is empty"]),
+        (
+            ["schedule.kappa.kind=adaptive", "env.dev={}"],
+            ["schedule.kappa.kind=adaptive", "env.dev, which is empty", "env.dev='{...}'"],
+        ),
+        (
+            ["checkpoint.keep_best=true", "env.name=guess:Guess"],
+            ["checkpoint.keep_best=true", "env.dev, which is empty"],
+        ),
         (["objective.divergence=jsd", "objective.alpha=1"], ["objective.alpha=1", "jsd"]),
         (["objective.divergence=skew_reverse_kl", "objective.alpha=1"], ["objective.alpha=1", "skew_reverse_kl"]),
         (["objective.dual_clip=0.5"], ["objective.dual_clip=0.5"]),
         (["objective.advantage=rloo"], ["objective.advantage=rloo", "set objective.baseline=trajectory"]),
         (["train.group_size=1"], ["train.group_size=1", "opd"]),
         (["rollout.tensor_parallel=2"], ["rollout.tensor_parallel=2", "rollout.engine=vllm"]),
-        (["rollout.context=full", "rollout.prompt_tokens=100", "rollout.response_tokens=100"], ["rollout.response_tokens=100", "rollout.prompt_tokens"]),
+        (
+            ["rollout.context=full", "rollout.prompt_tokens=100", "rollout.response_tokens=100"],
+            ["rollout.response_tokens=100", "rollout.prompt_tokens"],
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(argv, parts):
@@ -562,7 +642,10 @@ def test_ranks_that_cannot_share_the_tasks_are_refused(tasks, ranks, remedy):
 def test_engines_of_several_ranks_are_whole_and_share_the_tasks():
     config = load(overrides=["rollout.engine=vllm", "rollout.tensor_parallel=4", "train.tasks_per_step=2"])
     check_ranks(config, 8)
-    for ranks, line in ((6, "rollout.tensor_parallel=4 does not divide 6 ranks"), (12, "train.tasks_per_step=2 cannot .* 3 engines of 12 ranks; use 3")):
+    for ranks, line in (
+        (6, "rollout.tensor_parallel=4 does not divide 6 ranks"),
+        (12, "train.tasks_per_step=2 cannot .* 3 engines of 12 ranks; use 3"),
+    ):
         with pytest.raises(UserError, match=line):
             check_ranks(config, ranks)
 
@@ -571,7 +654,9 @@ def test_engines_of_several_ranks_are_whole_and_share_the_tasks():
 @pytest.mark.parametrize(("context", "prompt"), [("full", 128), ("window", 100)])
 def test_rows_longer_than_the_model_are_refused(model, context, prompt):
     def config(tokens):
-        return load(overrides=[f"rollout.context={context}", f"rollout.prompt_tokens={tokens}", "rollout.response_tokens=28"])
+        return load(
+            overrides=[f"rollout.context={context}", f"rollout.prompt_tokens={tokens}", "rollout.response_tokens=28"]
+        )
 
     check_model(config(prompt), "m", model)
     with pytest.raises(UserError, match=r"129 exceeds the 128 positions of model 'm'"):
@@ -584,7 +669,8 @@ def test_rows_longer_than_the_model_are_refused(model, context, prompt):
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBERS = st.one_of(st.integers(0, 2**40), st.floats(0, 1e30), st.sampled_from([0, 1, 0.5, 1e-6]))
 ANYTHING = st.recursive(
-    st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)
+    st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
 )
 LEAVES = {int: st.integers(0, 1000), float: NUMBERS, bool: st.booleans(), str: TEXT}
 
@@ -599,7 +685,11 @@ def candidate(key: str) -> st.SearchStrategy:
     return st.dictionaries(TEXT, ANYTHING, max_size=3) if kind is dict else LEAVES[kind]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much, HealthCheck.too_slow], deadline=None)
+@settings(
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much, HealthCheck.too_slow],
+    deadline=None,
+)
 @given(data=st.data())
 def test_the_resolved_configuration_reads_back_equal(tmp_path, data):
     nested = Config().model_dump()
@@ -642,7 +732,17 @@ def test_help_documents_every_key(capsys):
         assert f"\n  {key} = " in text, key
         assert FIELDS[key].description and " ".join(FIELDS[key].description.split()) in flat, key
         if isinstance(default, int | float | str):
-            assert f"{key} = " + (str(default).lower() if isinstance(default, bool) else f'"{default}"' if isinstance(default, str) else str(default)) in text
+            assert (
+                f"{key} = "
+                + (
+                    str(default).lower()
+                    if isinstance(default, bool)
+                    else f'"{default}"'
+                    if isinstance(default, str)
+                    else str(default)
+                )
+                in text
+            )
     for key in KEYS:
         for choice in get_args(FIELDS[key].annotation) if get_origin(FIELDS[key].annotation) is Literal else ():
             assert choice in flat
@@ -659,7 +759,9 @@ def test_list_presets_names_each(capsys):
     assert all(len(line.split()) > 3 for line in lines)
 
 
-@pytest.mark.parametrize("call", ["train --help", "train --list-presets", "train --version", "evaluate --help", "evaluate --version"])
+@pytest.mark.parametrize(
+    "call", ["train --help", "train --list-presets", "train --version", "evaluate --help", "evaluate --version"]
+)
 def test_what_only_prints_imports_neither_torch_nor_transformers(call):
     program, flag = call.split()
     code = f"""
@@ -672,12 +774,20 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
-    assert {"--help": "usage: ", "--list-presets": "own ", "--version": f"atod_fast {__version__}\n"}[flag] in done.stdout
+    assert {"--help": "usage: ", "--list-presets": "own ", "--version": f"atod_fast {__version__}\n"}[
+        flag
+    ] in done.stdout
 
 
 def test_a_rank_other_than_the_first_prints_no_help():
     found = [
-        subprocess.run([sys.executable, "-m", "atod_fast.train", "--version"], capture_output=True, text=True, env=os.environ | {"RANK": rank}) for rank in "01"
+        subprocess.run(
+            [sys.executable, "-m", "atod_fast.train", "--version"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"RANK": rank},
+        )
+        for rank in "01"
     ]
     assert [(done.returncode, bool(done.stdout)) for done in found] == [(0, True), (0, False)]
 
@@ -687,7 +797,12 @@ def test_an_evaluation_of_ones_own_needs_no_other_model_and_no_other_tasks(write
         saved = write(f"{chooser}\nenv.name='guess:Guess'")
         assert parse_evaluation(["mine", "--config", saved], None)[1].choosers == [], "an evaluation chooses nothing"
     arguments, config = parse_evaluation(["Qwen/Qwen3-0.6B", "--preset", "own", OWN[2], "eval.tasks=5"], None)
-    assert (arguments.model, config.student.path, config.env.name, config.eval.tasks) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "guess:Guess", 5)
+    assert (arguments.model, config.student.path, config.env.name, config.eval.tasks) == (
+        "Qwen/Qwen3-0.6B",
+        "Qwen/Qwen3-0.6B",
+        "guess:Guess",
+        5,
+    )
 
 
 def test_a_copied_section_with_another_preset_is_that_preset():

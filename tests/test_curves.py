@@ -6,7 +6,10 @@ from matplotlib.axes import Axes
 
 from atod_fast.observe import curves
 
-LINES = [{"step": step, "train/success": 0.1 * step, "eval/success": None if step % 2 else 0.2, "schedule/kappa": 1.0} for step in range(4)]
+LINES = [
+    {"step": step, "train/success": 0.1 * step, "eval/success": None if step % 2 else 0.2, "schedule/kappa": 1.0}
+    for step in range(4)
+]
 
 
 def test_curves_are_drawn_whatever_backend_a_notebook_asks_for(tmp_path):
@@ -19,7 +22,9 @@ def test_curves_are_drawn_whatever_backend_a_notebook_asks_for(tmp_path):
 
 def test_success_on_the_tasks_that_choose_is_drawn_where_there_is_one(tmp_path, monkeypatch):
     drawn, real = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.append((style["label"], y)) or real(self, x, y, **style))
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **style: drawn.append((style["label"], y)) or real(self, x, y, **style)
+    )
     curves.draw(LINES, tmp_path / "a.png")
     assert "student, tasks to choose by" not in dict(drawn)
     curves.draw([line | {"dev/success": 0.3} for line in LINES], tmp_path / "a.png")

@@ -66,7 +66,10 @@ def test_an_observation_is_reduced_to_the_words_that_tell_states_apart():
         "Your task is to: put a clean mug in shelf."
     )
     assert " ".join(compact(start)) == "cabinet 1 shelf 2 task put clean mug shelf"
-    assert " ".join(compact("You arrive at shelf 2. On the shelf 2, you see a mug 1, and a pan 1.")) == "shelf 2 mug 1 pan 1"
+    assert (
+        " ".join(compact("You arrive at shelf 2. On the shelf 2, you see a mug 1, and a pan 1."))
+        == "shelf 2 mug 1 pan 1"
+    )
     assert " ".join(compact("The cabinet 1 is open. In it, you see nothing.")) == "cabinet 1 open nothing"
 
 
@@ -205,9 +208,13 @@ def test_a_build_is_repeatable_and_loads(tmp_path):
     finally:
         torch.set_num_threads(threads)
     for name in SHIPPED:
-        first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / run / name).state_dict() for run in ("one", "two"))
+        first, second = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / run / name).state_dict() for run in ("one", "two")
+        )
         assert all(torch.equal(first[key], second[key]) for key in first)
-        initial = build.new_model(AutoTokenizer.from_pretrained(tmp_path / "one" / name), ALFWORLD.recipes[name].seed + 3000).state_dict()
+        initial = build.new_model(
+            AutoTokenizer.from_pretrained(tmp_path / "one" / name), ALFWORLD.recipes[name].seed + 3000
+        ).state_dict()
         assert any(not torch.equal(first[key], initial[key]) for key in first)
 
 

@@ -72,7 +72,12 @@ def test_a_question_and_what_is_found_are_reduced_to_the_words_that_tell():
 
 @pytest.mark.parametrize(
     ("words", "command"),
-    [("search red lamp", "<search>red lamp</search>"), ("answer ada", "<answer>ada</answer>"), ("answer", "<answer></answer>"), ("red lamp", "red lamp")],
+    [
+        ("search red lamp", "<search>red lamp</search>"),
+        ("answer ada", "<answer>ada</answer>"),
+        ("answer", "<answer></answer>"),
+        ("red lamp", "red lamp"),
+    ],
 )
 def test_words_make_a_search_or_an_answer_and_back(words, command):
     assert searchqa.command(words.split()) == command
@@ -81,10 +86,18 @@ def test_words_make_a_search_or_an_answer_and_back(words, command):
 
 def test_a_page_is_reduced_to_phrases_prices_and_products():
     head = "Instruction: [SEP] Find me super soft, heavy duty curtains with color: navy | grey, and price lower than 90.00 dollars [SEP] "
-    assert " ".join(webshop.compact("WebShop [SEP] " + head + "Search")) == "super-soft heavy-duty curtain navy-grey $90"
-    results = head + "Back to Search [SEP] Page 2 (Total results: 31) [SEP] < Prev [SEP] Next > [SEP] B000000197 [SEP] Quone Super Soft Curtain [SEP] $78.85"
+    assert (
+        " ".join(webshop.compact("WebShop [SEP] " + head + "Search")) == "super-soft heavy-duty curtain navy-grey $90"
+    )
+    results = (
+        head
+        + "Back to Search [SEP] Page 2 (Total results: 31) [SEP] < Prev [SEP] Next > [SEP] B000000197 [SEP] Quone Super Soft Curtain [SEP] $78.85"
+    )
     assert " ".join(webshop.compact(results)) == "page2 b197 super-soft $80"
-    item = head + "Back to Search [SEP] < Prev [SEP] color [SEP] red [SEP] x-large [SEP] Neva Makeup Brush [SEP] Price: $4.0 to $6.0 [SEP] Buy Now"
+    item = (
+        head
+        + "Back to Search [SEP] < Prev [SEP] color [SEP] red [SEP] x-large [SEP] Neva Makeup Brush [SEP] Price: $4.0 to $6.0 [SEP] Buy Now"
+    )
     assert " ".join(webshop.compact(item)) == "red x-large $10 buy"
 
 
@@ -111,7 +124,9 @@ def test_words_make_a_shoppers_action_and_back(words, command):
 def test_whatever_the_model_says_is_a_command_and_the_world_answers_it(demo: Demo, data):
     env = tasks(demo.name, "eval").clone()
     env.reset(0, data.draw(st.integers(0, 50)))
-    said = data.draw(st.lists(st.sampled_from(sorted(set(tokens(demo.name)) - {PAD, ACT, EOA, BOS, UNK, CUT})), max_size=6))
+    said = data.draw(
+        st.lists(st.sampled_from(sorted(set(tokens(demo.name)) - {PAD, ACT, EOA, BOS, UNK, CUT})), max_size=6)
+    )
     ids = [*(tokens(demo.name).index(word) for word in said), tokens(demo.name).index(EOA)]
     text, command, formed = renderer(demo.name).parse(ids, stopped=True)
     assert (text, formed) == (" ".join(said), bool(said))
@@ -120,10 +135,15 @@ def test_whatever_the_model_says_is_a_command_and_the_world_answers_it(demo: Dem
 
 
 @each_demo
-@given(parts=st.lists(st.sampled_from([*CONTROL, CUT, "red", "\n", "<ACT>", "\u00e9", "page 1", "[SEP]"])), rest=st.text(max_size=40))
+@given(
+    parts=st.lists(st.sampled_from([*CONTROL, CUT, "red", "\n", "<ACT>", "\u00e9", "page 1", "[SEP]"])),
+    rest=st.text(max_size=40),
+)
 @settings(max_examples=60, deadline=None)
 def test_the_world_cannot_speak_in_control_tokens(demo: Demo, parts, rest):
-    ids = renderer(demo.name).prompt([Turn([], renderer(demo.name).action("x"), [], "", "", "", True)], " ".join([*parts, rest]), {})
+    ids = renderer(demo.name).prompt(
+        [Turn([], renderer(demo.name).action("x"), [], "", "", "", True)], " ".join([*parts, rest]), {}
+    )
     shown = [tokens(demo.name)[i] for i in ids]
     assert shown[-1] == ACT and not {PAD, ACT, EOA, BOS} & set(shown[:-1])
 
@@ -134,7 +154,9 @@ def test_the_world_cannot_speak_in_control_tokens(demo: Demo, parts, rest):
 @each_demo
 def test_the_expert_wins_every_task(demo: Demo):
     env = tasks(demo.name, "train")
-    played = [trace(demo.dialect, env, task, Random(0), 0.0, load(demo.preset).env.max_turns) for task in spread(env, 150)]
+    played = [
+        trace(demo.dialect, env, task, Random(0), 0.0, load(demo.preset).env.max_turns) for task in spread(env, 150)
+    ]
     assert all(won for _, won in played)
     assert not any(step.junk for steps, _ in played for step in steps)
 
@@ -195,7 +217,9 @@ def test_a_build_is_repeatable(demo: Demo, tmp_path):
             build.build(demo, tmp_path / name, seed=3, tasks=20, share=0.005)
     finally:
         torch.set_num_threads(threads)
-    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / run / "student").state_dict() for run in ("one", "two"))
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / run / "student").state_dict() for run in ("one", "two")
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -214,12 +238,16 @@ def test_a_step_by_the_preset_and_an_evaluation_of_what_came_of_it(demo: Demo, t
 @each_demo
 def test_the_models_are_never_taught_in_the_held_out_world(demo: Demo, monkeypatch):
     opened, real = [], build.training_tasks
-    monkeypatch.setattr(build, "training_tasks", lambda settings, seed: opened.append(seed) or real(settings, seed=seed))
+    monkeypatch.setattr(
+        build, "training_tasks", lambda settings, seed: opened.append(seed) or real(settings, seed=seed)
+    )
     env = load(demo.preset).env
     build.examples(demo, env, 1, renderer(demo.name), replace(demo.recipes["student"], environments=12))
     assert opened[0] == env.train["seed"] and len(set(opened)) == 12
     assert not {env.eval["seed"], env.dev["seed"]} & set(opened)
-    assert all(recipe.environments < env.dev["seed"] for recipe in demo.recipes.values()), "the shipped ones' worlds come before"
+    assert all(recipe.environments < env.dev["seed"] for recipe in demo.recipes.values()), (
+        "the shipped ones' worlds come before"
+    )
 
 
 def test_no_task_to_choose_by_is_in_another_split():
@@ -233,27 +261,45 @@ def test_no_task_to_choose_by_is_in_another_split():
     assert sum(asked[2][text] == asked[1][text] for text in both) < 0.05 * len(both)
 
 
-@pytest.mark.parametrize(("preset", "other"), [("demo-searchqa", "demo"), ("demo", "demo-searchqa"), ("demo-webshop", "demo-searchqa")])
+@pytest.mark.parametrize(
+    ("preset", "other"), [("demo-searchqa", "demo"), ("demo", "demo-searchqa"), ("demo-webshop", "demo-searchqa")]
+)
 def test_models_of_another_world_are_refused(preset: str, other: str):
     config = load(preset)
     env = make(config.env.name, **(config.env.options | config.env.eval))
     tokenizer = load_tokenizer(load(other).student.path)
-    with pytest.raises(UserError, match=f"use --preset {other} for that, or --preset {preset} for models of this world"):
+    with pytest.raises(
+        UserError, match=f"use --preset {other} for that, or --preset {preset} for models of this world"
+    ):
         make_renderer(config, tokenizer, len(tokenizer), env)
 
 
 def test_the_demo_s_models_are_refused_in_a_world_of_another_kind():
     tokenizer = load_tokenizer("demo:student")
-    with pytest.raises(UserError, match="env.name='worlds:Corridor': the demo's model speaks of alfworld only; use --preset demo for that, or set"):
-        make_renderer(load("demo", overrides=["env.name=worlds:Corridor"]), tokenizer, len(tokenizer), make("worlds:Corridor"))
+    with pytest.raises(
+        UserError,
+        match="env.name='worlds:Corridor': the demo's model speaks of alfworld only; use --preset demo for that, or set",
+    ):
+        make_renderer(
+            load("demo", overrides=["env.name=worlds:Corridor"]), tokenizer, len(tokenizer), make("worlds:Corridor")
+        )
 
 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({}, 'no chat template; use a chat or instruct model .*add "atod_renderer": "compact" and .*"atod_environment"'),
-        ({"atod_renderer": "compct", "atod_environment": "alfworld"}, "atod_renderer='compct' in tokenizer_config.json of .* is none of compact; correct it"),
-        ({"atod_renderer": "compact"}, "atod_environment=None in tokenizer_config.json of .* is none of alfworld, searchqa, webshop; correct it"),
+        (
+            {},
+            'no chat template; use a chat or instruct model .*add "atod_renderer": "compact" and .*"atod_environment"',
+        ),
+        (
+            {"atod_renderer": "compct", "atod_environment": "alfworld"},
+            "atod_renderer='compct' in tokenizer_config.json of .* is none of compact; correct it",
+        ),
+        (
+            {"atod_renderer": "compact"},
+            "atod_environment=None in tokenizer_config.json of .* is none of alfworld, searchqa, webshop; correct it",
+        ),
     ],
 )
 def test_a_model_that_asks_for_no_renderer_or_an_unknown_one_is_refused(asked, words, tmp_path):

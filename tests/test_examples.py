@@ -19,7 +19,15 @@ from atod_fast.envs.protocol import Environment
 from atod_fast.errors import Unexpected, UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
-QUICK = ["train.steps=2", "train.tasks_per_step=2", "train.group_size=2", "eval.every=1", "eval.tasks=3", "checkpoint.every=0", "env.max_turns=3"]
+QUICK = [
+    "train.steps=2",
+    "train.tasks_per_step=2",
+    "train.group_size=2",
+    "eval.every=1",
+    "eval.tasks=3",
+    "checkpoint.every=0",
+    "env.max_turns=3",
+]
 
 
 @pytest.fixture
@@ -32,7 +40,10 @@ def example(monkeypatch):
 def test_all_examples_are_listed_and_tested():
     names = sorted(file.stem for file in FOLDER.glob("*.py"))
     listed = (FOLDER / "README.md").read_text()
-    assert all(f"({name}.py)" in listed and f'example("{name}")' in Path(__file__).read_text() for name in names) and len(names) == 5
+    assert (
+        all(f"({name}.py)" in listed and f'example("{name}")' in Path(__file__).read_text() for name in names)
+        and len(names) == 5
+    )
 
 
 # Training from Python
@@ -57,15 +68,29 @@ def test_training_from_python_gives_paths_and_numbers_and_tells_its_callbacks(tm
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert done.run_dir == tmp_path / "run" and (done.model / "config.json").is_file()
     assert done.metrics == lines[-1] and done.metrics["step"] == 2
-    assert lines[0] == pytest.approx({"step": 0, **done.before}) and {"eval/success", "eval/teacher_success"} <= done.before.keys()
+    assert (
+        lines[0] == pytest.approx({"step": 0, **done.before})
+        and {"eval/success", "eval/teacher_success"} <= done.before.keys()
+    )
 
-    kinds = [(kind, metrics["step"], next(iter(metrics.keys() - {"step"})).partition("/")[0] if kind == "evaluation" else "") for kind, metrics in told.calls]
-    evaluations = [("evaluation", 0, "eval"), ("evaluation", 0, "dev"), ("evaluation", 0, "eval")]  # the last one is the teacher's
+    kinds = [
+        (kind, metrics["step"], next(iter(metrics.keys() - {"step"})).partition("/")[0] if kind == "evaluation" else "")
+        for kind, metrics in told.calls
+    ]
+    evaluations = [
+        ("evaluation", 0, "eval"),
+        ("evaluation", 0, "dev"),
+        ("evaluation", 0, "eval"),
+    ]  # the last one is the teacher's
     for step in (1, 2):
         evaluations += [("evaluation", step, "eval"), ("evaluation", step, "dev"), ("step", step, "")]
     assert kinds == evaluations
     assert "eval/teacher_success" in told.calls[2][1]
-    assert all(metrics["eval/success"] == pytest.approx(lines[metrics["step"]]["eval/success"]) for kind, metrics in told.calls if kind == "step")
+    assert all(
+        metrics["eval/success"] == pytest.approx(lines[metrics["step"]]["eval/success"])
+        for kind, metrics in told.calls
+        if kind == "step"
+    )
 
     # A finished run is left as it is.
     again = Told()
@@ -122,7 +147,10 @@ def test_the_example_trains_the_demo_and_writes_a_table(example, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     success = example("train_from_python").main(QUICK, tmp_path / "run", tmp_path / "table.csv")
     rows = list(csv.reader((tmp_path / "table.csv").open()))
-    assert rows[0] == ["step", "train/success", "turns/weight_mean", "loss/total"] and [row[0] for row in rows[1:]] == ["1", "2"]
+    assert rows[0] == ["step", "train/success", "turns/weight_mean", "loss/total"] and [row[0] for row in rows[1:]] == [
+        "1",
+        "2",
+    ]
     assert 0 <= success <= 1
 
 
@@ -167,15 +195,35 @@ def test_a_query_can_do_no_harm(example, query, tmp_path, monkeypatch):
     env = example("sql_environment").SqlQuestions()
     env.reset(0, 0)
     observation, reward, over, _, info = env.step(query)
-    assert observation.startswith("Error: ") and not (reward or over or info["is_action_valid"]) and not list(tmp_path.iterdir())
+    assert (
+        observation.startswith("Error: ")
+        and not (reward or over or info["is_action_valid"])
+        and not list(tmp_path.iterdir())
+    )
     assert env.step(env.query)[-1]["is_action_valid"], "the next query is answered"
 
 
 def test_a_chat_model_trains_in_the_environment(example, tmp_path):
     example("sql_environment")
     student, teacher = (save_chat_model(tmp_path / name, seed=seed) for seed, name in enumerate(("student", "teacher")))
-    settings = ["env.name=sql_environment:SqlQuestions", "env.train={seed=0}", "env.eval={seed=1}", "rollout.history=6", "rollout.response_tokens=6"]
-    config = load_config("own", overrides=[*settings, f"student.path={student}", f"teacher.path={teacher}", *QUICK, "train.steps=1", "eval.teacher=false"])
+    settings = [
+        "env.name=sql_environment:SqlQuestions",
+        "env.train={seed=0}",
+        "env.eval={seed=1}",
+        "rollout.history=6",
+        "rollout.response_tokens=6",
+    ]
+    config = load_config(
+        "own",
+        overrides=[
+            *settings,
+            f"student.path={student}",
+            f"teacher.path={teacher}",
+            *QUICK,
+            "train.steps=1",
+            "eval.teacher=false",
+        ],
+    )
     done = train(config, run_dir=tmp_path / "run")
     assert done.metrics["rollout/turns"] == 3 and done.metrics["policy/gradient_norm"] > 0
 
@@ -220,7 +268,10 @@ def test_turn_weights_are_those_of_the_formula(example):
     turns, trajectories = torch.tensor([0, 3, 8, 10, 14, 20, 21]), torch.tensor([0, 4, 6])
     logp, teacher = -torch.rand(21), -2 * torch.rand(21)
     parts = [slice(*pair) for pair in pairwise(turns.tolist())]
-    d, h = torch.stack([(logp - teacher)[part].abs().mean() for part in parts]), torch.stack([-logp[part].mean() for part in parts])
+    d, h = (
+        torch.stack([(logp - teacher)[part].abs().mean() for part in parts]),
+        torch.stack([-logp[part].mean() for part in parts]),
+    )
     d, h = ((x[:4] - x[:4].min()) / (x[:4].max() - x[:4].min()) for x in (d, h))
     weight = [*(1 - (1 - d) * (1 - h)).tolist(), 1.0, 1.0]
     expected = torch.cat([torch.full((part.stop - part.start,), w) for w, part in zip(weight, parts, strict=True)])

@@ -24,7 +24,9 @@ def pretend(run_dir, step=3, before=None, **state):
     """A run with a checkpoint that nothing but its state.json makes one."""
     path = checkpoint.folder(run_dir, step)
     path.mkdir(parents=True)
-    (path / "state.json").write_text(json.dumps({"step": step, "before": before or {"eval/success": 0.5}, "adaptive": None} | state))
+    (path / "state.json").write_text(
+        json.dumps({"step": step, "before": before or {"eval/success": 0.5}, "adaptive": None} | state)
+    )
     (run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
     (run_dir / "config.toml").write_text('[student]\npath = "demo:student"\n')
     return path
@@ -48,7 +50,9 @@ def run_dir(tmp_path):
 
 def test_a_folder_has_one_holder(tmp_path):
     release = lock.hold(tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path} is being written by another process; wait for it, or give another --run-dir"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path} is being written by another process; wait for it, or give another --run-dir"
+    ):
         lock.hold(tmp_path)
     release()
     assert not list(tmp_path.iterdir())
@@ -135,7 +139,11 @@ def test_a_checkpoint_named_from_inside_its_folder_is_the_runs(run_dir, monkeypa
     assert choose("--resume", ".", "train.steps=4").run_dir == run_dir
     assert choose("--resume", "../step_000003", "train.steps=4").run_dir == run_dir
     monkeypatch.chdir(run_dir)
-    assert choose("--resume", "checkpoints/step_000003", "train.steps=4") == (Path("."), Path("checkpoints/step_000003"), False), "as it was given"
+    assert choose("--resume", "checkpoints/step_000003", "train.steps=4") == (
+        Path("."),
+        Path("checkpoints/step_000003"),
+        False,
+    ), "as it was given"
 
 
 def test_a_checkpoint_named_from_inside_its_folder_is_exported_with_its_runs_settings(three, tmp_path, monkeypatch):  # noqa: F811
@@ -147,13 +155,26 @@ def test_a_checkpoint_named_from_inside_its_folder_is_exported_with_its_runs_set
 def test_a_checkpoint_that_was_copied_elsewhere_needs_a_run_folder(run_dir, tmp_path, capsys):
     copied = shutil.copytree(run_dir / "checkpoints/step_000003", tmp_path / "backup/deep/step_000003")
     line = refused(capsys, "--resume", copied, "train.steps=4", "--dry-run")
-    assert line == f"atod_fast: --resume {copied} lies in no run's checkpoints/; add --run-dir NEW for the run that goes on from it"
-    assert choose("--resume", copied, "--run-dir", tmp_path / "new", "train.steps=4") == (tmp_path / "new", copied, False)
+    assert (
+        line
+        == f"atod_fast: --resume {copied} lies in no run's checkpoints/; add --run-dir NEW for the run that goes on from it"
+    )
+    assert choose("--resume", copied, "--run-dir", tmp_path / "new", "train.steps=4") == (
+        tmp_path / "new",
+        copied,
+        False,
+    )
     assert "--student" in refused(capsys, copied, "--out", tmp_path / "model", main=export.main)
 
 
 def test_files_of_others_are_not_set_aside(run_dir):
-    ours = ["step_000004.jsonl", "eval_000004.jsonl", "eval_000004_teacher.jsonl", "dev_000004.jsonl", "step_000005.unfinished"]
+    ours = [
+        "step_000004.jsonl",
+        "eval_000004.jsonl",
+        "eval_000004_teacher.jsonl",
+        "dev_000004.jsonl",
+        "step_000005.unfinished",
+    ]
     others = ["20260101_notes.txt", "step_000004.txt", "mystep_000004.jsonl", "step_000003.jsonl"]
     (run_dir / "trajectories").mkdir()
     for name in [*ours, *others]:
@@ -161,7 +182,9 @@ def test_files_of_others_are_not_set_aside(run_dir):
     for name in ("download.partial", "step_000004.partial"):
         (run_dir / "checkpoints" / name).touch()
     aside = rundir.set_aside(run_dir, 3, "")
-    assert sorted(os.listdir(aside / "trajectories")) == sorted(ours) and sorted(os.listdir(run_dir / "trajectories")) == sorted(others)
+    assert sorted(os.listdir(aside / "trajectories")) == sorted(ours) and sorted(
+        os.listdir(run_dir / "trajectories")
+    ) == sorted(others)
     assert os.listdir(aside / "checkpoints") == ["step_000004.partial"]
     assert rundir.contents(aside, 3) == "files of later steps, the previous config.toml"
     assert rundir.contents(aside, -1) == "what a run without a checkpoint left, the previous config.toml"
@@ -174,14 +197,18 @@ def test_files_of_others_are_not_set_aside(run_dir):
 def test_adaptive_kappa_asks_for_the_evaluations_of_the_run_first(run_dir, capsys, mode):
     before = tree(run_dir)
     settings = "schedule.kappa.kind=adaptive", "eval.every=1", "train.steps=4"
-    assert "did not measure its teacher on env.dev" in refused(capsys, "--resume", "auto", "--run-dir", run_dir, *settings, *mode)
+    assert "did not measure its teacher on env.dev" in refused(
+        capsys, "--resume", "auto", "--run-dir", run_dir, *settings, *mode
+    )
     assert tree(run_dir) == before
 
 
 @pytest.mark.parametrize("text", ["", "[train]\nsteps = 3\n", "student = 3\n"])
 def test_settings_of_a_run_that_name_no_student_are_refused(run_dir, capsys, text):
     (run_dir / "config.toml").write_text(text)
-    assert f"{run_dir}/config.toml is empty or damaged" in refused(capsys, "--resume", run_dir, "train.steps=4", "--dry-run")
+    assert f"{run_dir}/config.toml is empty or damaged" in refused(
+        capsys, "--resume", run_dir, "train.steps=4", "--dry-run"
+    )
     assert choose("--resume", run_dir, "--preset", "demo").resume
 
 
@@ -189,7 +216,10 @@ def test_settings_of_a_run_that_name_no_student_are_refused(run_dir, capsys, tex
 def test_a_damaged_state_is_one_line(run_dir, tmp_path, capsys, text):
     path = checkpoint.folder(run_dir, 3)
     (path / "state.json").write_text(text)
-    for line in (refused(capsys, "--resume", run_dir, "train.steps=4", "--dry-run"), refused(capsys, run_dir, "--out", tmp_path / "m", main=export.main)):
+    for line in (
+        refused(capsys, "--resume", run_dir, "train.steps=4", "--dry-run"),
+        refused(capsys, run_dir, "--out", tmp_path / "m", main=export.main),
+    ):
         assert f"{path} is no whole checkpoint (state.json is missing or damaged)" in line
 
 
@@ -205,7 +235,9 @@ def test_a_damaged_best_is_one_line_and_nothing_is_moved(run_dir, tmp_path, caps
 
 def opened(run_dir, done=2):
     """Open the folder of a run that goes on from step `done`."""
-    rundir.open_folder(run_dir, cli.parse([]).config, done, "command", torch.device("cpu"), from_step=done, say=lambda line: None)
+    rundir.open_folder(
+        run_dir, cli.parse([]).config, done, "command", torch.device("cpu"), from_step=done, say=lambda line: None
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "{}"])
@@ -231,17 +263,29 @@ def test_a_damaged_checkpoint_is_one_line_with_the_reason(tmp_path, capfd, damag
     path, weights = tmp_path / "step", {"model.a": torch.ones(4000)}
     dcp.save(weights if damage != "another program's" else {"other": torch.ones(2)}, checkpoint_id=path, no_dist=True)
     (path / "state.json").write_text('{"step": 1, "before": {}}')
-    for part in path.glob("*.distcp" if damage == "weights cut off" else ".metadata" if damage == "metadata cut off" else "nothing"):
+    for part in path.glob(
+        "*.distcp" if damage == "weights cut off" else ".metadata" if damage == "metadata cut off" else "nothing"
+    ):
         part.write_bytes(part.read_bytes()[:50])
     capfd.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(checkpoint, "get_state_dict", lambda policy, optimizer: ({"a": torch.zeros(4000)}, {}))
-        patch.setattr(checkpoint.dcp, "load", lambda state, checkpoint_id: dcp_load({"model.a": state["model"]["a"]}, checkpoint_id))
+        patch.setattr(
+            checkpoint.dcp,
+            "load",
+            lambda state, checkpoint_id: dcp_load({"model.a": state["model"]["a"]}, checkpoint_id),
+        )
         checkpoint.load(path, None, None)
-    assert "is damaged (rank 0: " in str(caught.value) and "dict_keys" not in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        "is damaged (rank 0: " in str(caught.value)
+        and "dict_keys" not in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
     assert "Traceback" not in "".join(capfd.readouterr())
     if damage != "another program's":
-        assert "is damaged" in refused(capfd, path, "--student", "demo:student", "--out", tmp_path / "model", main=export.main)
+        assert "is damaged" in refused(
+            capfd, path, "--student", "demo:student", "--out", tmp_path / "model", main=export.main
+        )
 
 
 def test_a_run_with_a_damaged_checkpoint_is_refused_in_one_line(three, tmp_path, capfd):  # noqa: F811
@@ -251,7 +295,11 @@ def test_a_run_with_a_damaged_checkpoint_is_refused_in_one_line(three, tmp_path,
     before = tree(folder)
     assert train.main(["--resume", "auto", "--run-dir", str(folder), "train.steps=4"]) == 2
     err = capfd.readouterr().err
-    assert "step_000003 does not fit student.path or is damaged (rank 0: " in err and "dict_keys" not in err and "Traceback" not in err
+    assert (
+        "step_000003 does not fit student.path or is damaged (rank 0: " in err
+        and "dict_keys" not in err
+        and "Traceback" not in err
+    )
     assert tree(folder) == before
 
 
@@ -305,7 +353,9 @@ def test_checkpoints_on_another_disk_are_set_aside(run_dir, monkeypatch, works):
         return
     aside = rundir.set_aside(run_dir, 2, "")
     assert checkpoint.latest(aside).name == "step_000003" and checkpoint.latest(run_dir) is None
-    assert (run_dir / "metrics.jsonl").read_text() == '{"step": 0}\n' and (aside / "metrics.jsonl").read_text() == '{"step": 3}\n'
+    assert (run_dir / "metrics.jsonl").read_text() == '{"step": 0}\n' and (
+        aside / "metrics.jsonl"
+    ).read_text() == '{"step": 3}\n'
 
 
 @pytest.mark.parametrize("failing_at", ["weights", "state"])
@@ -361,6 +411,14 @@ def test_a_rank_lost_in_an_evaluation_is_not_waited_for():
 def test_a_run_of_its_own_saves_the_step_it_started_from(three, tmp_path, monkeypatch, capsys):  # noqa: F811
     failing(monkeypatch, UserError("out of luck"), step=3)
     folder = tmp_path / "a new"
-    assert train.main([*QUICK, "train.steps=3", "--resume", str(three / "checkpoints/step_000002"), "--run-dir", str(folder)]) == 2
+    assert (
+        train.main(
+            [*QUICK, "train.steps=3", "--resume", str(three / "checkpoints/step_000002"), "--run-dir", str(folder)]
+        )
+        == 2
+    )
     assert checkpoints(folder) == [2]
-    assert f"--run-dir '{folder}' --resume auto; for a model of it: python -m atod_fast.export '{folder}' --out DIR" in capsys.readouterr().out
+    assert (
+        f"--run-dir '{folder}' --resume auto; for a model of it: python -m atod_fast.export '{folder}' --out DIR"
+        in capsys.readouterr().out
+    )

@@ -20,7 +20,9 @@ def module_name(file: Path, base: Path) -> str:
     return ".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {module_name(file, base): file for package, base in PACKAGES.items() for file in (base / package).rglob("*.py")}
+MODULES = {
+    module_name(file, base): file for package, base in PACKAGES.items() for file in (base / package).rglob("*.py")
+}
 
 
 def statements(node: ast.AST, types: bool, functions: bool) -> Iterator[ast.AST]:
@@ -67,8 +69,15 @@ def ours(*names: str) -> tuple[str, ...]:
 ENVIRONMENTS = tuple(target.rpartition(":")[0].rpartition(".")[0] for target in BUILT_IN.values())
 # Part -> what none of its modules imports anywhere, not even in a function or for types.
 KNOWS_NO = {
-    "atod_fast.rollout": (*ENVIRONMENTS, *ours("envs.prompt", "envs.dialect", "demo", "renderers", "policy", "objective")),
-    "atod_fast.envs": ("torch", "transformers", *ours("rollout", "demo", "models", "policy", "objective", "batches", "ranks")),
+    "atod_fast.rollout": (
+        *ENVIRONMENTS,
+        *ours("envs.prompt", "envs.dialect", "demo", "renderers", "policy", "objective"),
+    ),
+    "atod_fast.envs": (
+        "torch",
+        "transformers",
+        *ours("rollout", "demo", "models", "policy", "objective", "batches", "ranks"),
+    ),
     "atod_fast.demo": ours("policy", "objective", "renderers"),
     "atod_fast.objective": ("torch.distributed", *ours("rollout", "policy", "envs", "demo", "observe", "ranks")),
     "atod_fast.policy": ours("envs", "rollout", "demo", "observe", "renderers"),

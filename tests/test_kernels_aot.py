@@ -18,7 +18,10 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 def compiled(code: str, tmp_path: Path) -> dict:
     """What a script prints as JSON in a process of its own: whether kernels are interpreted is fixed when they are imported."""
     path = os.pathsep.join([str(BENCH), *sys.path])
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": path,
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -49,7 +52,9 @@ print(json.dumps([asdict(row) for arch in ("sm_90", "gfx942") for row in audit(a
         if row["kernel"].startswith("fused"):
             assert ("HGMMA" if row["arch"] == "sm_90" else "v_mfma") in row["tensor"], name
         if row["kernel"].startswith("tile"):
-            assert row["loads"] > 0 and row["per_pair"] > 8, f"{name}: a pair takes more than two exponentials and their sums"
+            assert row["loads"] > 0 and row["per_pair"] > 8, (
+                f"{name}: a pair takes more than two exponentials and their sums"
+            )
 
 
 def test_the_audit_finds_faults(tmp_path):
@@ -101,7 +106,13 @@ def test_the_most_particular_row_is_chosen():
     def row(config, **keys):
         return {"kernel": "fused", "arch": "any", **keys, "config": config}
 
-    rows = [row("any"), row("arch", arch="sm_90"), row("bits", arch="sm_90", bits=16), row("3.9", arch="sm_90", bits=16, triton="3.9"), row("any 32", bits=32)]
+    rows = [
+        row("any"),
+        row("arch", arch="sm_90"),
+        row("bits", arch="sm_90", bits=16),
+        row("3.9", arch="sm_90", bits=16, triton="3.9"),
+        row("any 32", bits=32),
+    ]
     for table in (rows, rows[::-1]):
         assert choose(table, "fused", "sm_80", 16, "3.7.1") == "any"
         assert choose(table, "fused", "sm_80", 32, "3.7.1") == "any 32"

@@ -31,7 +31,11 @@ def make(tokens, student=(50, 6), teacher=(43, 9), *, seed=0, dtype=torch.float6
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     (vs, hs), (vt, ht) = student, teacher
-    case = {"student_hidden": scale * normal(tokens, hs), "student_weight": normal(vs, hs) / hs**0.5, "teacher_hidden": scale * normal(tokens, ht)}
+    case = {
+        "student_hidden": scale * normal(tokens, hs),
+        "student_weight": normal(vs, hs) / hs**0.5,
+        "teacher_hidden": scale * normal(tokens, ht),
+    }
     case = {k: v.to(dtype) for k, v in (case | {"teacher_weight": normal(vt, ht) / ht**0.5}).items()}
     target = torch.randint(0, min(vs, vt), (tokens,), generator=g)
     target[torch.rand(tokens, generator=g) < ignored] = -100
@@ -94,20 +98,30 @@ options = st.fixed_dictionaries(
 
 
 @settings(max_examples=60, deadline=None)
-@given(problem=problems, option=options, temperature=st.sampled_from((1.0, 0.6, "per token")), bias=st.booleans(), mask=st.booleans())
+@given(
+    problem=problems,
+    option=options,
+    temperature=st.sampled_from((1.0, 0.6, "per token")),
+    bias=st.booleans(),
+    mask=st.booleans(),
+)
 def test_outputs_and_gradients_equal_the_reference(problem, option, temperature, bias, mask):
     # hypothesis runs its examples within one call of the fixture, so the small tiles are in place.
     case = make(**problem)
     g = torch.Generator().manual_seed(problem["seed"])
     common = min(problem["student"][0], problem["teacher"][0])
     if bias:
-        case["student_bias"], case["teacher_bias"] = (torch.randn(case[f"{s}_weight"].shape[0], generator=g).double() for s in ("student", "teacher"))
+        case["student_bias"], case["teacher_bias"] = (
+            torch.randn(case[f"{s}_weight"].shape[0], generator=g).double() for s in ("student", "teacher")
+        )
     if mask:
         keep = torch.rand(common, generator=g) < 0.7
         keep[0] = True
         case["valid_columns"] = keep
         case["target"] = torch.where(keep[case["target"].clamp(min=0)] | (case["target"] < 0), case["target"], 0)
-    case["temperature"] = 0.5 + torch.rand(problem["tokens"], generator=g).double() if temperature == "per token" else temperature
+    case["temperature"] = (
+        0.5 + torch.rand(problem["tokens"], generator=g).double() if temperature == "per token" else temperature
+    )
     expected = run(naive.linear_divergence, case, **{k: v for k, v in option.items() if k != "schedule"})
     assert_equal_runs(run(linear_divergence, case, **option), expected)
 
@@ -116,10 +130,17 @@ def test_outputs_and_gradients_equal_the_reference(problem, option, temperature,
 @pytest.mark.parametrize("softcap", (None, 5.0))
 def test_logprob_and_entropy_equal_the_reference(schedule, softcap):
     case = make(19, student=(77, 5), seed=3)
-    case = {"hidden": case["student_hidden"], "weight": case["student_weight"], "target": case["target"], "bias": torch.linspace(-1, 1, 77).double()}
+    case = {
+        "hidden": case["student_hidden"],
+        "weight": case["student_weight"],
+        "target": case["target"],
+        "bias": torch.linspace(-1, 1, 77).double(),
+    }
     names = ("hidden", "weight", "bias")
     expected = run(naive.linear_logprob, case, names=names, temperature=0.7, softcap=softcap)
-    assert_equal_runs(run(linear_logprob, case, names=names, temperature=0.7, softcap=softcap, schedule=schedule), expected)
+    assert_equal_runs(
+        run(linear_logprob, case, names=names, temperature=0.7, softcap=softcap, schedule=schedule), expected
+    )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -128,11 +149,20 @@ def test_gradcheck(divergence):
 
     def f(hidden, weight, bias):
         out = linear_divergence(
-            hidden, weight, case["teacher_hidden"], case["teacher_weight"], case["target"], student_bias=bias, divergence=divergence, softcap=3.0
+            hidden,
+            weight,
+            case["teacher_hidden"],
+            case["teacher_weight"],
+            case["target"],
+            student_bias=bias,
+            divergence=divergence,
+            softcap=3.0,
         )
         return out[:3]
 
-    assert torch.autograd.gradcheck(f, [x.requires_grad_() for x in (case["student_hidden"], case["student_weight"], torch.randn(9).double())])
+    assert torch.autograd.gradcheck(
+        f, [x.requires_grad_() for x in (case["student_hidden"], case["student_weight"], torch.randn(9).double())]
+    )
 
 
 def test_without_a_target_there_is_no_logprob_and_the_rest_is_the_same():
@@ -189,7 +219,10 @@ def test_the_divergence_alone_is_as_exact_as_torch_with_logits_of_deviation_30(d
 def test_logits_of_16_bit_inputs_are_not_rounded(dtype, schedule, divergence, cut):
     """Rounding the logits to bf16 makes this gradient wrong by tenths; one rounding of the result by about 2e-3."""
     case = close_pair(dtype=dtype)
-    case |= {f"{model}_weight": case[f"{model}_weight"][:rows] for model, rows in zip(("student", "teacher"), cut, strict=True)}
+    case |= {
+        f"{model}_weight": case[f"{model}_weight"][:rows]
+        for model, rows in zip(("student", "teacher"), cut, strict=True)
+    }
     case["target"] %= min(cut)
     exact = run(naive.linear_divergence, as_double(case), divergence=divergence)
     outputs, grads = run(linear_divergence, case, schedule=schedule, divergence=divergence)
@@ -199,7 +232,9 @@ def test_logits_of_16_bit_inputs_are_not_rounded(dtype, schedule, divergence, cu
 
 
 @pytest.mark.parametrize("dtype, expected", ((torch.bfloat16, "bf16"), (torch.float32, "none")))
-def test_products_of_bf16_inputs_use_a_cpu_s_matrix_unit_and_leave_the_process_s_setting_as_it_was(dtype, expected, monkeypatch):
+def test_products_of_bf16_inputs_use_a_cpu_s_matrix_unit_and_leave_the_process_s_setting_as_it_was(
+    dtype, expected, monkeypatch
+):
     used, product = set(), products.product
 
     def watched(*args, **options):
@@ -255,15 +290,24 @@ def test_a_bias_of_minus_infinity_in_both_models_is_a_masked_column(divergence):
     case = make(13, student=(40, 6), teacher=(40, 9), ignored=0)
     case["target"] %= 20
     masked = torch.zeros(40).double().masked_fill(torch.arange(40) >= 20, -torch.inf)
-    expected = run(linear_divergence, case | {"valid_columns": masked == 0, "student_bias": torch.zeros(40).double()}, divergence=divergence)
-    assert_equal_runs(run(linear_divergence, case | {"student_bias": masked, "teacher_bias": masked}, divergence=divergence), expected)
+    expected = run(
+        linear_divergence,
+        case | {"valid_columns": masked == 0, "student_bias": torch.zeros(40).double()},
+        divergence=divergence,
+    )
+    assert_equal_runs(
+        run(linear_divergence, case | {"student_bias": masked, "teacher_bias": masked}, divergence=divergence), expected
+    )
 
 
 def test_a_whole_tile_of_masked_columns_changes_nothing():
     case = make(13, student=(64, 6), teacher=(64, 9))
     case["target"] = case["target"].clamp(max=15)
     keep = torch.arange(64) < 16
-    expected = run(linear_divergence, case | {"student_weight": case["student_weight"][:16], "teacher_weight": case["teacher_weight"][:16]})
+    expected = run(
+        linear_divergence,
+        case | {"student_weight": case["student_weight"][:16], "teacher_weight": case["teacher_weight"][:16]},
+    )
     outputs, (dx, dw) = run(linear_divergence, case | {"valid_columns": keep})
     assert_equal_runs((outputs, [dx, dw[:16]]), expected)
     assert not dw[16:].any()
@@ -273,7 +317,12 @@ def test_a_whole_tile_of_masked_columns_changes_nothing():
 def test_ignored_tokens_are_zero_and_touch_no_gradient_whatever_they_hold(schedule):
     case = make(20)
     ignored = case["target"] == -100
-    clean = run(linear_divergence, {k: v if k.endswith("weight") else v[~ignored] for k, v in case.items()} | {"student_bias": torch.ones(50).double()}, seed=5)
+    clean = run(
+        linear_divergence,
+        {k: v if k.endswith("weight") else v[~ignored] for k, v in case.items()}
+        | {"student_bias": torch.ones(50).double()},
+        seed=5,
+    )
     for k in ("student_hidden", "teacher_hidden"):
         case[k][ignored] = torch.nan
     dirty = {k: v.clone().requires_grad_() if k.startswith("student") else v for k, v in case.items()}
@@ -334,7 +383,9 @@ def test_the_expected_k1_gradient_over_the_vocabulary_is_the_reverse_kl_gradient
     logp = linear_logprob(hidden.expand(37, -1), weight, everything).logp
     (logp * (logp.exp() * (logp - teacher_logp)).detach()).sum().backward()
     kl = linear_divergence(
-        *(x := [case["student_hidden"].requires_grad_(), case["student_weight"].requires_grad_()]), case["teacher_hidden"], case["teacher_weight"]
+        *(x := [case["student_hidden"].requires_grad_(), case["student_weight"].requires_grad_()]),
+        case["teacher_hidden"],
+        case["teacher_weight"],
     )
     kl.divergence.sum().backward()
     torch.testing.assert_close(kl.divergence.detach(), full[0][0])
@@ -386,14 +437,18 @@ def test_lean_holds_tiles_and_fast_a_chunk():
 def test_a_tile_is_bounded_whatever_the_vocabulary_and_the_hidden_size(tokens, hidden, monkeypatch):
     """Its logits, its weight (held in fp32 where it is 16-bit), and the columns that one fp32 product contracts: 150k of them lose digits."""
     monkeypatch.undo()
-    case = {k: torch.empty(1).expand(n, hidden) for k, n in (("student_hidden", tokens), ("student_weight", 151936), ("teacher_weight", 151936))}
+    case = {
+        k: torch.empty(1).expand(n, hidden)
+        for k, n in (("student_hidden", tokens), ("student_weight", 151936), ("teacher_weight", 151936))
+    }
     p = problem_of(case | {"teacher_hidden": case["student_hidden"], "target": None})
     rows, columns = p.tile
     assert rows * columns <= 2**21 and columns * hidden <= 2**22 and columns <= 2**13
 
 
 @pytest.mark.parametrize(
-    "divergence, schedule, forward", (("reverse_kl", "fast", 2), ("reverse_kl", "lean", 2), ("jsd", "fast", 2), ("jsd", "lean", 4), ("jsd", "auto", 2))
+    "divergence, schedule, forward",
+    (("reverse_kl", "fast", 2), ("reverse_kl", "lean", 2), ("jsd", "fast", 2), ("jsd", "lean", 4), ("jsd", "auto", 2)),
 )
 def test_products_are_those_of_the_schedule(flops, divergence, schedule, forward):
     """In units of G = 2 T V H, with equal models: statistics 2 G, twice that for a lean mixture; the backward 4 G."""
@@ -429,7 +484,11 @@ def test_operators_pass_opcheck_and_compile_to_one_graph():
     statistics = operators.head(p)
     inputs = statistics, torch.randn_like(statistics), True, True, True, *p.flat()
     torch.library.opcheck(operators.head_backward_op, inputs)
-    assert_equal_runs(run(torch.compile(linear_divergence, fullgraph=True, backend="aot_eager"), case), run(linear_divergence, case), 0)
+    assert_equal_runs(
+        run(torch.compile(linear_divergence, fullgraph=True, backend="aot_eager"), case),
+        run(linear_divergence, case),
+        0,
+    )
 
 
 @pytest.mark.parametrize("lean", (False, True))
@@ -443,7 +502,11 @@ def test_products_of_16_bit_operands_have_fp32_results_of_the_right_shape(diverg
     stats = torch_backend.head_statistics(p)
     assert stats.shape == (algebra.STATISTICS, 30) and stats.dtype == torch.float32
     grads = torch_backend.head_gradients(p, stats, stats, True, True, True)
-    assert [(x.shape, x.dtype) for x in grads] == [((30, 6), torch.bfloat16), ((50, 6), torch.bfloat16), ((50,), torch.float32)]
+    assert [(x.shape, x.dtype) for x in grads] == [
+        ((30, 6), torch.bfloat16),
+        ((50, 6), torch.bfloat16),
+        ((50,), torch.float32),
+    ]
 
 
 def _sharded(case, option):
@@ -454,10 +517,15 @@ def _sharded(case, option):
     columns = slice(0, 20) if rank == 0 else slice(20, 43)
     shard = case | {k: case[k][columns] for k in ("student_weight", "teacher_weight", "valid_columns")}
     group = torch.distributed.group.WORLD.group_name
-    return [[x.numpy() for x in part] for part in run(linear_divergence, shard, vocab_group=group, vocab_start=columns.start, **option)]
+    return [
+        [x.numpy() for x in part]
+        for part in run(linear_divergence, shard, vocab_group=group, vocab_start=columns.start, **option)
+    ]
 
 
-@pytest.mark.parametrize("option", ({"divergence": "reverse_kl"}, {"divergence": "jsd", "alpha": 0.3, "schedule": "lean"}))
+@pytest.mark.parametrize(
+    "option", ({"divergence": "reverse_kl"}, {"divergence": "jsd", "alpha": 0.3, "schedule": "lean"})
+)
 def test_a_vocabulary_sharded_over_ranks_gives_the_whole_ones_result(option):
     case = make(15, student=(43, 6)) | {"valid_columns": torch.arange(43) != 1}
     case["target"][case["target"] == 1] = 2
@@ -483,7 +551,10 @@ bad = {
     "target is torch.float32": {"target": torch.zeros(4)},
     r"target\[2\] is 43; expected 0 to 42": {"target": torch.tensor([0, 1, 43, 2])},
     r"target\[0\] is -1": {"target": torch.tensor([-1, 1, 4, 2])},
-    r"target\[1\] is 7, a column that valid_columns leaves out": {"target": torch.tensor([0, 7, 4, 2]), "valid_columns": torch.arange(43) != 7},
+    r"target\[1\] is 7, a column that valid_columns leaves out": {
+        "target": torch.tensor([0, 7, 4, 2]),
+        "valid_columns": torch.arange(43) != 7,
+    },
     "valid_columns is torch.float32": {"valid_columns": torch.ones(43)},
     "valid_columns has shape": {"valid_columns": torch.ones(42, dtype=torch.bool)},
     "valid_columns is False everywhere": {"valid_columns": torch.zeros(43, dtype=torch.bool)},

@@ -19,7 +19,9 @@ COLUMNS = 97
 
 def block(defines: str) -> dict:
     """The namespace after running the README's block that holds `defines`."""
-    blocks = [b for b in re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S) if defines in b]
+    blocks = [
+        b for b in re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S) if defines in b
+    ]
     assert len(blocks) == 1, f"kernels/README.md has {len(blocks)} blocks with {defines!r}"
     namespace = {}
     exec(compile(blocks[0], f"{README.name}: {defines}", "exec"), namespace)
@@ -74,13 +76,17 @@ def test_alpha_is_the_beta_of_gkd(beta, temperature, masked):
     target = labels if masked else torch.zeros_like(labels)
 
     def theirs(x, w):
-        return gkd((x @ w.T)[None], (xt @ wt.T)[None], labels=target[None], beta=beta, temperature=temperature, reduction="sum")
+        return gkd(
+            (x @ w.T)[None], (xt @ wt.T)[None], labels=target[None], beta=beta, temperature=temperature, reduction="sum"
+        )
 
     def ours(x, w):
         return linear_divergence(x, w, xt, wt, target, temperature=temperature, **kind_of(beta)).divergence.sum()
 
     def in_one_pass(x, w):
-        return linear_token_loss(lambda s: s.divergence, x, w, xt, wt, target, temperature=temperature, **kind_of(beta))[0]
+        return linear_token_loss(
+            lambda s: s.divergence, x, w, xt, wt, target, temperature=temperature, **kind_of(beta)
+        )[0]
 
     expected = with_gradients(theirs, x, w)
     assert_same(with_gradients(ours, x, w), expected)
@@ -112,7 +118,13 @@ def test_the_readme_s_jsd_is_liger_s(beta, temperature, hard):
     theirs, ours = liger_jsd(), block("class FusedLinearJSDLoss")["FusedLinearJSDLoss"]
     x, w, xt, wt, labels, b, bt = make()
     labels = labels.masked_fill(labels == -100, -7)
-    options = {"weight_hard_loss": hard, "weight_soft_loss": 0.7, "beta": beta, "ignore_index": -7, "temperature": temperature}
+    options = {
+        "weight_hard_loss": hard,
+        "weight_soft_loss": 0.7,
+        "beta": beta,
+        "ignore_index": -7,
+        "temperature": temperature,
+    }
 
     def of(module):
         return with_gradients(lambda x, w, b: module(x, w, xt, wt, labels, b, bt), x, w, b)
@@ -125,8 +137,18 @@ def models(**options):
     made = []
     for seed, hidden in enumerate((16, 32)):
         torch.manual_seed(seed)
-        sizes = {"hidden_size": hidden, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-        made.append(LlamaForCausalLM(LlamaConfig(vocab_size=COLUMNS, max_position_embeddings=64, pad_token_id=0, **sizes, **options)))
+        sizes = {
+            "hidden_size": hidden,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+        made.append(
+            LlamaForCausalLM(
+                LlamaConfig(vocab_size=COLUMNS, max_position_embeddings=64, pad_token_id=0, **sizes, **options)
+            )
+        )
         for parameter in made[-1].parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return made[0], made[1].requires_grad_(False).eval()
@@ -158,7 +180,9 @@ def tokenizer():
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w2")
     said = "{{ 'w3 ' if m['role'] == 'user' else 'w4 ' }}{{ m['content'] + ' w1 ' }}"
-    made.chat_template = f"{{% for m in messages %}}{said}{{% endfor %}}{{% if add_generation_prompt %}}w4 {{% endif %}}"
+    made.chat_template = (
+        f"{{% for m in messages %}}{said}{{% endfor %}}{{% if add_generation_prompt %}}w4 {{% endif %}}"
+    )
     return made
 
 
@@ -172,9 +196,15 @@ def test_the_readme_s_gkd_trainer_trains_as_trl_s(beta, tmp_path, monkeypatch):
     g = torch.Generator().manual_seed(0)
 
     def text(longest):
-        return " ".join(f"w{i}" for i in torch.randint(5, COLUMNS, (int(torch.randint(3, longest, (), generator=g)),), generator=g).tolist())
+        return " ".join(
+            f"w{i}"
+            for i in torch.randint(5, COLUMNS, (int(torch.randint(3, longest, (), generator=g)),), generator=g).tolist()
+        )
 
-    data = [{"messages": [{"role": "user", "content": text(9)}, {"role": "assistant", "content": text(14)}]} for _ in range(8)]
+    data = [
+        {"messages": [{"role": "user", "content": text(9)}, {"role": "assistant", "content": text(14)}]}
+        for _ in range(8)
+    ]
 
     def trained(trainer):
         student, teacher = models()
@@ -195,7 +225,13 @@ def test_the_readme_s_gkd_trainer_trains_as_trl_s(beta, tmp_path, monkeypatch):
             save_strategy="no",
             seed=0,
         )
-        made = trainer(model=student, teacher_model=teacher, args=args, processing_class=words, train_dataset=datasets.Dataset.from_list(data))
+        made = trainer(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            processing_class=words,
+            train_dataset=datasets.Dataset.from_list(data),
+        )
         made.train()
         return [h["loss"] for h in made.state.log_history if "loss" in h], student.state_dict()
 

@@ -25,14 +25,23 @@ def make(tokens=23, student=(50, 6), teacher=(43, 9), *, dtype=torch.float64):
 
     target = torch.randint(0, 43, (tokens,), generator=g)
     target[torch.rand(tokens, generator=g) < 0.2] = -100
-    head = {"student_hidden": normal(tokens, student[1]), "student_weight": normal(*student), "student_bias": normal(student[0])}
+    head = {
+        "student_hidden": normal(tokens, student[1]),
+        "student_weight": normal(*student),
+        "student_bias": normal(student[0]),
+    }
     return head | {"teacher_hidden": normal(tokens, teacher[1]), "teacher_weight": normal(*teacher), "target": target}
 
 
 def streams(tokens=23, dtype=torch.float64):
     g = torch.Generator().manual_seed(1)
     old, advantage = (torch.randn(tokens, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
-    return {"old": old - 4, "advantage": advantage, "weight": torch.rand(tokens, generator=g).to(dtype), "count": torch.tensor(17.0, dtype=dtype)}
+    return {
+        "old": old - 4,
+        "advantage": advantage,
+        "weight": torch.rand(tokens, generator=g).to(dtype),
+        "count": torch.tensor(17.0, dtype=dtype),
+    }
 
 
 def policy_loss(stats, old, advantage, weight, count):
@@ -40,7 +49,9 @@ def policy_loss(stats, old, advantage, weight, count):
     ratio = (stats.logp - old).exp()
     surrogate = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
     surrogate = torch.where(advantage < 0, torch.minimum(surrogate, -3 * advantage), surrogate)
-    return (surrogate + weight * stats.divergence - 0.01 * stats.entropy + 0.1 * (stats.teacher_logp - stats.logp) ** 2) / count
+    return (
+        surrogate + weight * stats.divergence - 0.01 * stats.entropy + 0.1 * (stats.teacher_logp - stats.logp) ** 2
+    ) / count
 
 
 def gradients(case, function, upstream=1.0):
@@ -63,7 +74,11 @@ def reference(case, **options):
 def test_value_and_gradients_equal_the_reference(divergence, schedule):
     case, options = make(), {"divergence": divergence, "temperature": 0.8, "softcap": 6.0, "alpha": 0.3}
     expected = gradients(case, reference(case, **options), upstream=-3.0)
-    actual = gradients(case, lambda **c: linear_token_loss(policy_loss, **c, inputs=streams(), schedule=schedule, **options)[0], upstream=-3.0)
+    actual = gradients(
+        case,
+        lambda **c: linear_token_loss(policy_loss, **c, inputs=streams(), schedule=schedule, **options)[0],
+        upstream=-3.0,
+    )
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
@@ -121,7 +136,9 @@ def test_bf16_parameters_get_bf16_gradients_of_fp32_logits(schedule):
     case = make(dtype=torch.bfloat16)
     inputs = streams(dtype=torch.float32)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in case.items()}
-    expected = gradients(exact, lambda **c: policy_loss(naive.linear_divergence(**c), **inputs)[c["target"] != -100].sum())
+    expected = gradients(
+        exact, lambda **c: policy_loss(naive.linear_divergence(**c), **inputs)[c["target"] != -100].sum()
+    )
     actual = gradients(case, lambda **c: linear_token_loss(policy_loss, **c, inputs=inputs, schedule=schedule)[0])
     assert actual[0].dtype == torch.float32 and all(x.dtype == torch.bfloat16 for x in actual[1:])
     for a, b in zip(actual, expected, strict=True):
@@ -134,8 +151,15 @@ def test_a_normaliser_taken_over_the_chunk_is_refused(schedule, tokens):
     case = make(tokens)
     weight = streams(tokens)["weight"]
     with pytest.raises(ValueError, match="loss_fn is not a function of one token at a time"):
-        linear_token_loss(lambda s, weight: weight * s.divergence / weight.sum(), **case, inputs={"weight": weight}, schedule=schedule)
-    linear_token_loss(lambda s, weight, total: weight * s.divergence / total, **case, inputs={"weight": weight, "total": weight.sum()}, schedule=schedule)
+        linear_token_loss(
+            lambda s, weight: weight * s.divergence / weight.sum(), **case, inputs={"weight": weight}, schedule=schedule
+        )
+    linear_token_loss(
+        lambda s, weight, total: weight * s.divergence / total,
+        **case,
+        inputs={"weight": weight, "total": weight.sum()},
+        schedule=schedule,
+    )
 
 
 def test_a_gradient_that_depends_on_the_chunk_is_refused_though_values_do_not():
@@ -167,14 +191,19 @@ def test_only_what_requires_a_gradient_gets_one():
     assert case["student_bias"].grad is not None and case["student_hidden"].grad is None
 
 
-@pytest.mark.parametrize("divergence, schedule, expected", (("reverse_kl", "fast", 4), ("jsd", "auto", 4), ("reverse_kl", "lean", 6), ("jsd", "lean", 8)))
+@pytest.mark.parametrize(
+    "divergence, schedule, expected",
+    (("reverse_kl", "fast", 4), ("jsd", "auto", 4), ("reverse_kl", "lean", 6), ("jsd", "lean", 8)),
+)
 def test_fast_makes_each_logit_once(flops, divergence, schedule, expected):
     """In units of G = 2 T V H, with equal models: (3 + r) G fast, (4 + 2 r) G lean and a mixture's second look; 2 G without gradients."""
     case = make(21, student=(48, 5), teacher=(48, 5))
     del case["student_bias"]
     case["target"] %= 43
     g = 2 * 21 * 48 * 5
-    gradients(case, lambda **c: linear_token_loss(lambda s: s.divergence, **c, divergence=divergence, schedule=schedule)[0])
+    gradients(
+        case, lambda **c: linear_token_loss(lambda s: s.divergence, **c, divergence=divergence, schedule=schedule)[0]
+    )
     assert flops[0] == expected * g
     loss, _ = linear_token_loss(lambda s: s.divergence, **case, divergence=divergence)
     assert not loss.requires_grad and flops[0] == (expected + 2) * g
@@ -210,8 +239,15 @@ def _sharded(case, schedule):
     problem.TILE["cpu"] = (7, 16)
     columns = slice(0, 30) if torch.distributed.get_rank() == 0 else slice(30, 43)
     shard = case | {k: case[k][columns] for k in ("student_weight", "student_bias", "teacher_weight")}
-    options = {"vocab_group": torch.distributed.group.WORLD.group_name, "vocab_start": columns.start, "schedule": schedule}
-    return [x.numpy() for x in gradients(shard, lambda **c: linear_token_loss(policy_loss, **c, inputs=streams(), **options)[0])]
+    options = {
+        "vocab_group": torch.distributed.group.WORLD.group_name,
+        "vocab_start": columns.start,
+        "schedule": schedule,
+    }
+    return [
+        x.numpy()
+        for x in gradients(shard, lambda **c: linear_token_loss(policy_loss, **c, inputs=streams(), **options)[0])
+    ]
 
 
 @pytest.mark.parametrize("schedule", ("fast", "lean"))
@@ -237,7 +273,11 @@ bad = {
     r"inputs\['x'\] requires a gradient": {"inputs": {"x": torch.zeros(23, requires_grad=True)}},
     "teacher_hidden and teacher_weight must be given together": {"teacher_weight": None},
     "target is None": {"teacher_hidden": None, "teacher_weight": None, "target": None},
-    "teacher_bias and teacher_softcap need teacher_hidden": {"teacher_hidden": None, "teacher_weight": None, "teacher_softcap": 3.0},
+    "teacher_bias and teacher_softcap need teacher_hidden": {
+        "teacher_hidden": None,
+        "teacher_weight": None,
+        "teacher_softcap": 3.0,
+    },
     "schedule is 'slow'": {"schedule": "slow"},
     "backend is 'triton'": {"backend": "triton"},
     "student_weight has shape": {"student_weight": torch.zeros(50, 7).double()},

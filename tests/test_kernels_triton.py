@@ -5,7 +5,18 @@ import itertools
 
 import pytest
 import torch
-from atod_kernels import algebra, linear_divergence, linear_logprob, linear_token_loss, naive, operators, problem, turn_reduce, turn_weight_report, turns
+from atod_kernels import (
+    algebra,
+    linear_divergence,
+    linear_logprob,
+    linear_token_loss,
+    naive,
+    operators,
+    problem,
+    turn_reduce,
+    turn_weight_report,
+    turns,
+)
 from gloo import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,7 +61,10 @@ def test_near_the_teacher_values_and_gradients_equal_the_reference(schedule, div
     case["teacher_weight"] = case["teacher_weight"][:70]
     case["target"] = case["target"].clamp(max=69)
     case["target"][4] = -100
-    (out, grads), (expected, gradients) = triton(case, divergence=divergence, alpha=0.3, schedule=schedule), reference(case, divergence=divergence, alpha=0.3)
+    (out, grads), (expected, gradients) = (
+        triton(case, divergence=divergence, alpha=0.3, schedule=schedule),
+        reference(case, divergence=divergence, alpha=0.3),
+    )
     for a, b in zip(out, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=2e-4)
     assert max(relative(a, b) for a, b in zip(grads, gradients, strict=True)) < 2e-4
@@ -66,18 +80,32 @@ def test_operands_through_descriptors(width, monkeypatch):
 
 
 @settings(max_examples=8, deadline=None)
-@given(problem=problems, schedule=st.sampled_from(SCHEDULES), divergence=st.sampled_from(DIVERGENCES), alpha=st.sampled_from((0.0, 0.3, 1.0)))
+@given(
+    problem=problems,
+    schedule=st.sampled_from(SCHEDULES),
+    divergence=st.sampled_from(DIVERGENCES),
+    alpha=st.sampled_from((0.0, 0.3, 1.0)),
+)
 def test_any_shape(problem, schedule, divergence, alpha):
     case = make(**problem | {"tokens": min(problem["tokens"], 8)}, dtype=torch.float32)
-    actual, expected = triton(case, divergence=divergence, alpha=alpha, schedule=schedule), reference(case, divergence=divergence, alpha=alpha)
+    actual, expected = (
+        triton(case, divergence=divergence, alpha=alpha, schedule=schedule),
+        reference(case, divergence=divergence, alpha=alpha),
+    )
     assert_equal_runs([[x.double() for x in part] for part in actual], expected, 2e-5)
 
 
-@pytest.mark.parametrize("schedule, divergence", (("fast", "reverse_kl"), ("lean", "reverse_kl"), ("fast", "skew_forward_kl"), ("lean", "jsd")))
+@pytest.mark.parametrize(
+    "schedule, divergence",
+    (("fast", "reverse_kl"), ("lean", "reverse_kl"), ("fast", "skew_forward_kl"), ("lean", "jsd")),
+)
 def test_bf16_operands_cost_the_rounding_of_the_results(schedule, divergence):
     """Logits stay fp32: the gradients are as near to fp64 on the rounded inputs as rounding them to bf16 allows."""
     case = close_pair(tokens=9, columns=75, width=16, dtype=torch.bfloat16)
-    (out, grads), (expected, gradients) = triton(case, schedule=schedule, divergence=divergence), reference(case, divergence=divergence)
+    (out, grads), (expected, gradients) = (
+        triton(case, schedule=schedule, divergence=divergence),
+        reference(case, divergence=divergence),
+    )
     torch.testing.assert_close(out[0].double(), expected[0], atol=2e-6, rtol=2e-4)
     assert max(relative(a, b) for a, b in zip(grads, gradients, strict=True)) < 4e-3
 
@@ -111,7 +139,9 @@ def test_options(option, schedule):
     case["student_bias"], case["teacher_bias"] = torch.linspace(-1, 1, 60), torch.linspace(1, -1, 75)
     case["valid_columns"] = (torch.arange(60) % 7 != 3) | (torch.arange(60) == 59)
     if case["target"] is not None:
-        case["target"] = torch.where(case["valid_columns"][case["target"].clamp(min=0)] | (case["target"] < 0), case["target"], 0)
+        case["target"] = torch.where(
+            case["valid_columns"][case["target"].clamp(min=0)] | (case["target"] < 0), case["target"], 0
+        )
     divergence = "jsd" if option == "everything" else "forward_kl"
     expected = reference(case, divergence=divergence)
     actual = triton(case, divergence=divergence, schedule=schedule)
@@ -123,9 +153,16 @@ def test_strided_operands_and_models_of_two_dtypes(schedule):
     """Columns of larger tensors, and expanded numbers: kernels read pointers, the strides are taken care of before."""
     case = make(7, student=(40, 8), teacher=(40, 5), dtype=torch.float32)
     case |= {k: case[k].bfloat16() for k in ("teacher_hidden", "teacher_weight")}
-    case |= {"student_bias": torch.linspace(-1, 1, 40), "teacher_bias": torch.tensor(0.5).expand(40), "valid_columns": torch.ones(40, dtype=torch.bool)}
+    case |= {
+        "student_bias": torch.linspace(-1, 1, 40),
+        "teacher_bias": torch.tensor(0.5).expand(40),
+        "valid_columns": torch.ones(40, dtype=torch.bool),
+    }
     case |= {"temperature": torch.tensor(0.7).expand(7), "softcap": 5.0}
-    strided = case | {k: torch.stack((case[k], case[k].roll(1)), -1)[..., 0] for k in ("student_hidden", "student_bias", "target", "valid_columns")}
+    strided = case | {
+        k: torch.stack((case[k], case[k].roll(1)), -1)[..., 0]
+        for k in ("student_hidden", "student_bias", "target", "valid_columns")
+    }
     assert not strided["target"].is_contiguous()
     expected = triton(case, schedule=schedule)
     assert_equal_runs(triton(strided, schedule=schedule), expected, 0)
@@ -159,7 +196,12 @@ def test_logits_of_ten_thousand_keep_what_fp32_leaves_them(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_model_alone(schedule):
     case = make(9, student=(60, 8), dtype=torch.float32)
-    case = {"hidden": case["student_hidden"], "weight": case["student_weight"], "target": case["target"], "bias": torch.linspace(-1, 1, 60)}
+    case = {
+        "hidden": case["student_hidden"],
+        "weight": case["student_weight"],
+        "target": case["target"],
+        "bias": torch.linspace(-1, 1, 60),
+    }
     names = ("hidden", "weight", "bias")
     expected = run(naive.linear_logprob, as_double(case), names=names, temperature=0.7)
     actual = run(linear_logprob, case, names=names, temperature=0.7, schedule=schedule, backend="triton")
@@ -167,7 +209,8 @@ def test_one_model_alone(schedule):
 
 
 @pytest.mark.parametrize(
-    "schedule, divergence, dtype", (("fast", "jsd", torch.float32), ("fast", "reverse_kl", torch.bfloat16), ("lean", "reverse_kl", torch.float32))
+    "schedule, divergence, dtype",
+    (("fast", "jsd", torch.float32), ("fast", "reverse_kl", torch.bfloat16), ("lean", "reverse_kl", torch.float32)),
 )
 def test_a_token_loss_equals_the_same_loss_of_the_statistics(schedule, divergence, dtype):
     case = make(9, student=(60, 8), teacher=(75, 5), dtype=dtype)
@@ -177,7 +220,9 @@ def test_a_token_loss_equals_the_same_loss_of_the_statistics(schedule, divergenc
         return weight * (stats.divergence - 0.1 * stats.entropy + stats.logp.exp() * stats.teacher_logp)
 
     def one_pass(**case):
-        return linear_token_loss(loss, **case, inputs={"weight": weight}, divergence=divergence, schedule=schedule, backend="triton")[:1]
+        return linear_token_loss(
+            loss, **case, inputs={"weight": weight}, divergence=divergence, schedule=schedule, backend="triton"
+        )[:1]
 
     def two_steps(**case):
         stats = naive.linear_divergence(**case, divergence=divergence)
@@ -185,7 +230,9 @@ def test_a_token_loss_equals_the_same_loss_of_the_statistics(schedule, divergenc
 
     (value, grads), (expected, gradients) = run(one_pass, case), run(two_steps, as_double(case))
     torch.testing.assert_close(value[0].double(), expected[0], atol=1e-5, rtol=1e-5)
-    assert max(relative(a, b) for a, b in zip(grads, gradients, strict=True)) < (2e-5 if dtype == torch.float32 else 1e-2)
+    assert max(relative(a, b) for a, b in zip(grads, gradients, strict=True)) < (
+        2e-5 if dtype == torch.float32 else 1e-2
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -247,7 +294,15 @@ def _sharded(case, schedule):
     columns = slice(0, 20) if torch.distributed.get_rank() == 0 else slice(20, 43)
     shard = case | {k: case[k][columns] for k in ("student_weight", "teacher_weight")}
     group = torch.distributed.group.WORLD.group_name
-    out = run(linear_divergence, shard, backend="triton", divergence="jsd", vocab_group=group, vocab_start=columns.start, schedule=schedule)
+    out = run(
+        linear_divergence,
+        shard,
+        backend="triton",
+        divergence="jsd",
+        vocab_group=group,
+        vocab_start=columns.start,
+        schedule=schedule,
+    )
     return [[x.numpy() for x in part] for part in out]
 
 
@@ -302,7 +357,10 @@ def test_a_turn_with_impossible_offsets_is_nan(on_triton):
         assert out.isnan().nonzero()[:, 0].tolist() == bad
 
 
-weighings = [("minmax", "raw", fuse) for fuse in turns.FUSE if fuse != "shuffled"] + [("none", "raw", "softor"), ("minmax", "mean1", "product")]
+weighings = [("minmax", "raw", fuse) for fuse in turns.FUSE if fuse != "shuffled"] + [
+    ("none", "raw", "softor"),
+    ("minmax", "mean1", "product"),
+]
 
 
 @pytest.mark.parametrize("normalise, budget, fuse", weighings)

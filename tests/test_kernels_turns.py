@@ -34,7 +34,9 @@ def normalised(values, how):
         low, high = min(values), max(values)
         return [0.5 if high - low < 1e-8 else (v - low) / (high - low) for v in values]
     n = len(values)
-    below, equal = ([sum(test(u, v) for u in values) for v in values] for test in (lambda u, v: u < v, lambda u, v: u == v))
+    below, equal = (
+        [sum(test(u, v) for u in values) for v in values] for test in (lambda u, v: u < v, lambda u, v: u == v)
+    )
     return [0.5 if n == 1 else (b + (e - 1) / 2) / (n - 1) for b, e in zip(below, equal, strict=True)]
 
 
@@ -51,8 +53,13 @@ def fused(d, h, fuse):
 
 
 def by_hand(batch, normalise, fuse, scope):
-    chosen = [len(trajectory) >= 3 and max(torch.tensor([t[0] for t in trajectory])).item() >= torch.tensor(0.01).item() for trajectory in batch]
-    scopes = [[i] for i, c in enumerate(chosen) if c] if scope == "trajectory" else [[i for i, c in enumerate(chosen) if c]]
+    chosen = [
+        len(trajectory) >= 3 and max(torch.tensor([t[0] for t in trajectory])).item() >= torch.tensor(0.01).item()
+        for trajectory in batch
+    ]
+    scopes = (
+        [[i] for i, c in enumerate(chosen) if c] if scope == "trajectory" else [[i for i, c in enumerate(chosen) if c]]
+    )
     weights = [[1.0] * len(trajectory) for trajectory in batch]
     for members in scopes:
         turns_of = [(i, k) for i in members for k in range(len(batch[i]))]
@@ -73,7 +80,12 @@ def test_the_papers_worked_example():
 
 
 @settings(max_examples=80, deadline=None)
-@given(batch=batches, normalise=st.sampled_from(turns.NORMALISE), fuse=st.sampled_from(FUSE), scope=st.sampled_from(("trajectory", "batch")))
+@given(
+    batch=batches,
+    normalise=st.sampled_from(turns.NORMALISE),
+    fuse=st.sampled_from(FUSE),
+    scope=st.sampled_from(("trajectory", "batch")),
+)
 def test_every_member_of_the_family_equals_the_loop_over_trajectories(batch, normalise, fuse, scope):
     d, h, _, offsets = unpack(batch)
     weights = turn_weights(d, h, offsets, normalise=normalise, fuse=fuse, scope=scope)
@@ -87,12 +99,18 @@ def test_short_or_agreeing_trajectories_keep_weight_one_and_are_reported():
     report = turn_weight_report(d, d, offsets)
     assert report.unweighted.tolist() == [True, True, False]
     assert torch.equal(report.unweighted, unweighted(d, offsets))
-    assert report.weights[:5].tolist() == [1.0] * 5 and report.weights[5:].tolist() == [1.0, 0.0, pytest.approx(1 - (2 / 3) ** 2, abs=1e-6)]
+    assert report.weights[:5].tolist() == [1.0] * 5 and report.weights[5:].tolist() == [
+        1.0,
+        0.0,
+        pytest.approx(1 - (2 / 3) ** 2, abs=1e-6),
+    ]
     assert not turn_weight_report(d, d, offsets, min_turns=2, min_disagreement=0.005).unweighted.any()
 
 
 def test_a_flat_signal_is_one_half():
-    weights = turn_weights(torch.tensor([0.1, 0.2, 0.3]), torch.full((3,), 0.7), torch.tensor([0, 3]), fuse="uncertainty")
+    weights = turn_weights(
+        torch.tensor([0.1, 0.2, 0.3]), torch.full((3,), 0.7), torch.tensor([0, 3]), fuse="uncertainty"
+    )
     assert weights.tolist() == [0.5] * 3
 
 
@@ -102,7 +120,12 @@ def test_weights_are_detached():
 
 
 @settings(max_examples=80, deadline=None)
-@given(batch=batches, fuse=st.sampled_from(FUSE), scope=st.sampled_from(("trajectory", "batch")), clip=st.sampled_from(((0.5, 2.0), (0.0, 1.3), (1.0, 1.0))))
+@given(
+    batch=batches,
+    fuse=st.sampled_from(FUSE),
+    scope=st.sampled_from(("trajectory", "batch")),
+    clip=st.sampled_from(((0.5, 2.0), (0.0, 1.3), (1.0, 1.0))),
+)
 def test_mean1_has_token_weighted_mean_one_in_every_scope(batch, fuse, scope, clip):
     """Where no scale gives it, the weights are 1 and its mean is 1 as well; a fallback is reported only then."""
     d, h, lengths, offsets = unpack(batch)
@@ -118,7 +141,9 @@ def test_mean1_has_token_weighted_mean_one_in_every_scope(batch, fuse, scope, cl
         assert w.min() >= clip[0] - 1e-6 and w.max() <= clip[1] + 1e-6
         order = raw_w.argsort()
         assert (w[order].diff() >= -1e-6).all()  # the order of the turns is kept
-        reachable = n.sum() > 0 and raw_w.max() > 0 and (n * torch.where(raw_w > 0, *clip[::-1])).sum() >= n.sum() * (1 - 1e-12)
+        reachable = (
+            n.sum() > 0 and raw_w.max() > 0 and (n * torch.where(raw_w > 0, *clip[::-1])).sum() >= n.sum() * (1 - 1e-12)
+        )
         assert report.fallback[members].tolist() == [not reachable] * len(members)
         if not reachable:
             assert (w == 1).all()
@@ -157,7 +182,9 @@ def test_shuffled_is_a_permutation_within_each_trajectory_drawn_from_the_generat
 def test_no_trajectory_and_no_turn():
     nothing = torch.empty(0)
     assert turn_weights(nothing, nothing, torch.tensor([0])).shape == (0,)
-    report = turn_weight_report(nothing, nothing, torch.tensor([0, 0]), scope="batch", budget="mean1", turn_lengths=nothing)
+    report = turn_weight_report(
+        nothing, nothing, torch.tensor([0, 0]), scope="batch", budget="mean1", turn_lengths=nothing
+    )
     assert report.weights.shape == (0,) and report.unweighted.tolist() == [True]
 
 
@@ -199,13 +226,19 @@ def test_expand_turns_undoes_the_mean_and_its_gradient_is_the_sum(lengths):
     values = torch.arange(1.0, len(lengths) + 1, requires_grad=True)
     tokens = expand_turns(values, offsets)
     assert tokens.tolist() == [i + 1.0 for i, n in enumerate(lengths) for _ in range(n)]
-    assert torch.equal(turn_reduce(tokens.detach(), offsets), values.detach().masked_fill(torch.tensor(lengths) == 0, 0))
+    assert torch.equal(
+        turn_reduce(tokens.detach(), offsets), values.detach().masked_fill(torch.tensor(lengths) == 0, 0)
+    )
     tokens.sum().backward()
     assert values.grad.tolist() == lengths
 
 
 def weigh(**changes):
-    arguments = {"disagreement": torch.rand(5), "uncertainty": torch.rand(5), "trajectory_offsets": torch.tensor([0, 2, 5])}
+    arguments = {
+        "disagreement": torch.rand(5),
+        "uncertainty": torch.rand(5),
+        "trajectory_offsets": torch.tensor([0, 2, 5]),
+    }
     return turn_weights(**(arguments | changes))
 
 

@@ -31,7 +31,9 @@ from atod_fast.policy.model import CausalPolicy
 def rewrite(folder: str, change) -> None:
     """Put `change(weights)` in place of a saved model's weights."""
     file = Path(folder) / "model.safetensors"
-    save_file({name: tensor.clone() for name, tensor in change(load_file(file)).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.clone() for name, tensor in change(load_file(file)).items()}, file, metadata={"format": "pt"}
+    )
 
 
 def without(name: str):
@@ -91,7 +93,13 @@ def test_training_and_evaluation_refuse_a_checkpoint_that_lacks_a_weight(tmp_pat
         for file in source.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         rewrite(str(folder), without("model.norm.weight"))
-        settings = [f"{role}.path={folder}", "eval.teacher=false", "train.steps=1", "--run-dir", str(tmp_path / f"run-{role}")]
+        settings = [
+            f"{role}.path={folder}",
+            "eval.teacher=false",
+            "train.steps=1",
+            "--run-dir",
+            str(tmp_path / f"run-{role}"),
+        ]
         assert train.main(settings) == 2
         assert "lacks the weight model.norm.weight" in capsys.readouterr().err
         assert evaluate.main([str(folder), "eval.tasks=1"]) == 2
@@ -101,7 +109,9 @@ def test_training_and_evaluation_refuse_a_checkpoint_that_lacks_a_weight(tmp_pat
 def test_a_quantised_checkpoint_is_refused(tmp_path):
     path = save_model(tmp_path / "model")
     file = Path(path) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(UserError, match="quantised weights .gptq."):
         models.load_model(path, torch.float32)
 
@@ -112,10 +122,23 @@ def test_a_peft_folder_is_named_as_such(tmp_path):
         models.resolve(str(tmp_path))
 
 
-COMMON = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+COMMON = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
 NOISY = {
-    "dropout": (Starcoder2ForCausalLM, Starcoder2Config(**COMMON, attention_dropout=0.5, residual_dropout=0.5, embedding_dropout=0.5)),
-    "router": (MixtralForCausalLM, MixtralConfig(**COMMON, num_local_experts=2, attention_dropout=0.5, router_jitter_noise=0.5)),
+    "dropout": (
+        Starcoder2ForCausalLM,
+        Starcoder2Config(**COMMON, attention_dropout=0.5, residual_dropout=0.5, embedding_dropout=0.5),
+    ),
+    "router": (
+        MixtralForCausalLM,
+        MixtralConfig(**COMMON, num_local_experts=2, attention_dropout=0.5, router_jitter_noise=0.5),
+    ),
     "sampled experts": (PhimoeForCausalLM, PhimoeConfig(**COMMON, num_local_experts=4, router_jitter_noise=10.0)),
     "nested": (
         DbrxForCausalLM,
@@ -143,7 +166,9 @@ def test_a_forward_pass_in_training_mode_has_no_noise(tmp_path, kind):
     quiet = loaded.eval()(ids).logits
     loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = CausalPolicy(loaded).train()
-    assert torch.equal(policy.parts.backbone(input_ids=ids, use_cache=False).last_hidden_state @ policy.parts.head.weight.T, quiet)
+    assert torch.equal(
+        policy.parts.backbone(input_ids=ids, use_cache=False).last_hidden_state @ policy.parts.head.weight.T, quiet
+    )
     assert any(module.training for module in policy.modules()), "blocks recompute their activations"
 
 

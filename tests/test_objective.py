@@ -34,7 +34,9 @@ def make_table(sizes, lengths=None, seed=0, group_size=2, **columns):
     rand = lambda: torch.rand(count, generator=generator)  # noqa: E731
     reward = torch.zeros(count)
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    reward[offsets[1:][torch.tensor(sizes) > 0] - 1] = (torch.rand(trajectories, generator=generator)[torch.tensor(sizes) > 0] > 0.5).float()
+    reward[offsets[1:][torch.tensor(sizes) > 0] - 1] = (
+        torch.rand(trajectories, generator=generator)[torch.tensor(sizes) > 0] > 0.5
+    ).float()
     table = dict(
         disagreement=rand() + 0.05,
         uncertainty=rand(),
@@ -69,7 +71,11 @@ def statistics(logp, entropy=None, divergence=None):
 
 
 def test_the_papers_worked_example():
-    table = make_table([5], disagreement=torch.tensor([0.101, 0.228, 0.022, 0.019, 0.138]), uncertainty=torch.tensor([0.037, 0.025, 0.010, 0.006, 0.008]))
+    table = make_table(
+        [5],
+        disagreement=torch.tensor([0.101, 0.228, 0.022, 0.019, 0.138]),
+        uncertainty=torch.tensor([0.037, 0.025, 0.010, 0.006, 0.008]),
+    )
     weights = weigh_turns(table, Turns())
     assert weights.weight.tolist() == pytest.approx([1.00, 1.00, 0.142, 0.000, 0.597], abs=5e-4)
     assert (weights.unweighted, weights.fallbacks) == (0.0, 0)
@@ -86,14 +92,22 @@ def test_short_and_agreeing_trajectories_keep_weight_one_and_are_counted():
 
 def test_a_turn_without_tokens_is_compared_with_none():
     disagreement, uncertainty = torch.tensor([0.3, 0.0, 0.1, 0.2]), torch.tensor([0.5, 0.0, 0.3, 0.4])
-    with_silence = weigh_turns(make_table([4], lengths=[2, 0, 2, 2], disagreement=disagreement, uncertainty=uncertainty), Turns())
+    with_silence = weigh_turns(
+        make_table([4], lengths=[2, 0, 2, 2], disagreement=disagreement, uncertainty=uncertainty), Turns()
+    )
     acted = torch.tensor([0, 2, 3])
-    without = weigh_turns(make_table([3], lengths=[2, 2, 2], disagreement=disagreement[acted], uncertainty=uncertainty[acted]), Turns())
+    without = weigh_turns(
+        make_table([3], lengths=[2, 2, 2], disagreement=disagreement[acted], uncertainty=uncertainty[acted]), Turns()
+    )
     assert with_silence.weight[acted].tolist() == without.weight.tolist() == pytest.approx([1.0, 0.0, 0.75])
 
 
 @settings(deadline=None, max_examples=30)
-@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5), seed=st.integers(0, 999), scope=st.sampled_from(["trajectory", "batch"]))
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    seed=st.integers(0, 999),
+    scope=st.sampled_from(["trajectory", "batch"]),
+)
 def test_mean1_spends_the_budget_of_uniform_weights_wherever_a_scale_exists(sizes, seed, scope):
     """2/3 of the tokens at w = 0 and 1/3 at the cap of 2 is the last case with mean 1."""
     table = make_table(sizes, seed=seed)
@@ -101,7 +115,12 @@ def test_mean1_spends_the_budget_of_uniform_weights_wherever_a_scale_exists(size
     short = torch.repeat_interleave(torch.tensor(sizes) < 3, torch.tensor(sizes))
     assert (weight.weight[short] == 1).all()
     parts = (
-        [~short] if scope == "batch" else [(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)) == n) & ~short for n in range(len(sizes))]
+        [~short]
+        if scope == "batch"
+        else [
+            (torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)) == n) & ~short
+            for n in range(len(sizes))
+        ]
     )
     lost = 0
     for part in (part for part in parts if part.any()):
@@ -109,13 +128,17 @@ def test_mean1_spends_the_budget_of_uniform_weights_wherever_a_scale_exists(size
         assert w.min() >= 0.5 and w.max() <= 2
         assert (length * w).sum() / length.sum() == pytest.approx(1, abs=1e-5)
         reachable = torch.where(raw.weight[part] > 0, 2.0, 0.5).double()
-        lost += int((length * reachable).sum() / length.sum() < 1) * (1 if scope == "trajectory" else int((torch.tensor(sizes) >= 3).sum()))
+        lost += int((length * reachable).sum() / length.sum() < 1) * (
+            1 if scope == "trajectory" else int((torch.tensor(sizes) >= 3).sum())
+        )
     assert weight.fallbacks == lost
 
 
 def test_a_mean1_budget_that_cannot_be_met_is_counted():
     """One short turn holds all the weight: even at the cap of 2 the mean stays below 1."""
-    table = make_table([3], lengths=[1, 20, 20], disagreement=torch.tensor([1.0, 0.0, 0.0]), uncertainty=torch.tensor([1.0, 0.0, 0.0]))
+    table = make_table(
+        [3], lengths=[1, 20, 20], disagreement=torch.tensor([1.0, 0.0, 0.0]), uncertainty=torch.tensor([1.0, 0.0, 0.0])
+    )
     weights = weigh_turns(table, Turns(budget="mean1"))
     assert weights.weight.tolist() == [1.0, 1.0, 1.0]
     assert weights.fallbacks == 1
@@ -123,7 +146,9 @@ def test_a_mean1_budget_that_cannot_be_met_is_counted():
 
 def test_shuffled_weights_are_the_same_on_every_rank_and_depend_on_the_seed():
     table = make_table([6, 6])
-    shuffled = [weigh_turns(table, Turns(fuse="shuffled"), torch.Generator().manual_seed(seed)).weight for seed in (1, 1, 2)]
+    shuffled = [
+        weigh_turns(table, Turns(fuse="shuffled"), torch.Generator().manual_seed(seed)).weight for seed in (1, 1, 2)
+    ]
     assert torch.equal(shuffled[0], shuffled[1])
     assert not torch.equal(shuffled[0], shuffled[2])
 
@@ -136,7 +161,9 @@ def test_signals_are_sampled_or_exact():
 
 
 def test_profile_is_a_mean_over_the_trajectories_that_got_that_far():
-    assert profile(torch.tensor([1.0, 2.0, 5.0, 3.0, 4.0, 9.0]), torch.tensor([0, 3, 3, 5, 6])) == pytest.approx([13 / 3, 3.0, 5.0])
+    assert profile(torch.tensor([1.0, 2.0, 5.0, 3.0, 4.0, 9.0]), torch.tensor([0, 3, 3, 5, 6])) == pytest.approx(
+        [13 / 3, 3.0, 5.0]
+    )
 
 
 # ---- the equation ---------------------------------------------------------------------------------------------------
@@ -185,7 +212,10 @@ def test_uniform_weights_give_plain_distillation_plus_reward():
 @pytest.mark.parametrize("divergence", ["k1", "k2", "k3", *FULL_VOCABULARY])
 def test_kappa_zero_is_grpo_whatever_the_divergence_and_asks_nothing_of_the_teacher(divergence):
     table = make_table([4, 3, 5, 2])
-    tokens, objective = tokens_of(table), Objective(divergence=divergence, entropy_bonus=0.0, dual_clip=0.0, tis_cap=0.0)
+    tokens, objective = (
+        tokens_of(table),
+        Objective(divergence=divergence, entropy_bonus=0.0, dual_clip=0.0, tis_cap=0.0),
+    )
     tokens.teacher_logp = torch.full_like(tokens.old_logp, torch.nan)
     weight = torch.full_like(table.disagreement, torch.nan)
     streams = streams_of(table, tokens, objective, kappa=0.0, rho=1.0, weight=weight)
@@ -220,7 +250,9 @@ def test_a_divergence_loss_is_added_to_the_clipped_reward_loss():
     tokens, objective = tokens_of(table), Objective(divergence="reverse_kl", entropy_bonus=0.0, tis_cap=0.0)
     divergence = torch.rand(len(tokens.turn))
     w, rl = weigh_turns(table, Turns()).weight[tokens.turn], rl_advantages(table, objective).turn[tokens.turn]
-    loss = token_loss(statistics(tokens.logp, divergence=divergence), streams_of(table, tokens, objective, 0.6, 1.5), objective).sum()
+    loss = token_loss(
+        statistics(tokens.logp, divergence=divergence), streams_of(table, tokens, objective, 0.6, 1.5), objective
+    ).sum()
     ratio = (tokens.logp - tokens.old_logp).exp()
     surrogate = -torch.min(ratio * rl, ratio.clamp(0.8, 1.2) * rl)
     surrogate = torch.where(rl < 0, torch.min(surrogate, -3 * rl), surrogate)
@@ -250,7 +282,9 @@ def test_truncated_importance_weights_scale_the_policy_term_alone():
     assert streams.policy_weight[0] == 2
     assert (off.policy_weight == 1).all()
     full, plain = (token_loss(statistics(tokens.logp, entropy), s, Objective(divergence="k2")) for s in (streams, off))
-    policy = plain - off.weight * (off.divergence_weight * (tokens.logp - tokens.teacher_logp) ** 2 / 2 - off.entropy_weight * entropy)
+    policy = plain - off.weight * (
+        off.divergence_weight * (tokens.logp - tokens.teacher_logp) ** 2 / 2 - off.entropy_weight * entropy
+    )
     torch.testing.assert_close(full - plain, policy * (streams.policy_weight - 1))
 
 
@@ -259,7 +293,17 @@ def test_low_precision_log_probs_and_a_missing_teacher_are_refused():
     tokens = tokens_of(table)
     for divergence in ("k1", "k2", "k3"):
         with pytest.raises(ValueError, match=f"objective.divergence={divergence}"):
-            make_streams(Objective(divergence=divergence), 0.5, 1.0, tokens.turn, tokens.old_logp, None, tokens.rollout_logp, *[torch.ones(3)] * 2, tokens.logp)
+            make_streams(
+                Objective(divergence=divergence),
+                0.5,
+                1.0,
+                tokens.turn,
+                tokens.old_logp,
+                None,
+                tokens.rollout_logp,
+                *[torch.ones(3)] * 2,
+                tokens.logp,
+            )
     tokens.old_logp = tokens.old_logp.bfloat16()
     with pytest.raises(ValueError, match="fp32"):
         streams_of(table, tokens, Objective())
@@ -268,7 +312,11 @@ def test_low_precision_log_probs_and_a_missing_teacher_are_refused():
 # ---- aggregation ----------------------------------------------------------------------------------------------------
 
 
-@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5), seed=st.integers(0, 99), aggregation=st.sampled_from(["token", "trajectory", "turn"]))
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    seed=st.integers(0, 99),
+    aggregation=st.sampled_from(["token", "trajectory", "turn"]),
+)
 @settings(deadline=None, max_examples=40)
 def test_aggregation_weights_average_what_they_say(sizes, seed, aggregation):
     """Over a mini-batch of some of the turns, as rollout.context=window has it."""
@@ -291,7 +339,9 @@ def test_tokens_outside_the_minibatch_and_turns_without_tokens_count_nothing():
         weights = token_weights(aggregation, torch.tensor([0, 0, 3, 4, 4, 4, 4]), table, torch.tensor([0, 1, 4]))
         assert weights[2] == 0
         assert weights.sum().item() == pytest.approx(1)
-    assert token_weights("turn", torch.tensor([0, 4]), table, torch.tensor([0, 1, 4])).tolist() == pytest.approx([1 / 4, 1 / 8])
+    assert token_weights("turn", torch.tensor([0, 4]), table, torch.tensor([0, 1, 4])).tolist() == pytest.approx(
+        [1 / 4, 1 / 8]
+    )
 
 
 @given(
@@ -339,7 +389,11 @@ def one_token(advantage, ratio, objective):
     logp = (old + torch.tensor(ratio, dtype=torch.float64).log()).requires_grad_()
     loss = token_loss(statistics(logp), streams, objective).sum()
     loss.backward()
-    return loss.item(), logp.grad.item() / ratio, diagnostics(statistics(logp), streams, objective)["clip_fraction"].item()
+    return (
+        loss.item(),
+        logp.grad.item() / ratio,
+        diagnostics(statistics(logp), streams, objective)["clip_fraction"].item(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -376,7 +430,9 @@ def test_an_extreme_ratio_stays_finite():
 def test_the_entropy_bonus_is_subtracted():
     table = make_table([3, 3])
     tokens, entropy = tokens_of(table), torch.rand(int(table.length.sum()), requires_grad=True)
-    loss = token_loss(statistics(tokens.logp, entropy), streams_of(table, tokens, Objective(entropy_bonus=0.01)), Objective()).sum()
+    loss = token_loss(
+        statistics(tokens.logp, entropy), streams_of(table, tokens, Objective(entropy_bonus=0.01)), Objective()
+    ).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, entropy)[0], torch.full_like(entropy, -0.01 / len(entropy)))
 
 
@@ -413,7 +469,9 @@ def expected_gradient(divergence, vocabulary=11):
     old = logp.detach()
     objective = Objective(divergence=divergence, entropy_bonus=0.0, clip=0.2)
     one = torch.ones(1)
-    streams = make_streams(objective, 1.0, 0.0, torch.zeros(vocabulary, dtype=torch.int64), old, teacher_logp, old, one, one, old.exp())
+    streams = make_streams(
+        objective, 1.0, 0.0, torch.zeros(vocabulary, dtype=torch.int64), old, teacher_logp, old, one, one, old.exp()
+    )
     loss = token_loss(statistics(logp), streams, objective).sum()
     reverse = (logp.exp() * (logp - teacher_logp)).sum()
     forward = (teacher_logp.exp() * (teacher_logp - logp)).sum()
@@ -455,14 +513,29 @@ def test_the_head_that_forms_the_gradient_in_its_forward_learns_the_same(diverge
     tokens, objective = tokens_of(table), Objective(divergence=divergence, tis_cap=1.5, entropy_bonus=0.02)
     streams, count = streams_of(table, tokens, objective), len(tokens.turn)
     generator = torch.Generator().manual_seed(1)
-    hidden, weight, teacher_hidden, teacher_weight = (torch.randn(n, h, generator=generator) for n, h in ((count, 8), (13, 8), (count, 6), (13, 6)))
+    hidden, weight, teacher_hidden, teacher_weight = (
+        torch.randn(n, h, generator=generator) for n, h in ((count, 8), (13, 8), (count, 6), (13, 6))
+    )
     target = torch.randint(0, 13, (count,), generator=generator)
     teacher = (teacher_hidden, teacher_weight) if divergence in FULL_VOCABULARY else (None, None)
     options = {"divergence": divergence} if divergence in FULL_VOCABULARY else {}
     parameters = hidden.requires_grad_(), weight.requires_grad_()
 
-    fused, stats = linear_token_loss(loss_function(objective), hidden, weight, *teacher, target, inputs=streams.tensors(), schedule=schedule, **options)
-    apart = linear_divergence(hidden, weight, *teacher, target, **options) if options else linear_logprob(hidden, weight, target)
+    fused, stats = linear_token_loss(
+        loss_function(objective),
+        hidden,
+        weight,
+        *teacher,
+        target,
+        inputs=streams.tensors(),
+        schedule=schedule,
+        **options,
+    )
+    apart = (
+        linear_divergence(hidden, weight, *teacher, target, **options)
+        if options
+        else linear_logprob(hidden, weight, target)
+    )
     loss = token_loss(apart, streams, objective).sum()
     torch.testing.assert_close(fused, loss)
     for ours, theirs in zip(torch.autograd.grad(fused, parameters), torch.autograd.grad(loss, parameters), strict=True):
@@ -507,8 +580,20 @@ SWITCHES = {
         "min_turns": [4],
         "min_disagreement": [10.0],
     },
-    "kappa": {"kind": ["cosine", "exponential", "step", "constant"], "start": [0.5], "end": [0.3], "horizon": [40], "hold": [10]},
-    "rho": {"kind": ["cosine", "exponential", "step", "constant"], "start": [0.5], "end": [3.0], "horizon": [40], "hold": [10]},
+    "kappa": {
+        "kind": ["cosine", "exponential", "step", "constant"],
+        "start": [0.5],
+        "end": [0.3],
+        "horizon": [40],
+        "hold": [10],
+    },
+    "rho": {
+        "kind": ["cosine", "exponential", "step", "constant"],
+        "start": [0.5],
+        "end": [3.0],
+        "horizon": [40],
+        "hold": [10],
+    },
 }
 
 
@@ -518,13 +603,23 @@ def losses_of(objective, turns, kappa, rho, step=30):
     tokens = tokens_of(table)
     full_kl, entropy = torch.rand(2, len(tokens.turn), generator=torch.Generator().manual_seed(1))
     signals = token_signals(turns, tokens.old_logp, tokens.teacher_logp, entropy, full_kl)
-    table.disagreement[:], table.uncertainty[:] = (torch.bincount(tokens.turn, x.double()) / table.length for x in signals)
-    streams = streams_of(table, tokens, objective, make_schedule(kappa).value(step), make_schedule(rho).value(step), turns=turns)
+    table.disagreement[:], table.uncertainty[:] = (
+        torch.bincount(tokens.turn, x.double()) / table.length for x in signals
+    )
+    streams = streams_of(
+        table, tokens, objective, make_schedule(kappa).value(step), make_schedule(rho).value(step), turns=turns
+    )
     return token_loss(statistics(tokens.logp, entropy, full_kl), streams, objective)
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "choice"), [(section, key, choice) for section, keys in SWITCHES.items() for key, choices in keys.items() for choice in choices]
+    ("section", "key", "choice"),
+    [
+        (section, key, choice)
+        for section, keys in SWITCHES.items()
+        for key, choices in keys.items()
+        for choice in choices
+    ],
 )
 def test_each_switch_changes_the_result(section, key, choice):
     changed = BASE | {section: BASE[section].model_copy(update={key: choice})}

@@ -28,9 +28,18 @@ HEALTHY = {
 FAULTS = {
     "invalid": ({"rollout/invalid_actions": 0.97}, ["97%", "invalid", "'take the mug'"]),
     "cut off": ({"rollout/cut_off": 0.8, "rollout/invalid_actions": 0.97}, ["80%", "rollout.response_tokens=9"]),
-    "flat": ({"turns/flat_groups": 1.0, "train/success": 0.0}, ["success 0%", "easier tasks", "imitation alone", "train.group_size=8"]),
-    "collapse": ({"rollout/same_action": 0.96, "train/success": 0.1}, ["96%", "20% at first", "30%, now 10%", "learning_rate=0.0007"]),
-    "unweighted": ({"profile/weight": [1.0], "rollout/turns": 1.0}, ["turns.min_turns=3", "1.0 turns", "turns.scope=batch", "turns.fuse=uniform"]),
+    "flat": (
+        {"turns/flat_groups": 1.0, "train/success": 0.0},
+        ["success 0%", "easier tasks", "imitation alone", "train.group_size=8"],
+    ),
+    "collapse": (
+        {"rollout/same_action": 0.96, "train/success": 0.1},
+        ["96%", "20% at first", "30%, now 10%", "learning_rate=0.0007"],
+    ),
+    "unweighted": (
+        {"profile/weight": [1.0], "rollout/turns": 1.0},
+        ["turns.min_turns=3", "1.0 turns", "turns.scope=batch", "turns.fuse=uniform"],
+    ),
 }
 
 
@@ -96,7 +105,9 @@ def test_remedies_fit_the_case():
     assert "turns.min_turns=2," in told(*[{"profile/weight": [1.0, 1.0]}] * STEPS)["unweighted"]
     solved = told(*[{"turns/flat_groups": 1.0, "train/success": 1.0, "schedule/kappa": 0.0}] * STEPS)["flat"]
     assert "harder tasks" in solved and "nothing is learnt" in solved
-    assert "rollout.thinking=false" in told(*[FAULTS["cut off"][0]] * STEPS, settings=["rollout.thinking=true"])["cut off"]
+    assert (
+        "rollout.thinking=false" in told(*[FAULTS["cut off"][0]] * STEPS, settings=["rollout.thinking=true"])["cut off"]
+    )
 
 
 def test_each_thing_is_told_once_after_three_steps_in_a_row():
@@ -118,7 +129,15 @@ def test_an_example_is_an_invalid_response_and_short():
 
 def test_a_step_is_one_narrow_line_with_what_ends_attempts(capsys):
     shown = console.Console(speaks=True)
-    shown.step({"step": 12345, "rollout/invalid_actions": 0.972, "turns/flat_groups": 1.0, "turns/disagreement": float("nan"), "train/success": 1.0})
+    shown.step(
+        {
+            "step": 12345,
+            "rollout/invalid_actions": 0.972,
+            "turns/flat_groups": 1.0,
+            "turns/disagreement": float("nan"),
+            "train/success": 1.0,
+        }
+    )
     heading, line = capsys.readouterr().out.splitlines()
     cells = dict(zip(heading.split(), line.split(), strict=True))
     assert (cells["invalid"], cells["flat"], cells["d"], cells["held-out"]) == ("97%", "100%", "-", "-")
@@ -133,12 +152,22 @@ def test_a_transcript_holds_what_the_model_saw_mark_for_mark(tmp_path):
     text = "<|im_start|>user\nput a mug on the desk<|im_end|>\n<|im_start|>assistant\n"
     turn, lost = make_turn(START, stopped=False), make_turn("half a pair: \ud83d")
     turn.prompt, turn.stopped = TOKENIZER(text)["input_ids"], False
-    played = [Trajectory(0, 0, 0, "window", [turn]), Trajectory(1, 0, 1, "window", [lost], failure="hung"), Trajectory(2, 0, 2, "window", [make_turn(START)])]
+    played = [
+        Trajectory(0, 0, 0, "window", [turn]),
+        Trajectory(1, 0, 1, "window", [lost], failure="hung"),
+        Trajectory(2, 0, 2, "window", [make_turn(START)]),
+    ]
     transcripts.write(tmp_path / "a" / "step.jsonl", played, TOKENIZER, {"weight": torch.tensor([0.25, 0.75])})
     first, failed, last = read(tmp_path / "a" / "step.jsonl")
-    assert first["turns"][0]["prompt"] == text and first["turns"][0]["stopped"] is False and last["turns"][0]["stopped"] is True
+    assert (
+        first["turns"][0]["prompt"] == text
+        and first["turns"][0]["stopped"] is False
+        and last["turns"][0]["stopped"] is True
+    )
     assert last["turns"][0]["action"][-1] == END
-    assert (first["turns"][0]["weight"], last["turns"][0]["weight"]) == (0.25, 0.75), "a failed trajectory has no part in the signals"
+    assert (first["turns"][0]["weight"], last["turns"][0]["weight"]) == (0.25, 0.75), (
+        "a failed trajectory has no part in the signals"
+    )
     assert "weight" not in failed["turns"][0] and failed["turns"][0]["observation"] == "half a pair: \ud83d"
     transcripts.write(tmp_path / "plain.jsonl", played)
     assert all("prompt" not in turn for record in read(tmp_path / "plain.jsonl") for turn in record["turns"])
@@ -157,16 +186,29 @@ def test_a_transcript_is_whole_or_the_one_before(tmp_path):
 def test_a_run_records_its_evaluations_and_tells_of_responses_cut_off(tmp_path, capsys):
     lines = run(tmp_path, "train.steps=4", "rollout.response_tokens=3")
     names = sorted(path.name for path in (tmp_path / "trajectories").iterdir())
-    assert names == [f"eval_{n}.jsonl" for n in ("000000", "000000_teacher", "000002", "000004")] + ["step_000002.jsonl", "step_000004.jsonl"]
+    assert names == [f"eval_{n}.jsonl" for n in ("000000", "000000_teacher", "000002", "000004")] + [
+        "step_000002.jsonl",
+        "step_000004.jsonl",
+    ]
     for step in (2, 4):
         episodes = read(tmp_path / f"trajectories/eval_{step:06d}.jsonl")
-        assert len(episodes) == 10 and sum(episode["success"] for episode in episodes) / 10 == lines[step]["eval/success"]
+        assert (
+            len(episodes) == 10 and sum(episode["success"] for episode in episodes) / 10 == lines[step]["eval/success"]
+        )
         assert all(turn["prompt"] and "weight" not in turn for episode in episodes for turn in episode["turns"])
-        turns = [turn for episode in read(tmp_path / f"trajectories/step_{step:06d}.jsonl") for turn in episode["turns"]]
+        turns = [
+            turn for episode in read(tmp_path / f"trajectories/step_{step:06d}.jsonl") for turn in episode["turns"]
+        ]
         assert all(len(turn["action"]) == 3 for turn in turns if not turn["stopped"])
         assert lines[step]["rollout/cut_off"] == pytest.approx(sum(not turn["stopped"] for turn in turns) / len(turns))
-    assert sum(episode["success"] for episode in read(tmp_path / "trajectories/eval_000000_teacher.jsonl")) / 10 == lines[0]["eval/teacher_success"]
-    assert min(line["rollout/cut_off"] for line in lines[1:]) > 0.5 and capsys.readouterr().out.count("cut off at rollout.response_tokens=3") == 1
+    assert (
+        sum(episode["success"] for episode in read(tmp_path / "trajectories/eval_000000_teacher.jsonl")) / 10
+        == lines[0]["eval/teacher_success"]
+    )
+    assert (
+        min(line["rollout/cut_off"] for line in lines[1:]) > 0.5
+        and capsys.readouterr().out.count("cut off at rollout.response_tokens=3") == 1
+    )
 
 
 def test_transcripts_are_switched_off_whole_or_without_prompts(tmp_path):
@@ -175,14 +217,20 @@ def test_transcripts_are_switched_off_whole_or_without_prompts(tmp_path):
     assert not (tmp_path / "none" / "trajectories").exists()
     run(tmp_path / "lean", *settings, "observe.trajectories_every=1", "observe.prompts=false")
     for name in ("eval_000001", "step_000001"):
-        assert all("prompt" not in turn for record in read(tmp_path / "lean" / "trajectories" / f"{name}.jsonl") for turn in record["turns"])
+        assert all(
+            "prompt" not in turn
+            for record in read(tmp_path / "lean" / "trajectories" / f"{name}.jsonl")
+            for turn in record["turns"]
+        )
 
 
 def test_an_evaluation_names_its_tasks_and_writes_their_episodes(tmp_path):
     out, episodes = tmp_path / "new" / "evaluation.json", tmp_path / "episodes.jsonl"
     assert evaluate.main(["demo:teacher", "eval.tasks=10", "--out", str(out), "--transcripts", str(episodes)]) == 0
     found = json.loads(out.read_text())
-    assert [episode["task"] for episode in found["episodes"]] == sorted({episode["task"] for episode in found["episodes"]})
+    assert [episode["task"] for episode in found["episodes"]] == sorted(
+        {episode["task"] for episode in found["episodes"]}
+    )
     assert "".join(str(int(episode["success"])) for episode in found["episodes"]) == found["outcomes"]
     assert found["turns"] == pytest.approx(sum(episode["turns"] for episode in found["episodes"]) / 10)
     for episode, record in zip(found["episodes"], read(episodes), strict=True):

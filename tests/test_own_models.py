@@ -19,7 +19,9 @@ from atod_fast.rollout import actor
 
 
 def run(folder: Path, student: str, teacher: str, *settings: str) -> int:
-    return train.main([*SHORT, f"student.path={student}", f"teacher.path={teacher}", *settings, "--run-dir", str(folder)])
+    return train.main(
+        [*SHORT, f"student.path={student}", f"teacher.path={teacher}", *settings, "--run-dir", str(folder)]
+    )
 
 
 def turns(file: Path) -> list[dict]:
@@ -90,7 +92,9 @@ def test_a_tokenizer_may_have_more_tokens_than_the_head_columns(tmp_path, capsys
     teacher = save_chat_model(tmp_path / "teacher", columns=columns, seed=1)
     assert run(tmp_path / "run", student, teacher) == 0
     assert evaluate.main([student, *SHORT]) == 0
-    assert all(i < columns for turn in turns(tmp_path / "run" / "trajectories" / "step_000001.jsonl") for i in turn["action"])
+    assert all(
+        i < columns for turn in turns(tmp_path / "run" / "trajectories" / "step_000001.jsonl") for i in turn["action"]
+    )
 
 
 def test_an_evaluation_by_two_ranks_is_the_evaluation_by_one(tmp_path):
@@ -98,7 +102,14 @@ def test_an_evaluation_by_two_ranks_is_the_evaluation_by_one(tmp_path):
     found = []
     for world in (1, 2):
         out = tmp_path / f"{world}.json"
-        arguments = ["demo:student", "eval.tasks=10", "--out", str(out), "--transcripts", str(tmp_path / f"{world}.jsonl")]
+        arguments = [
+            "demo:student",
+            "eval.tasks=10",
+            "--out",
+            str(out),
+            "--transcripts",
+            str(tmp_path / f"{world}.jsonl"),
+        ]
         assert run_ranks(world, evaluate.main, arguments) == [0] * world
         found.append(json.loads(out.read_text()))
         assert len((tmp_path / f"{world}.jsonl").read_text().splitlines()) == 10
@@ -106,12 +117,20 @@ def test_an_evaluation_by_two_ranks_is_the_evaluation_by_one(tmp_path):
 
 
 def test_what_fails_on_one_rank_stops_an_evaluation_on_both(tmp_path, monkeypatch):
-    settings = [*SHORT, "env.name=worlds:Rooms", "env.train={tasks=20}", "rollout.prompt_tokens=8", "rollout.response_tokens=2"]
+    settings = [
+        *SHORT,
+        "env.name=worlds:Rooms",
+        "env.train={tasks=20}",
+        "rollout.prompt_tokens=8",
+        "rollout.response_tokens=2",
+    ]
     model = save_chat_model(tmp_path / "model")
     assert run_ranks(2, evaluate.main, [model, *settings]) == [3, 3]  # no first prompt fits
 
 
-@pytest.mark.parametrize(("option", "path"), [("--out", "/proc/no/file.json"), ("--transcripts", "/proc/file.jsonl"), ("--out", ".")])
+@pytest.mark.parametrize(
+    ("option", "path"), [("--out", "/proc/no/file.json"), ("--transcripts", "/proc/file.jsonl"), ("--out", ".")]
+)
 def test_a_file_that_cannot_be_written_is_said_before_episodes_are_played(option, path, capsys):
     assert evaluate.main(["demo:student", "eval.tasks=1", option, path]) == 2
     assert f"atod_fast: {option} {path}: " in capsys.readouterr().err

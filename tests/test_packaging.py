@@ -16,7 +16,9 @@ FAST = tomllib.loads((ROOT / "pyproject.toml").read_text())
 KERNELS = tomllib.loads((ROOT / "kernels/pyproject.toml").read_text())
 
 
-@pytest.mark.parametrize(("table", "package"), [(FAST, atod_fast), (KERNELS, atod_kernels)], ids=["atod_fast", "atod_kernels"])
+@pytest.mark.parametrize(
+    ("table", "package"), [(FAST, atod_fast), (KERNELS, atod_kernels)], ids=["atod_fast", "atod_kernels"]
+)
 def test_the_version_is_written_once(table, package):
     name = package.__name__
     assert table["project"]["dynamic"] == ["version"] and "version" not in table["project"]
@@ -27,7 +29,9 @@ def test_the_version_is_written_once(table, package):
 def test_the_kernels_know_nothing_of_the_trainer():
     assert KERNELS["project"]["dependencies"] == ["torch>=2.11"]
     (wanted,) = (line for line in FAST["project"]["dependencies"] if line.startswith("atod_kernels"))
-    low, high = (tuple(map(int, bound.strip("<>=").split("."))) for bound in wanted.removeprefix("atod_kernels").split(","))
+    low, high = (
+        tuple(map(int, bound.strip("<>=").split("."))) for bound in wanted.removeprefix("atod_kernels").split(",")
+    )
     assert low <= tuple(map(int, atod_kernels.__version__.split("."))) < high
 
 

@@ -16,9 +16,13 @@ from atod_fast.policy.packing import collate, partition
     packed=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_every_row_is_learnt_from_once_and_all_ranks_run_the_same_number_of_passes(count, ranks, minibatch_rows, budget, packed, seed):
+def test_every_row_is_learnt_from_once_and_all_ranks_run_the_same_number_of_passes(
+    count, ranks, minibatch_rows, budget, packed, seed
+):
     rows = random_rows(count, seed)
-    made = partition(rows, ranks=ranks, minibatch_rows=minibatch_rows, budget=budget, packed=packed, rng=np.random.default_rng(seed))
+    made = partition(
+        rows, ranks=ranks, minibatch_rows=minibatch_rows, budget=budget, packed=packed, rng=np.random.default_rng(seed)
+    )
     flat = sorted(row for minibatch in made for rank in minibatch for micro in rank for row in micro)
     assert flat == list(range(count))
     for minibatch in made:
@@ -34,8 +38,13 @@ def test_every_row_is_learnt_from_once_and_all_ranks_run_the_same_number_of_pass
 
 def test_which_rows_share_an_update_does_not_depend_on_the_number_of_ranks():
     rows = random_rows(23)
-    one, three = (partition(rows, ranks=n, minibatch_rows=8, budget=64, packed=False, rng=np.random.default_rng(5)) for n in (1, 3))
-    members = [[{row for rank in minibatch for micro in rank for row in micro} for minibatch in made] for made in (one, three)]
+    one, three = (
+        partition(rows, ranks=n, minibatch_rows=8, budget=64, packed=False, rng=np.random.default_rng(5))
+        for n in (1, 3)
+    )
+    members = [
+        [{row for rank in minibatch for micro in rank for row in micro} for minibatch in made] for made in (one, three)
+    ]
     assert members[0] == members[1]
 
 
@@ -51,6 +60,11 @@ def test_the_index_points_at_the_position_before_each_action_token():
     for packed in (False, True):
         batch = collate(rows, packed=packed)
         assert torch.equal(batch.input_ids.flatten()[batch.index + 1], batch.target)
-        assert torch.equal(batch.position_ids.flatten()[batch.index] + 1, torch.tensor([i for row in rows for a, b in row.spans for i in range(a, b)]))
-        assert batch.turn.tolist() == [turn for row in rows for (a, b), turn in zip(row.spans, row.turns, strict=True) for _ in range(a, b)]
+        assert torch.equal(
+            batch.position_ids.flatten()[batch.index] + 1,
+            torch.tensor([i for row in rows for a, b in row.spans for i in range(a, b)]),
+        )
+        assert batch.turn.tolist() == [
+            turn for row in rows for (a, b), turn in zip(row.spans, row.turns, strict=True) for _ in range(a, b)
+        ]
         assert batch.rollout_logp.tolist() == [value for row in rows for value in row.logprobs]

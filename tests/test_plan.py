@@ -20,7 +20,13 @@ GIB = 2**30
 
 
 def qwen3(**sizes) -> Qwen3Config:
-    common = {"head_dim": 128, "vocab_size": 151936, "num_key_value_heads": 8, "tie_word_embeddings": True, "max_position_embeddings": 40960}
+    common = {
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 40960,
+    }
     return Qwen3Config(**common | sizes)
 
 
@@ -69,7 +75,11 @@ def shape_of(config) -> plan.Shape:
 
 def held(config, phase: str, ranks: int = 1, device=CPU) -> dict[str, float]:
     shapes = [model.path and shape_of(load_config(model.path)) for model in (config.student, config.teacher)]
-    return {item.name: item.size for item in plan.memory(config, *shapes, Runtime.of(config, device, ranks=ranks)) if phase in item.phases}
+    return {
+        item.name: item.size
+        for item in plan.memory(config, *shapes, Runtime.of(config, device, ranks=ranks))
+        if phase in item.phases
+    }
 
 
 @pytest.mark.parametrize("parameters", PUBLISHED)
@@ -89,7 +99,11 @@ def saved_bytes(model, tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model.model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), position_ids=torch.arange(tokens)[None], use_cache=False).last_hidden_state
+        out = model.model(
+            input_ids=torch.zeros(1, tokens, dtype=torch.int64),
+            position_ids=torch.arange(tokens)[None],
+            use_cache=False,
+        ).last_hidden_state
     assert out.requires_grad
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
 
@@ -122,11 +136,16 @@ def test_training_state_is_sixteen_bytes_a_parameter_over_the_ranks(tiny):
     parameters = shape_of(load_config(config.student.path)).parameters
     for ranks in (1, 2, 8):
         update = held(config, "update", ranks)
-        assert sum(update[f"student, {name}"] for name in ("fp32 masters", "AdamW moments", "gradients")) == pytest.approx(16 * parameters / ranks)
+        assert sum(
+            update[f"student, {name}"] for name in ("fp32 masters", "AdamW moments", "gradients")
+        ) == pytest.approx(16 * parameters / ranks)
 
 
 def test_checkpointing_and_offload_save_what_they_promise(tiny):
-    base, config = (held(parse([*tiny, *more]).config, "update") for more in ([], ["student.gradient_checkpointing=true", "teacher.offload=true"]))
+    base, config = (
+        held(parse([*tiny, *more]).config, "update")
+        for more in ([], ["student.gradient_checkpointing=true", "teacher.offload=true"])
+    )
     assert config["activations"] < base["activations"]
     assert "teacher, shard" in base and "teacher, shard" not in config
 
@@ -142,7 +161,10 @@ def test_an_engine_holds_on_cuda_only_what_it_cannot_give_back_between_rollouts(
 
 
 def test_ranks_that_are_one_engine_share_its_memory(tiny):
-    one, two = (held(parse([*tiny, "rollout.engine=vllm", f"rollout.tensor_parallel={n}"]).config, "rollout", ranks=2) for n in (1, 2))
+    one, two = (
+        held(parse([*tiny, "rollout.engine=vllm", f"rollout.tensor_parallel={n}"]).config, "rollout", ranks=2)
+        for n in (1, 2)
+    )
     for name in ("rollout engine, weights", "rollout engine, KV cache"):
         assert one[name] == 2 * two[name] > 0
     bounded = held(parse([*tiny, "rollout.engine=vllm", "rollout.kv_cache_gib=1.5"]).config, "rollout")
@@ -172,7 +194,11 @@ def test_a_vllm_cache_is_planned_as_it_is_asked_for(tiny, together):
 
 @pytest.mark.parametrize(
     ("overrides", "scoring", "updating"),
-    [(["objective.preset=paper"], False, False), (["objective.preset=exact"], True, True), (["turns.disagreement=exact"], True, False)],
+    [
+        (["objective.preset=paper"], False, False),
+        (["objective.preset=exact"], True, True),
+        (["turns.disagreement=exact"], True, False),
+    ],
 )
 def test_teacher_hidden_states_are_kept_where_its_whole_distribution_is_needed(tiny, overrides, scoring, updating):
     config = parse([*tiny, *overrides]).config
@@ -196,7 +222,12 @@ def test_whole_rows_of_logits_are_kept_where_they_are_needed_twice(tiny):
 
     k1, kl, jsd = (f"objective.divergence={name}" for name in ("k1", "reverse_kl", "jsd"))
     assert logits("score", jsd) > logits("score", kl) == logits("score", k1)
-    assert logits("update", jsd) == logits("update", kl) > logits("update", k1) > logits("update", jsd, "student.head=lean")
+    assert (
+        logits("update", jsd)
+        == logits("update", kl)
+        > logits("update", k1)
+        > logits("update", jsd, "student.head=lean")
+    )
 
 
 def test_tokens_of_a_step_are_bounds():
@@ -204,7 +235,11 @@ def test_tokens_of_a_step_are_bounds():
     step = plan.step_bounds(window)
     assert (step.trajectories, step.turns, step.rows) == (128, 6400, 6400)
     assert (step.tokens, step.action_tokens, step.updates) == (6400 * 2560, 6400 * 512, 25)
-    full = load("alfworld-1.7b", None, ["rollout.context=full", "rollout.prompt_tokens=9000", "train.minibatch_rows=0", "train.epochs=2"])
+    full = load(
+        "alfworld-1.7b",
+        None,
+        ["rollout.context=full", "rollout.prompt_tokens=9000", "train.minibatch_rows=0", "train.epochs=2"],
+    )
     step = plan.step_bounds(full)
     assert (step.rows, step.tokens, step.action_tokens, step.updates) == (128, 128 * 9000, 128 * 9000, 2)
 

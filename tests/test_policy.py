@@ -93,7 +93,16 @@ def test_the_heads_loss_and_gradients_are_those_of_materialised_logits(folder, t
 
     operands = policy(batch, None), policy.lm_head.weight
     if divergence:
-        plain = naive.linear_divergence(*operands, hidden, weight, batch.target, divergence=divergence, alpha=0.3, temperature=0.5, valid_columns=valid)
+        plain = naive.linear_divergence(
+            *operands,
+            hidden,
+            weight,
+            batch.target,
+            divergence=divergence,
+            alpha=0.3,
+            temperature=0.5,
+            valid_columns=valid,
+        )
     else:
         plain = naive.linear_logprob(*operands, batch.target, temperature=0.5, valid_columns=valid)
     expected = loss(plain, a, b, c).sum()
@@ -119,7 +128,9 @@ def test_a_teacher_padded_to_another_width_scores_the_common_columns(folder, tmp
 
 def update(student, teacher, *settings):
     """One step of updates on 12 made-up rows of two turns; what came of it as plain numbers."""
-    config = load(None, None, [f"student.path={student}", f"teacher.path={teacher}", "train.minibatch_rows=6", *settings])
+    config = load(
+        None, None, [f"student.path={student}", f"teacher.path={teacher}", "train.minibatch_rows=6", *settings]
+    )
     # With checkpointing as large models do: gather each block again for the backward pass.
     sharding.RESHARD_PARAMETERS = 0 if config.student.gradient_checkpointing else 50_000_000
     device, mesh = ranks.start()
@@ -158,7 +169,10 @@ def update(student, teacher, *settings):
     metrics = trainer.update(minibatches, streams, 0.01)
     parameters = dict(trainer.student.named_parameters())
     moments = {name: trainer.optimizer.state[parameter]["exp_avg"] for name, parameter in parameters.items()}
-    whole = [{name: tensor.detach().full_tensor().tolist() for name, tensor in tensors.items()} for tensors in (parameters, moments)]
+    whole = [
+        {name: tensor.detach().full_tensor().tolist() for name, tensor in tensors.items()}
+        for tensors in (parameters, moments)
+    ]
     return {"metrics": metrics, "signals": [d.tolist(), h.tolist()], "weights": whole[0], "gradients": whole[1]}
 
 
@@ -168,13 +182,23 @@ def updates(student, teacher, cases):
 
 def assert_same(ours, theirs, signals=1e-5, metrics=2e-3, gradients=1e-3, weights=2e-4):
     """`gradients` are AdamW's running means of them: relative to the largest of a parameter. A weight moved by up to 0.01 an update."""
-    torch.testing.assert_close(torch.tensor(ours["signals"]), torch.tensor(theirs["signals"]), atol=signals, rtol=signals)
+    torch.testing.assert_close(
+        torch.tensor(ours["signals"]), torch.tensor(theirs["signals"]), atol=signals, rtol=signals
+    )
     assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=metrics, abs=1e-5)
     for name, gradient in theirs["gradients"].items():
         expected = torch.tensor(gradient)
-        torch.testing.assert_close(torch.tensor(ours["gradients"][name]), expected, atol=gradients * expected.abs().max().item(), rtol=0, msg=name)
+        torch.testing.assert_close(
+            torch.tensor(ours["gradients"][name]),
+            expected,
+            atol=gradients * expected.abs().max().item(),
+            rtol=0,
+            msg=name,
+        )
     name = "model.layers.1.mlp.down_proj.weight"
-    torch.testing.assert_close(torch.tensor(ours["weights"][name]), torch.tensor(theirs["weights"][name]), atol=weights, rtol=weights)
+    torch.testing.assert_close(
+        torch.tensor(ours["weights"][name]), torch.tensor(theirs["weights"][name]), atol=weights, rtol=weights
+    )
     assert theirs["metrics"]["loss"] != 0 and theirs["metrics"]["gradient_norm"] > 0
 
 
@@ -199,13 +223,19 @@ def test_an_update_does_not_depend_on_ranks_or_micro_batches(folder, model, meth
     assert_same(first[1], rows)
 
 
-DIVERGENCES = [[f"objective.divergence={name}", "objective.entropy_bonus=0.05"] for name in ("k1", "k2", "k3", *FULL_VOCABULARY)]
+DIVERGENCES = [
+    [f"objective.divergence={name}", "objective.entropy_bonus=0.05"] for name in ("k1", "k2", "k3", *FULL_VOCABULARY)
+]
 PRESETS = [[f"objective.preset={name}"] for name in ("paper", "exact", "opd", "grpo", "fixed", "sequential")]
 
 
-@pytest.mark.parametrize(("world", "model", "methods"), [(1, "qwen3-True", DIVERGENCES + PRESETS), (2, "llama-False", DIVERGENCES)])
+@pytest.mark.parametrize(
+    ("world", "model", "methods"), [(1, "qwen3-True", DIVERGENCES + PRESETS), (2, "llama-False", DIVERGENCES)]
+)
 def test_every_method_learns_the_same_whether_logits_are_kept_or_computed_again(folder, world, model, methods):
-    cases = [[*method, f"student.head={head}", "rollout.temperature=0.8"] for method in methods for head in ("fast", "lean")]
+    cases = [
+        [*method, f"student.head={head}", "rollout.temperature=0.8"] for method in methods for head in ("fast", "lean")
+    ]
     found = run_ranks(world, updates, str(folder / model), str(folder / "teacher"), cases)[0]
     for fast, lean in zip(found[::2], found[1::2], strict=True):
         assert_same(fast, lean)
@@ -214,7 +244,10 @@ def test_every_method_learns_the_same_whether_logits_are_kept_or_computed_again(
 @pytest.mark.parametrize("method", [["objective.divergence=k1"], ["objective.divergence=jsd"]])
 def test_bf16_learns_what_fp32_learns(folder, method):
     """One update, in which both start from the same weights: on one rank and on two, both ways through the head."""
-    arguments, method = (str(folder / "qwen3-True"), str(folder / "teacher")), [*method, "train.minibatch_rows=0", "objective.tis_cap=0"]
+    arguments, method = (
+        (str(folder / "qwen3-True"), str(folder / "teacher")),
+        [*method, "train.minibatch_rows=0", "objective.tis_cap=0"],
+    )
     bf16 = [*method, "student.compute_dtype=bf16", "teacher.compute_dtype=bf16"]
     ((exact, fast, lean),) = run_ranks(1, updates, *arguments, [method, bf16, [*bf16, "student.head=lean"]])
     pair = run_ranks(2, updates, *arguments, [bf16])[0][0]
@@ -307,7 +340,10 @@ def save_and_load(path, run):
     return {
         "left": left,
         "state": state,
-        "same": all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in zip(policy.parameters(), other.parameters(), strict=True)),
+        "same": all(
+            torch.equal(a.full_tensor(), b.full_tensor())
+            for a, b in zip(policy.parameters(), other.parameters(), strict=True)
+        ),
         "sum": sum(p.full_tensor().double().sum().item() for p in policy.parameters()),
     }
 
@@ -316,7 +352,11 @@ def save_and_load(path, run):
 def test_a_saved_run_goes_on_bit_for_bit_and_its_export_loads_with_transformers(folder, tmp_path, model):
     found = run_ranks(2, save_and_load, str(folder / model), tmp_path)
     for line in found:
-        assert line["left"] == ["step_000002", "step_000003"] and line["state"] == {"step": 3, "before": {"eval/success": 3}} and line["same"]
+        assert (
+            line["left"] == ["step_000002", "step_000003"]
+            and line["state"] == {"step": 3, "before": {"eval/success": 3}}
+            and line["same"]
+        )
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert sum(p.double().sum().item() for p in exported.parameters()) == pytest.approx(found[0]["sum"], rel=1e-5)
 

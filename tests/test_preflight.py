@@ -88,13 +88,25 @@ def refusal(capsys, tmp_path, *given: str) -> str:
         ("checkpoint.keep_best=true env.dev.generate=9", "eval.tasks=10 exceeds the 9 tasks of env.dev"),
         ("checkpoint.keep_best=true env.dev.sead=9", "has no option 'sead'; did you mean seed?"),
         ("env.train={generate='many'}", "generate='many' must be a whole number"),
-        ("env.name=counted:Counted env.options={tasks='many'}", "env.name='counted:Counted': tasks='many' must be a whole number; correct env.options"),
-        ("env.name=counted:Counted env.eval={tasks=10, fail='value'}", "fail='value': ValueError: no luck (counted.py:7)"),
+        (
+            "env.name=counted:Counted env.options={tasks='many'}",
+            "env.name='counted:Counted': tasks='many' must be a whole number; correct env.options",
+        ),
+        (
+            "env.name=counted:Counted env.eval={tasks=10, fail='value'}",
+            "fail='value': ValueError: no luck (counted.py:7)",
+        ),
         ("env.name=broken:World", "env.name='broken:World' cannot be loaded"),
         ("teacher.path=demo:webshop/teacher", "student.path and teacher.path have different tokenizers"),
         ("env.name=searchqa env.options={generate=10}", "the demo's model speaks of alfworld only"),
-        ("student.attention=flash_attention_2", "student.attention=flash_attention_2 computes in 16 bits, and student.compute_dtype=auto is fp32 here"),
-        ("student.attention=flash_attention_2 student.compute_dtype=bf16 teacher.compute_dtype=bf16", "student.attention: flash_attention_2 is not to be had"),
+        (
+            "student.attention=flash_attention_2",
+            "student.attention=flash_attention_2 computes in 16 bits, and student.compute_dtype=auto is fp32 here",
+        ),
+        (
+            "student.attention=flash_attention_2 student.compute_dtype=bf16 teacher.compute_dtype=bf16",
+            "student.attention: flash_attention_2 is not to be had",
+        ),
         ("student.liger=on", "student.liger='on' needs CUDA"),
         ("rollout.prompt_tokens=100000", "exceeds the"),
         ("rollout.engine=vllm eval.temperature=3", "eval.temperature=3: vLLM samples at"),
@@ -110,7 +122,11 @@ def test_run_and_dry_run_refuse_alike(given, words, counted, tmp_path, monkeypat
     for name in ("other", "quantised"):
         shutil.copytree(models.resolve("demo:student"), tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
-        new = {"model_type": "t5", "architectures": []} if name == "other" else {"quantization_config": {"quant_method": "bnb"}}
+        new = (
+            {"model_type": "t5", "architectures": []}
+            if name == "other"
+            else {"quantization_config": {"quant_method": "bnb"}}
+        )
         (tmp_path / name / "config.json").write_text(json.dumps(config | new))
     line = refusal(capsys, tmp_path, *SMALL, *given.split(" ") if "{" not in given else tables(given))
     assert words in line
@@ -128,7 +144,15 @@ def tables(text: str) -> list[str]:
 
 
 def test_what_a_chat_model_and_its_environment_are_asked(chat, counted, tmp_path, capsys):
-    own = ["--preset", "own", "env.name=counted:Counted", "eval.tasks=5", "rollout.prompt_tokens=512", f"student.path={chat}", f"teacher.path={chat}"]
+    own = [
+        "--preset",
+        "own",
+        "env.name=counted:Counted",
+        "eval.tasks=5",
+        "rollout.prompt_tokens=512",
+        f"student.path={chat}",
+        f"teacher.path={chat}",
+    ]
     assert train.main([*own, "--dry-run"]) == 0
     assert "# total" in capsys.readouterr().out
     assert "env.train holds no tasks" in refusal(capsys, tmp_path, *own, "env.train.tasks=0")
@@ -159,7 +183,14 @@ def test_a_shipped_preset_is_planned_on_a_machine_without_anything(preset, data,
 
 
 def test_a_config_json_that_is_here_wins_over_the_published_one(nothing_here, tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
     for name in ("Qwen3-0.6B", "Qwen3-4B"):
         Qwen3Config(vocab_size=100, **sizes).save_pretrained(tmp_path / "Qwen" / name)
     text = plan.describe(load("alfworld-0.6b", None, ["rollout.prompt_tokens=1024"]), 1)
@@ -169,19 +200,38 @@ def test_a_config_json_that_is_here_wins_over_the_published_one(nothing_here, tm
 
 @pytest.mark.parametrize("fail", ["file", "server"])
 def test_a_file_or_a_server_that_is_not_here_is_listed(fail, counted, chat, capsys):
-    own = ["--preset", "own", "env.name=counted:Counted", "rollout.prompt_tokens=512", f"student.path={chat}", f"teacher.path={chat}"]
+    own = [
+        "--preset",
+        "own",
+        "env.name=counted:Counted",
+        "rollout.prompt_tokens=512",
+        f"student.path={chat}",
+        f"teacher.path={chat}",
+    ]
     assert train.main([*own, f"env.options.fail={fail}", "--dry-run"]) == 0
     assert "env.train: env.name='counted:Counted' cannot be made with fail=" in capsys.readouterr().out
 
 
 def test_no_teacher_is_planned_where_none_is_needed(chat, counted, tmp_path):
-    own = ["env.name=counted:Counted", "eval.tasks=5", "rollout.prompt_tokens=512", f"student.path={chat}", "objective.preset=grpo"]
+    own = [
+        "env.name=counted:Counted",
+        "eval.tasks=5",
+        "rollout.prompt_tokens=512",
+        f"student.path={chat}",
+        "objective.preset=grpo",
+    ]
     bare = plan.describe(load("own", None, [*own, "teacher.path="]), 1)
     table = bare.partition("# memory of a rank")[2]
     assert "no teacher scores" in bare and "teacher" not in table.partition("# not checked")[0]
-    played = plan.describe(load("own", None, [*own, f"teacher.path={chat}"]), 1).partition("# memory of a rank")[2].partition("# not checked")[0]
+    played = (
+        plan.describe(load("own", None, [*own, f"teacher.path={chat}"]), 1)
+        .partition("# memory of a rank")[2]
+        .partition("# not checked")[0]
+    )
     assert "teacher's engine" in played and "teacher, " not in played
-    assert plan.describe(load("own", None, [*own, "teacher.path=./absent", "eval.teacher=false"]), 1), "a teacher that is not used is not looked for"
+    assert plan.describe(load("own", None, [*own, "teacher.path=./absent", "eval.teacher=false"]), 1), (
+        "a teacher that is not used is not looked for"
+    )
 
 
 def test_a_folder_that_is_not_on_this_machine_is_not_checked(capsys):
@@ -197,7 +247,10 @@ def test_a_folder_that_is_not_on_this_machine_is_not_checked(capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": lambda self, thinking, history: None}, "returns NoneType, which lacks message, first, following, project"),
+        (
+            {"prompt": lambda self, thinking, history: None},
+            "returns NoneType, which lacks message, first, following, project",
+        ),
         ({"prompt": lambda self, thinking, history: 1 / 0}, "prompt(thinking, history) fails: ZeroDivisionError"),
         ({"__len__": lambda self: "many"}, "__len__ fails: TypeError"),
         ({"__init__": lambda self: sys.exit(3)}, "cannot be made with no options: SystemExit: 3"),
@@ -208,7 +261,15 @@ def test_an_environment_that_cannot_be_used_is_one_line(chat, counted, change, w
 
     for name, value in change.items():
         monkeypatch.setattr(module.Counted, name, value)
-    own = ["--preset", "own", "env.name=counted:Counted", "eval.tasks=5", "rollout.prompt_tokens=512", f"student.path={chat}", f"teacher.path={chat}"]
+    own = [
+        "--preset",
+        "own",
+        "env.name=counted:Counted",
+        "eval.tasks=5",
+        "rollout.prompt_tokens=512",
+        f"student.path={chat}",
+        f"teacher.path={chat}",
+    ]
     for arguments in (["--dry-run"], []):
         assert train.main([*own, *arguments]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("atod_fast:")]
@@ -219,7 +280,15 @@ def test_an_environment_whose_close_fails_can_be_planned(chat, counted, monkeypa
     import counted as module
 
     monkeypatch.setattr(module.Counted, "close", lambda self: 1 / 0)
-    own = ["--preset", "own", "env.name=counted:Counted", "eval.tasks=5", "rollout.prompt_tokens=512", f"student.path={chat}", f"teacher.path={chat}"]
+    own = [
+        "--preset",
+        "own",
+        "env.name=counted:Counted",
+        "eval.tasks=5",
+        "rollout.prompt_tokens=512",
+        f"student.path={chat}",
+        f"teacher.path={chat}",
+    ]
     assert train.main([*own, "--dry-run"]) == 0
 
 
@@ -277,7 +346,10 @@ def test_annotations_that_say_nothing_are_not_checked(tmp_path, monkeypatch):
 def test_what_a_constructor_raises_is_one_line(counted):
     from atod_fast.envs import make
 
-    with pytest.raises(UserError, match=r"^env.name='counted:Counted' cannot be made with fail='value': ValueError: no luck \(counted.py:7\); [^\n]*$"):
+    with pytest.raises(
+        UserError,
+        match=r"^env.name='counted:Counted' cannot be made with fail='value': ValueError: no luck \(counted.py:7\); [^\n]*$",
+    ):
         make("counted:Counted", fail="value")
     with pytest.raises(NotHere, match="FileNotFoundError"):
         make("counted:Counted", fail="file")

@@ -168,14 +168,19 @@ def test_a_shop_is_told_as_verl_agent_tells_it():
 def test_a_shop_prompt_without_history_still_tells_the_task():
     message = WebShopPrompt(thinking=False, history=0).message(SEARCHING, [turn(1)], FOUND, CLICKS)
     assert message == WebShopPrompt(thinking=False, history=2).message(SEARCHING, [], FOUND, CLICKS)
-    assert "Your task is to: Find me {blue} tea.\nYour current observation is: 'Back to Search'" in message and "Prior" not in message
+    assert (
+        "Your task is to: Find me {blue} tea.\nYour current observation is: 'Back to Search'" in message
+        and "Prior" not in message
+    )
 
 
 def test_a_shop_prompt_that_grows_too_long_loses_its_history():
     past = [shopped(FOUND + "x" * 12_000, "click[b1]")]
     message = WebShopPrompt(thinking=True, history=2).message(SEARCHING, past, FOUND, CLICKS)
     assert message == WebShopPrompt(thinking=True, history=0).message(SEARCHING, past, FOUND, CLICKS)
-    assert "xxx" in WebShopPrompt(thinking=True, history=2).message(SEARCHING, [shopped(FOUND + "x" * 9_000, "click[b1]")], FOUND, CLICKS)
+    assert "xxx" in WebShopPrompt(thinking=True, history=2).message(
+        SEARCHING, [shopped(FOUND + "x" * 9_000, "click[b1]")], FOUND, CLICKS
+    )
 
 
 def test_in_one_growing_conversation_a_shop_shows_its_page():
@@ -230,16 +235,25 @@ Choose only one of the following actions (do not perform both):
 (2) If you have enough knowledge to answer the question confidently, provide your final answer within <answer> </answer> tags, \
 without detailed illustrations. For example, <answer>Beijing</answer>.
 """
-SEARCHES = [shopped(QUESTION, "<search>lamp</search>"), shopped("<information>Doc 1</information>", "<search>{owner}</search>")]
+SEARCHES = [
+    shopped(QUESTION, "<search>lamp</search>"),
+    shopped("<information>Doc 1</information>", "<search>{owner}</search>"),
+]
 
 
 def test_a_question_and_its_searches_are_told_as_verl_agent_tells_them():
     assert SearchPrompt(thinking=True, history=4).message(QUESTION, [], QUESTION, []) == SEARCH_FIRST
     assert SearchPrompt(thinking=True, history=4).first(QUESTION, []) == SEARCH_FIRST
-    assert SearchPrompt(thinking=False, history=4).message(QUESTION, SEARCHES, "<information>Doc 2</information>", []) == SEARCH_LATER
+    assert (
+        SearchPrompt(thinking=False, history=4).message(QUESTION, SEARCHES, "<information>Doc 2</information>", [])
+        == SEARCH_LATER
+    )
     one = SearchPrompt(thinking=False, history=1).message(QUESTION, SEARCHES, "<information>Doc 2</information>", [])
     assert one == SEARCH_LATER.replace("Step 1:<search>lamp</search> <information>Doc 1</information>\n\n", "")
-    assert SearchPrompt(thinking=True, history=0).message(QUESTION, SEARCHES, "<information>Doc 2</information>", []) == SEARCH_FIRST
+    assert (
+        SearchPrompt(thinking=True, history=0).message(QUESTION, SEARCHES, "<information>Doc 2</information>", [])
+        == SEARCH_FIRST
+    )
 
 
 def test_of_a_question_that_was_cut_to_fit_no_more_is_told():
@@ -248,7 +262,10 @@ def test_of_a_question_that_was_cut_to_fit_no_more_is_told():
 
 
 def test_in_one_growing_conversation_search_results_stand_alone():
-    assert SearchPrompt(thinking=True, history=4).following("<information>Doc 1</information>", []) == "<information>Doc 1</information>"
+    assert (
+        SearchPrompt(thinking=True, history=4).following("<information>Doc 1</information>", [])
+        == "<information>Doc 1</information>"
+    )
     assert "no valid action" in SearchPrompt(thinking=True, history=4).following("", [])
 
 
@@ -271,7 +288,14 @@ def test_projection_of_a_searchers_answer(text, expected):
     assert SearchPrompt(thinking=True, history=4).project(text) == expected
 
 
-@given(st.lists(st.sampled_from(["<search>", "</search>", "<answer>", "</answer>", "<Search>", "</ANSWER>", "x", " ", "<", "\n"]), max_size=9).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<search>", "</search>", "<answer>", "</answer>", "<Search>", "</ANSWER>", "x", " ", "<", "\n"]
+        ),
+        max_size=9,
+    ).map("".join)
+)
 @example("<search>x</answer></search>")
 def test_a_well_formed_search_or_answer_is_one_the_world_takes(text):
     parse_command = pytest.importorskip("atod_fast.envs.searchqa.env").parse_command

@@ -32,8 +32,13 @@ def make_tokenizer(template: str | None = CHATML, eos: str = "<|im_end|>") -> Pr
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    corpus = ["You are in the middle of a room. Your task is to: put a mug on the desk. go to desk 1, take mug 1 from desk 1"] * 3
-    inner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    corpus = [
+        "You are in the middle of a room. Your task is to: put a mug on the desk. go to desk 1, take mug 1 from desk 1"
+    ] * 3
+    inner.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
     inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
     inner.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, chat_template=template)
@@ -46,8 +51,23 @@ START = "-= Welcome =-\nYou are in the middle of a room, you see a desk 1.\n\nYo
 ADMISSIBLE = {"admissible_actions": ["go to desk 1", "inventory", "look"]}
 
 
-def make_renderer(context: str = "window", *, tokenizer=TOKENIZER, thinking: bool = False, prompt_tokens: int = 10_000, history: int = 2, **options):
-    return ChatRenderer(tokenizer, AlfWorldPrompt(thinking, history), context=context, thinking=thinking, prompt_tokens=prompt_tokens, **options)
+def make_renderer(
+    context: str = "window",
+    *,
+    tokenizer=TOKENIZER,
+    thinking: bool = False,
+    prompt_tokens: int = 10_000,
+    history: int = 2,
+    **options,
+):
+    return ChatRenderer(
+        tokenizer,
+        AlfWorldPrompt(thinking, history),
+        context=context,
+        thinking=thinking,
+        prompt_tokens=prompt_tokens,
+        **options,
+    )
 
 
 def make_turn(observation: str, command: str = "look", stopped: bool = True) -> Turn:
@@ -74,7 +94,12 @@ def test_a_first_prompt_is_the_chat_template_s(context, thinking):
 def test_a_window_prompt_holds_the_last_turns_and_nothing_of_the_conversation_before():
     turns = [make_turn(START), make_turn("You see a mug 1."), make_turn("You hold mug 1.", "take mug 1")]
     text = TOKENIZER.decode(make_renderer().prompt(turns, "Nothing happens.", ADMISSIBLE))
-    assert text.count("<|im_start|>") == 2 and "You see a mug 1." in text and "take mug 1" in text and "put a mug on the desk" in text
+    assert (
+        text.count("<|im_start|>") == 2
+        and "You see a mug 1." in text
+        and "take mug 1" in text
+        and "put a mug on the desk" in text
+    )
     assert "Welcome" not in text and "Nothing happens." in text and "'inventory'" in text
 
 
@@ -85,7 +110,10 @@ def test_a_full_context_is_one_conversation_whether_or_not_actions_were_cut_off(
     turns, sequence, messages = [], [], []
     for observation in (START, "You see a mug 1.", "Nothing happens."):
         sequence += renderer.prompt(turns, observation, ADMISSIBLE)
-        messages += [words.following(observation, actions) if turns else words.first(observation, actions), "<action>look</action>"]
+        messages += [
+            words.following(observation, actions) if turns else words.first(observation, actions),
+            "<action>look</action>",
+        ]
         turns.append(make_turn(observation, stopped=stopped))
         sequence += turns[-1].action
     assert sequence == chat(*messages[:-1], thinking=True) + turns[-1].action
@@ -101,7 +129,10 @@ def test_an_action_that_stopped_at_the_end_of_text_is_closed_as_well():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.sampled_from([*SPECIALS, "<think>", " ", "\n", "ab", "ß", "\u4e2d", "<|im_", "end|>"]) | st.text(max_size=4), max_size=8),
+    st.lists(
+        st.sampled_from([*SPECIALS, "<think>", " ", "\n", "ab", "ß", "\u4e2d", "<|im_", "end|>"]) | st.text(max_size=4),
+        max_size=8,
+    ),
     st.sampled_from(["window", "full"]),
 )
 def test_no_text_of_a_world_becomes_a_special_token(parts, context):
@@ -116,7 +147,9 @@ def test_no_text_of_a_world_becomes_a_special_token(parts, context):
         return [i for i in first + later if i in special]
 
     assert structure(text, text) == structure("desk", "look")
-    assert text in TOKENIZER.decode(renderer.prompt([], text, {"admissible_actions": []}), clean_up_tokenization_spaces=False)
+    assert text in TOKENIZER.decode(
+        renderer.prompt([], text, {"admissible_actions": []}), clean_up_tokenization_spaces=False
+    )
 
 
 def test_the_test_s_special_tokens_are_special_where_they_are_allowed():
@@ -140,9 +173,13 @@ def test_a_long_window_prompt_loses_its_oldest_history_first():
 @given(st.integers(0, 900), st.integers(0, 3))
 def test_a_long_observation_loses_its_middle_and_as_little_as_needed(spare, history):
     renderer = make_renderer()
-    shortest = make_renderer(prompt_tokens=1).prompt([make_turn(START)] * history, START.replace("desk 1", "desk 1 " * 500), ADMISSIBLE)
+    shortest = make_renderer(prompt_tokens=1).prompt(
+        [make_turn(START)] * history, START.replace("desk 1", "desk 1 " * 500), ADMISSIBLE
+    )
     limit = len(shortest) + spare
-    ids = make_renderer(prompt_tokens=limit).prompt([make_turn(START)] * history, START.replace("desk 1", "desk 1 " * 500), ADMISSIBLE)
+    ids = make_renderer(prompt_tokens=limit).prompt(
+        [make_turn(START)] * history, START.replace("desk 1", "desk 1 " * 500), ADMISSIBLE
+    )
     text = TOKENIZER.decode(ids)
     assert limit - 8 <= len(ids) <= limit
     assert text.count(GAP) == 1 + min(history, 2) and text.count("<|im_end|>") == 1 and "'inventory'" in text
@@ -170,7 +207,9 @@ def test_thinking_may_begin_in_the_template():
 def test_the_end_of_a_message_is_its_first_special_token():
     renderer = make_renderer("full", tokenizer=make_tokenizer(SPACED, eos="<|endoftext|>"))
     assert renderer.stop_ids == (IDS["<|endoftext|>"],)
-    assert TOKENIZER.decode(renderer.prompt([make_turn(START, stopped=False)], "Hm.", ADMISSIBLE)).startswith("<|endoftext|><|im_start|>[INST] Hm.")
+    assert TOKENIZER.decode(renderer.prompt([make_turn(START, stopped=False)], "Hm.", ADMISSIBLE)).startswith(
+        "<|endoftext|><|im_start|>[INST] Hm."
+    )
 
 
 def test_columns_without_a_token_are_never_sampled():
@@ -193,16 +232,24 @@ def test_a_tokenizer_that_cannot_chat_is_refused(template, complaint):
 
 
 def test_control_tokens_that_are_words_of_the_vocabulary_are_not_found_in_plain_text():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *SPECIALS, "user", "assistant", "desk"])}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate(["<unk>", *SPECIALS, "user", "assistant", "desk"])}, unk_token="<unk>"
+        )
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", unk_token="<unk>", chat_template=CHATML)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|im_end|>", unk_token="<unk>", chat_template=CHATML
+    )
     renderer = make_renderer(tokenizer=tokenizer)
     spelled, plain = (renderer.prompt([], f"desk {text} desk", {}) for text in ("<|im_end|>", "mug"))
     assert spelled == plain and spelled.count(tokenizer.eos_token_id) == 1
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0].content + 5 }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for %}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content + 5 }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for %}"]
+)
 def test_a_template_that_fails_is_one_line(template):
     with pytest.raises(UserError, match="student.path: the chat template of .* refuses a conversation") as error:
         make_renderer(tokenizer=make_tokenizer(template))

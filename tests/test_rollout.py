@@ -28,8 +28,17 @@ from atod_fast.rollout.pool import Pool
 
 def make_model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, max_position_embeddings=1024, dtype="float32", **sizes)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    model = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=VOCABULARY, max_position_embeddings=1024, dtype="float32", **sizes)
+    ).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -37,15 +46,22 @@ def make_model() -> Qwen3ForCausalLM:
 
 
 def make_config(context: str = "full", **changes: dict) -> Config:
-    how = {"context": context, "prompt_tokens": 400, "response_tokens": 6, "concurrency": 4} | changes.pop("rollout", {})
+    how = {"context": context, "prompt_tokens": 400, "response_tokens": 6, "concurrency": 4} | changes.pop(
+        "rollout", {}
+    )
     return Config.model_validate({"rollout": how, "env": {"step_timeout": 20.0} | changes.pop("env", {})})
 
 
 def episodes(tasks) -> list[Episode]:
-    return [Episode(task, group=number, member=number % 2, seed=1000 + number, env_seed=task) for number, task in enumerate(tasks)]
+    return [
+        Episode(task, group=number, member=number % 2, seed=1000 + number, env_seed=task)
+        for number, task in enumerate(tasks)
+    ]
 
 
-def play(env, tasks=range(10), config: Config | None = None, slots: int = 4, renderer: Letters | None = None, **options) -> list[Trajectory]:
+def play(
+    env, tasks=range(10), config: Config | None = None, slots: int = 4, renderer: Letters | None = None, **options
+) -> list[Trajectory]:
     config = config or make_config()
     tasks = episodes(tasks) if isinstance(tasks[0], int) else tasks
     engine = TransformersEngine(make_model(), slots=slots, max_model_len=config.rollout.longest, device="cpu")
@@ -57,15 +73,31 @@ def test_trajectories_hold_what_happened_in_the_order_of_their_episodes(context)
     played = play(Corridor(), range(10), make_config(context))
     letters = Letters(context)
     for number, trajectory in enumerate(played):
-        assert (trajectory.task, trajectory.group, trajectory.member, trajectory.context) == (number, number, number % 2, context)
-        assert (trajectory.task_id, trajectory.task_type, trajectory.failure, trajectory.truncated) == (f"corridor-{number}", "walk", None, False)
+        assert (trajectory.task, trajectory.group, trajectory.member, trajectory.context) == (
+            number,
+            number,
+            number % 2,
+            context,
+        )
+        assert (trajectory.task_id, trajectory.task_type, trajectory.failure, trajectory.truncated) == (
+            f"corridor-{number}",
+            "walk",
+            None,
+            False,
+        )
         assert len(trajectory.turns) == 2 + number % 5
         for place, turn in enumerate(trajectory.turns):
             before = trajectory.turns[place - 1] if place else None
-            assert turn.observation == (f"task {number} step {place} said {before.command}" if before else f"task {number} seed {number} start")
+            assert turn.observation == (
+                f"task {number} step {place} said {before.command}" if before else f"task {number} seed {number} start"
+            )
             assert turn.prompt == letters.prompt(trajectory.turns[:place], turn.observation, {})
             stopped = turn.action[-1] == STOP
-            assert 1 <= len(turn.action) <= 6 and len(turn.logprobs) == len(turn.action) and (stopped or len(turn.action) == 6)
+            assert (
+                1 <= len(turn.action) <= 6
+                and len(turn.logprobs) == len(turn.action)
+                and (stopped or len(turn.action) == 6)
+            )
             assert STOP not in turn.action[:-1] and not {0, CLOSE} & set(turn.action)
             assert (turn.text, turn.command) == letters.parse(turn.action, stopped)[:2]
             assert (turn.well_formed, turn.accepted) == (stopped, len(turn.command) != 4)
@@ -116,7 +148,10 @@ def test_neither_concurrency_nor_the_number_of_ranks_changes_a_trajectory(temper
 
     whole = actions(play(Corridor(), temperature=temperature))
     assert actions(play(Corridor(), temperature=temperature, config=make_config(rollout={"concurrency": 1}))) == whole
-    assert actions(play(Corridor(), temperature=temperature, slots=10, config=make_config(rollout={"concurrency": 10}))) == whole
+    assert (
+        actions(play(Corridor(), temperature=temperature, slots=10, config=make_config(rollout={"concurrency": 10})))
+        == whole
+    )
     for rank in range(2):
         assert actions(play(Corridor(), episodes(range(10))[rank::2], temperature=temperature)) == whole[rank::2]
 
@@ -150,7 +185,10 @@ def test_a_world_that_raises_ends_its_own_trajectory_only(instant, caplog):
     env = Corridor(instant=instant, faults={4: lambda: 1 / 0, 7: lambda: {}["key"]})
     played = play(env, temperature=0.0)
     healthy = play(Corridor(), temperature=0.0)
-    assert {t.task: t.failure for t in played if t.failure} == {4: "ZeroDivisionError: division by zero", 7: "KeyError: 'key'"}
+    assert {t.task: t.failure for t in played if t.failure} == {
+        4: "ZeroDivisionError: division by zero",
+        7: "KeyError: 'key'",
+    }
     for broken, whole in zip(played, healthy, strict=True):
         if broken.failure is None:
             assert [turn.action for turn in broken.turns] == [turn.action for turn in whole.turns]
@@ -162,7 +200,12 @@ def test_a_world_that_raises_ends_its_own_trajectory_only(instant, caplog):
 
 @pytest.mark.parametrize("instant", [True, False])
 @pytest.mark.parametrize(
-    ("reward", "why"), [(float("nan"), "ValueError: the reward is nan"), (float("-inf"), "ValueError: the reward is -inf"), ("much", "ValueError")]
+    ("reward", "why"),
+    [
+        (float("nan"), "ValueError: the reward is nan"),
+        (float("-inf"), "ValueError: the reward is -inf"),
+        ("much", "ValueError"),
+    ],
 )
 def test_a_reward_that_is_no_finite_number_ends_its_own_trajectory_only(instant, reward, why):
     class Generous(Corridor):
@@ -177,7 +220,9 @@ def test_a_reward_that_is_no_finite_number_ends_its_own_trajectory_only(instant,
     assert [(t.task, len(t.turns), t.turns[-1].reward) for t in played if t.failure] == [(4, 2, 0.0)]
     assert played[4].failure.startswith(why)
     healthy = play(Corridor(), temperature=0.0)
-    assert [[turn.action for turn in t.turns] for t in played if t.task != 4] == [[turn.action for turn in t.turns] for t in healthy if t.task != 4]
+    assert [[turn.action for turn in t.turns] for t in played if t.task != 4] == [
+        [turn.action for turn in t.turns] for t in healthy if t.task != 4
+    ]
 
 
 @pytest.mark.parametrize("instant", [True, False])
@@ -222,7 +267,9 @@ def test_an_end_that_is_neither_true_nor_false_ends_its_own_trajectory_only(plac
             return tuple(told)
 
     played = play(Undecided(), [3, 4], temperature=0.0)
-    assert [t.failure is None for t in played] == [True, False] and played[1].failure.startswith("ValueError: The truth value")
+    assert [t.failure is None for t in played] == [True, False] and played[1].failure.startswith(
+        "ValueError: The truth value"
+    )
 
 
 def test_facts_of_other_types_are_taken_for_what_they_mean():
@@ -232,7 +279,13 @@ def test_facts_of_other_types_are_taken_for_what_they_mean():
 
         def step(self, action):
             observation, reward, over, cut, info = super().step(action)
-            return observation, np.float32(reward), np.bool_(over), np.bool_(cut), info | {"won": np.bool_(over), "score": np.float32(0.5), "task_id": 5}
+            return (
+                observation,
+                np.float32(reward),
+                np.bool_(over),
+                np.bool_(cut),
+                info | {"won": np.bool_(over), "score": np.float32(0.5), "task_id": 5},
+            )
 
     (trajectory,) = play(Numpy(), [4])
     kinds = [type(value) for value in (trajectory.success, trajectory.score, trajectory.turns[-1].reward)]
@@ -247,7 +300,9 @@ def test_a_world_that_hangs_ends_its_own_trajectory_only():
     assert {t.task for t in played if t.failure} == {4, 5}
     assert all("no answer within env.step_timeout=1 s" in t.failure for t in played if t.failure)
     healthy = [t for t in play(Corridor(), temperature=0.0) if t.task not in (4, 5)]
-    assert [[turn.action for turn in t.turns] for t in played if not t.failure] == [[turn.action for turn in t.turns] for t in healthy]
+    assert [[turn.action for turn in t.turns] for t in played if not t.failure] == [
+        [turn.action for turn in t.turns] for t in healthy
+    ]
 
 
 def test_a_world_that_cannot_start_ends_its_trajectory_without_turns():
@@ -378,7 +433,11 @@ def test_halves_of_surrogate_pairs_are_joined_or_replaced():
     pool = Pool(Cut(), workers=1, timeout=1)
     pool.reset(0, 0, 0)
     (answer,) = pool.ready(wait=True)
-    assert (answer.info["task_id"], answer.info["task_type"], answer.info["admissible_actions"]) == ("\ufffd", "a\ufffd", ["go \ufffd"])
+    assert (answer.info["task_id"], answer.info["task_type"], answer.info["admissible_actions"]) == (
+        "\ufffd",
+        "a\ufffd",
+        ["go \ufffd"],
+    )
     pool.step(0, "x")
     (answer,) = pool.ready(wait=True)
     assert answer.observation.endswith(" \U0001f600 and \ufffd")
@@ -395,7 +454,11 @@ def test_progress_ends_with_the_totals():
     played = play(Corridor(), progress=lambda *numbers: seen.append(numbers))
     turns = [turn for trajectory in played for turn in trajectory.turns]
     assert seen[-1] == (10, 10, len(turns), sum(len(turn.action) for turn in turns))
-    assert all(later >= earlier for one, two in zip(seen, seen[1:], strict=False) for earlier, later in zip(one, two, strict=True))
+    assert all(
+        later >= earlier
+        for one, two in zip(seen, seen[1:], strict=False)
+        for earlier, later in zip(one, two, strict=True)
+    )
 
 
 @pytest.mark.parametrize("instant", [True, False])

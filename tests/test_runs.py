@@ -39,7 +39,11 @@ QUICK = [*SMALL, "eval.teacher=false", "eval.tasks=4", "eval.every=0"]
 
 def tree(folder):
     """Contents of all files below, by name."""
-    return {str(p.relative_to(folder)): hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.md5(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def checkpoints(folder):
@@ -50,7 +54,20 @@ def checkpoints(folder):
 def three(tmp_path_factory):
     """A finished run of three steps, each with its checkpoint."""
     folder = tmp_path_factory.mktemp("three") / "run"
-    assert train.main([*QUICK, "train.steps=3", "checkpoint.every=1", "checkpoint.keep=3", "observe.trajectories_every=1", "--run-dir", str(folder)]) == 0
+    assert (
+        train.main(
+            [
+                *QUICK,
+                "train.steps=3",
+                "checkpoint.every=1",
+                "checkpoint.keep=3",
+                "observe.trajectories_every=1",
+                "--run-dir",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -125,7 +142,11 @@ def test_half_an_update_is_not_saved_as_a_step(tmp_path, monkeypatch, capfd, min
     assert train.main([*QUICK, "train.steps=3", "--run-dir", str(tmp_path / "run")]) == 3
     out = capfd.readouterr().out.splitlines()[-1]
     assert checkpoints(tmp_path / "run") == kept
-    assert out.startswith("saved after step 1; go on" if kept else "stopped after step 1; step 2's update was only half done and is discarded; ")
+    assert out.startswith(
+        "saved after step 1; go on"
+        if kept
+        else "stopped after step 1; step 2's update was only half done and is discarded; "
+    )
     assert out.endswith("--out DIR") if kept else out.endswith("there is no checkpoint")
 
 
@@ -140,7 +161,10 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, monkey
     monkeypatch.setattr(checkpoint.dcp, "save", save)
     assert train.main([*QUICK, "train.steps=3", "checkpoint.every=1", "--run-dir", str(folder)]) == 3
     out, err = capfd.readouterr()
-    assert f"atod_fast: {folder}/checkpoints/step_000002 could not be written (rank 0: OSError: no space left)" in err and "Traceback" not in err
+    assert (
+        f"atod_fast: {folder}/checkpoints/step_000002 could not be written (rank 0: OSError: no space left)" in err
+        and "Traceback" not in err
+    )
     assert "the last checkpoint is of step 1; go on with" in out and checkpoint.latest(folder).name == "step_000001"
 
 
@@ -148,7 +172,9 @@ def on_one_rank(folder, phase, alone):
     """Train on two ranks; the second one fails in a phase of step 2, or both do."""
     ranks.STOPPING = timedelta(seconds=2)
     wrong = ranks.rank() == 1 or not alone
-    owner, name = {"rollout": (Actor, "train"), "score": (Learner, "score_student"), "write": (Reporter, "write")}[phase]
+    owner, name = {"rollout": (Actor, "train"), "score": (Learner, "score_student"), "write": (Reporter, "write")}[
+        phase
+    ]
     real, calls = getattr(owner, name), []
 
     def fails(self, *arguments, **options):
@@ -163,7 +189,12 @@ def on_one_rank(folder, phase, alone):
 
 @pytest.mark.parametrize(
     ("phase", "alone", "codes", "kept"),
-    [("rollout", True, [1, 1], [1]), ("write", True, [1, 1], [2]), ("score", False, [1, 1], [1]), ("score", True, [3, 1], [])],
+    [
+        ("rollout", True, [1, 1], [1]),
+        ("write", True, [1, 1], [2]),
+        ("score", False, [1, 1], [1]),
+        ("score", True, [3, 1], []),
+    ],
     ids=["a rollout's", "a file's", "all ranks'", "one in the midst of a collective"],
 )
 def test_ranks_save_together_where_they_can_and_wait_for_nobody(tmp_path, phase, alone, codes, kept):
@@ -200,14 +231,19 @@ def test_the_rank_that_does_not_come_is_named_with_what_is_done():
 
 def test_a_legal_rollout_is_waited_for():
     world = {"max_turns": 50, "step_timeout": 60.0, "workers": 8}
-    many = Config.model_validate({"env": world, "rollout": {"response_tokens": 10, "concurrency": 16}, "eval": {"tasks": 1}})
+    many = Config.model_validate(
+        {"env": world, "rollout": {"response_tokens": 10, "concurrency": 16}, "eval": {"tasks": 1}}
+    )
     # 64 trajectories on one engine: four waves of 16, two to a thread, 51 calls each, and 50 turns of ten tokens.
     assert limit(many, 1, instant=False) == 4 * (51 * 2 * 60 + 500)
     assert limit(many, 4, instant=False) == 51 * 2 * 60 + 500
     assert limit(many, 4, instant=True) == 1800, "half an hour at least"
     held_out = many.model_copy(update={"eval": many.eval.model_copy(update={"tasks": 640})})
     assert limit(held_out, 1, instant=False) == 10 * limit(many, 1, instant=False)
-    assert limit(many.model_copy(update={"guard": many.guard.model_copy(update={"wait_minutes": 5.0})}), 1, instant=False) == 300
+    assert (
+        limit(many.model_copy(update={"guard": many.guard.model_copy(update={"wait_minutes": 5.0})}), 1, instant=False)
+        == 300
+    )
 
 
 def test_errors_that_are_none_of_ours_end_in_a_line(capfd):
@@ -225,7 +261,17 @@ def test_errors_that_are_none_of_ours_end_in_a_line(capfd):
 
 def test_ctrl_c_under_torchrun_ends_with_our_line(tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "atod_fast.train", *QUICK, "train.steps=500"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "atod_fast.train",
+        *QUICK,
+        "train.steps=500",
+    ]
     process = subprocess.Popen(
         [*command, "--run-dir", str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -241,10 +287,15 @@ def test_ctrl_c_under_torchrun_ends_with_our_line(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=90)
     (step,) = checkpoints(folder)
-    assert output.splitlines()[-1].startswith(f"interrupted after step {step}; go on with --run-dir {folder} --resume auto; ")
+    assert output.splitlines()[-1].startswith(
+        f"interrupted after step {step}; go on with --run-dir {folder} --resume auto; "
+    )
     assert output.count(f"interrupted after step {step};") == 2, "once when it is so, once below torchrun's report"
     assert "KeyboardInterrupt" not in output and (folder / "curves.png").is_file()
-    assert export.main([str(folder), "--out", str(tmp_path / "model")]) == 0 and (tmp_path / "model/model.safetensors").is_file()
+    assert (
+        export.main([str(folder), "--out", str(tmp_path / "model")]) == 0
+        and (tmp_path / "model/model.safetensors").is_file()
+    )
 
 
 # Models out of checkpoints
@@ -270,7 +321,9 @@ def test_what_cannot_be_exported_is_one_line(three, copy, tmp_path, capsys):
     assert "neither a checkpoint nor a run" in refused(tmp_path, "--out", tmp_path / "model")
     assert "checkpoint.keep_best=true" in refused(three, "--best", "--out", tmp_path / "model")
     assert "--best goes with a run" in refused(three / "checkpoints/step_000001", "--best", "--out", tmp_path / "model")
-    assert "model.embed_tokens.weight is missing or of another shape" in refused(three, "--student", save_model(tmp_path / "s"), "--out", tmp_path / "m")
+    assert "model.embed_tokens.weight is missing or of another shape" in refused(
+        three, "--student", save_model(tmp_path / "s"), "--out", tmp_path / "m"
+    )
     assert "required: --out" in refused(three)
     settings = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(settings.replace("demo:student", str(tmp_path / "moved")))
@@ -285,7 +338,9 @@ def test_what_cannot_be_exported_is_one_line(three, copy, tmp_path, capsys):
 
 def test_help_needs_no_torch():
     code = "import sys; from atod_fast import export\ntry: export.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith("False\n")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith(
+        "False\n"
+    )
 
 
 @pytest.fixture
@@ -304,7 +359,10 @@ def written(source, out, tokenizer=None, stop_ids=(7, 1)):
 def test_a_generation_config_is_copied_even_where_transformers_would_not_write_it(source, tmp_path, given):
     (source / "generation_config.json").write_text(json.dumps(given | {"eos_token_id": 5, "of its own": [1]}))
     assert written(source, tmp_path / "out") == []
-    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == given | {"eos_token_id": [1, 7], "of its own": [1]}
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == given | {
+        "eos_token_id": [1, 7],
+        "of its own": [1],
+    }
     assert written(source, tmp_path / "as it was", stop_ids=None) == []
     assert json.loads((tmp_path / "as it was/generation_config.json").read_text())["eos_token_id"] == 5
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [1, 7]
@@ -326,7 +384,10 @@ def test_an_optional_file_that_cannot_be_written_is_a_line_and_the_weights_are_t
     # As what made it would find it: transformers itself would not load the model.
     weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).state_dict()
     lines = write(tmp_path / "out", weights, str(source), Broken(), [1])
-    assert [line.partition(" could not")[0] for line in lines] == [f"the tokenizer of {tmp_path}/out", f"generation_config.json of {tmp_path}/out"]
+    assert [line.partition(" could not")[0] for line in lines] == [
+        f"the tokenizer of {tmp_path}/out",
+        f"generation_config.json of {tmp_path}/out",
+    ]
     assert "(RuntimeError: no such class)" in lines[0] and "copy it from" in lines[0]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], weights[name]) for name in loaded)
@@ -348,7 +409,11 @@ def test_curves_that_cannot_be_drawn_end_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "atod_fast.observe.curves", raising=False)
     assert train.main([*QUICK, "train.steps=1", "--run-dir", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "curves.png could not be drawn (ModuleNotFoundError" in out and "held-out success" in out and (tmp_path / "run/hf/config.json").is_file()
+    assert (
+        "curves.png could not be drawn (ModuleNotFoundError" in out
+        and "held-out success" in out
+        and (tmp_path / "run/hf/config.json").is_file()
+    )
 
 
 # The best checkpoint, and the newest
@@ -369,7 +434,10 @@ def empty(monkeypatch):
 def test_the_oldest_checkpoints_by_number_go(tmp_path, empty):
     save(tmp_path, 5, 999_998, 999_999, 1_000_000, 1_000_001)
     assert checkpoints(tmp_path) == [1_000_000, 1_000_001]
-    assert checkpoint.latest(tmp_path).name == "step_1000001" and checkpoint.latest(tmp_path, 1_000_000).name == "step_1000000"
+    assert (
+        checkpoint.latest(tmp_path).name == "step_1000001"
+        and checkpoint.latest(tmp_path, 1_000_000).name == "step_1000000"
+    )
 
 
 def test_the_best_checkpoint_stays_and_is_named(tmp_path, empty):
@@ -396,7 +464,15 @@ def scripted(monkeypatch, *successes):
 
 def test_the_step_of_the_best_success_on_dev_is_kept(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    settings = [*QUICK, "eval.every=1", "checkpoint.every=0", "checkpoint.keep=1", "checkpoint.keep_best=true", "--run-dir", str(folder)]
+    settings = [
+        *QUICK,
+        "eval.every=1",
+        "checkpoint.every=0",
+        "checkpoint.keep=1",
+        "checkpoint.keep_best=true",
+        "--run-dir",
+        str(folder),
+    ]
     scripted(monkeypatch, 0.9, 0.2, 0.5, 0.5, 0.4)
     assert train.main([*settings, "train.steps=4"]) == 0
     assert checkpoints(folder) == [2, 4], "the first of equal ones, and the newest"
@@ -422,7 +498,9 @@ def test_without_keep_best_only_the_newest_are_kept(tmp_path, monkeypatch, capsy
 
 
 def test_the_best_needs_evaluations():
-    with pytest.raises(UserError, match="checkpoint.keep_best=true follows the evaluations, which eval.every=0 turns off"):
+    with pytest.raises(
+        UserError, match="checkpoint.keep_best=true follows the evaluations, which eval.every=0 turns off"
+    ):
         cli.parse(["checkpoint.keep_best=true", "eval.every=0"])
 
 
@@ -436,7 +514,9 @@ def test_going_back_behind_the_best_forgets_it(tmp_path, monkeypatch):
     assert checkpoint.best(folder) == (1, 0.3)
     aside = folder / "set-aside-1"
     assert checkpoint.best(aside) == (3, 0.8)
-    assert export.main([str(aside), "--best", "--out", str(tmp_path / "model")]) == 0, "what is set aside is a run like others"
+    assert export.main([str(aside), "--best", "--out", str(tmp_path / "model")]) == 0, (
+        "what is set aside is a run like others"
+    )
 
 
 # Resuming destroys nothing
@@ -448,7 +528,9 @@ def choose(*argv):
 
 def test_going_back_needs_a_word(three, tmp_path):
     second = three / "checkpoints/step_000002"
-    with pytest.raises(UserError, match=r"the run has gone on to step 3; add --set-aside .*set-aside-1, or --run-dir NEW"):
+    with pytest.raises(
+        UserError, match=r"the run has gone on to step 3; add --set-aside .*set-aside-1, or --run-dir NEW"
+    ):
         choose("--resume", second, "train.steps=9")
     with pytest.raises(UserError, match=r"train.steps=2, and .*step_000003 has 3 already"):
         choose("--resume", "auto", "--run-dir", three, "train.steps=2")
@@ -456,8 +538,14 @@ def test_going_back_needs_a_word(three, tmp_path):
         choose("--resume", second, "--run-dir", tmp_path / "new", "train.steps=1")
     assert choose("--resume", second, "--set-aside", "train.steps=9") == (three, second, False)
     assert choose("--resume", second, "--run-dir", tmp_path / "new") == (tmp_path / "new", second, False)
-    assert choose("--resume", three, "--set-aside", "train.steps=2") == (three, second, False), "the newest that has not more steps"
-    assert choose("--resume", three, "--run-dir", tmp_path / "new", "train.steps=2") == (tmp_path / "new", second, False)
+    assert choose("--resume", three, "--set-aside", "train.steps=2") == (three, second, False), (
+        "the newest that has not more steps"
+    )
+    assert choose("--resume", three, "--run-dir", tmp_path / "new", "train.steps=2") == (
+        tmp_path / "new",
+        second,
+        False,
+    )
     assert choose("--resume", three, "train.steps=4") == (three, three / "checkpoints/step_000003", False)
     assert choose("--resume", three) == (three, three / "checkpoints/step_000003", True), "nothing is left to do"
     with pytest.raises(UserError, match="--set-aside goes with --resume"):
@@ -477,16 +565,40 @@ def test_a_refused_resume_changes_no_file_and_neither_does_a_finished_run(copy, 
 
 def test_what_is_set_aside_is_whole(copy, three):
     before = tree(copy)
-    assert train.main(["--resume", str(copy / "checkpoints/step_000001"), "--set-aside", "train.steps=2", "train.learning_rate=1e-4"]) == 0
+    assert (
+        train.main(
+            [
+                "--resume",
+                str(copy / "checkpoints/step_000001"),
+                "--set-aside",
+                "train.steps=2",
+                "train.learning_rate=1e-4",
+            ]
+        )
+        == 0
+    )
     aside = tree(copy / "set-aside-1")
-    same = {name: before[name] for name in before if name.startswith(("checkpoints/step_000002", "checkpoints/step_000003", "hf/", "curves", "config"))}
-    same |= {name: before[name] for name in ("trajectories/step_000002.jsonl", "trajectories/step_000003.jsonl", "trajectories/eval_000003.jsonl")}
+    same = {
+        name: before[name]
+        for name in before
+        if name.startswith(("checkpoints/step_000002", "checkpoints/step_000003", "hf/", "curves", "config"))
+    }
+    same |= {
+        name: before[name]
+        for name in (
+            "trajectories/step_000002.jsonl",
+            "trajectories/step_000003.jsonl",
+            "trajectories/eval_000003.jsonl",
+        )
+    }
     assert {name: digest for name, digest in aside.items() if name != "metrics.jsonl"} == same
     assert [line["step"] for line in read(copy / "set-aside-1")] == [2, 3]
     assert [line["step"] for line in read(copy)] == [0, 1, 2] and checkpoints(copy) == [1, 2]
     first = (three / "metrics.jsonl").read_text().splitlines()[:2]
     assert (copy / "metrics.jsonl").read_text().splitlines()[:2] == first
-    assert tree(copy / "hf").keys() == tree(copy / "set-aside-1/hf").keys() and tree(copy / "hf") != tree(copy / "set-aside-1/hf")
+    assert tree(copy / "hf").keys() == tree(copy / "set-aside-1/hf").keys() and tree(copy / "hf") != tree(
+        copy / "set-aside-1/hf"
+    )
 
 
 def test_a_new_folder_leaves_the_old_run_as_it_was(three, tmp_path):
@@ -504,7 +616,9 @@ def test_a_finished_run_goes_on_with_more_steps_beside_its_old_end(copy):
     assert aside == {name: before[name] for name in before if name.startswith(("hf/", "curves", "config"))}
     assert [line["step"] for line in read(copy)] == [0, 1, 2, 3, 4]
     starts = json.loads((copy / "environment.json").read_text())
-    assert [start["from_step"] for start in starts] == [0, 3] and starts[1]["command"].endswith(f"--resume auto --run-dir {copy} train.steps=4")
+    assert [start["from_step"] for start in starts] == [0, 3] and starts[1]["command"].endswith(
+        f"--resume auto --run-dir {copy} train.steps=4"
+    )
 
 
 def test_an_interrupted_run_loses_nothing_that_lay_beyond_its_checkpoint(copy):
@@ -518,7 +632,10 @@ def test_an_interrupted_run_loses_nothing_that_lay_beyond_its_checkpoint(copy):
     assert [line["step"] for line in read(copy)] == [0, 1, 2, 3]
     assert (copy / "set-aside-1/metrics.jsonl").read_text() == tail
     assert (copy / "set-aside-1/checkpoints/step_000003.partial/state.json").is_file()
-    assert sorted(p.name for p in (copy / "set-aside-1/trajectories").iterdir()) == ["eval_000003.jsonl", "step_000003.jsonl"]
+    assert sorted(p.name for p in (copy / "set-aside-1/trajectories").iterdir()) == [
+        "eval_000003.jsonl",
+        "step_000003.jsonl",
+    ]
 
 
 def test_nothing_is_set_aside_where_nothing_lies_beyond(three, tmp_path):
@@ -536,7 +653,13 @@ def test_a_run_that_left_no_checkpoint_is_begun_anew_beside_what_it_wrote(copy):
     assert choose("--resume", "auto", "--run-dir", copy) == (copy, None, False)
     assert rundir.set_aside(copy, -1, "") == copy / "set-aside-1"
     assert (copy / "set-aside-1/metrics.jsonl").read_text() == written and (copy / "metrics.jsonl").read_text() == ""
-    assert sorted(p.name for p in copy.iterdir()) == ["config.toml", "environment.json", "metrics.jsonl", "set-aside-1", "trajectories"]
+    assert sorted(p.name for p in copy.iterdir()) == [
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "set-aside-1",
+        "trajectories",
+    ]
 
 
 # Where a run comes from
@@ -544,8 +667,13 @@ def test_a_run_that_left_no_checkpoint_is_begun_anew_beside_what_it_wrote(copy):
 
 def test_a_run_says_what_made_it(three):
     (start,) = json.loads((three / "environment.json").read_text())
-    assert start["command"].startswith("python -m atod_fast.train train.tasks_per_step=2") and start["command"].endswith(f"--run-dir {three}")
-    assert start["versions"].keys() >= {"atod_fast", "python", "torch", "transformers"} and start["versions"]["torch"] == torch.__version__
+    assert start["command"].startswith("python -m atod_fast.train train.tasks_per_step=2") and start[
+        "command"
+    ].endswith(f"--run-dir {three}")
+    assert (
+        start["versions"].keys() >= {"atod_fast", "python", "torch", "transformers"}
+        and start["versions"]["torch"] == torch.__version__
+    )
     assert start["ranks"] == 1 and start["device"].startswith("cpu") and start["from_step"] == 0
 
 

@@ -148,7 +148,9 @@ def test_what_depends_on_the_step_alone_keeps_no_state_and_observes_nothing():
 RATE = {"steps": 100, "learning_rate": 2.0, "final_learning_rate": 0.25, "warmup_steps": 10}
 
 
-@pytest.mark.parametrize(("kind", "middle", "last"), [("constant", 2.0, 2.0), ("linear", 2 * 0.625, 0.5), ("cosine", 2 * 0.625, 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "middle", "last"), [("constant", 2.0, 2.0), ("linear", 2 * 0.625, 0.5), ("cosine", 2 * 0.625, 0.5)]
+)
 def test_the_learning_rate_warms_up_and_falls_to_its_last_value(kind, middle, last):
     rate = LearningRate(Train(schedule=kind, **RATE))
     full = LearningRate(Train(schedule=kind, **RATE | {"warmup_steps": 0}))

@@ -12,7 +12,9 @@ GRPO = "objective.preset=grpo"
 
 
 def without_teacher(lines):
-    return [{key: value for key, value in line.items() if not key.startswith("eval/teacher_")} for line in untimed(lines)]
+    return [
+        {key: value for key, value in line.items() if not key.startswith("eval/teacher_")} for line in untimed(lines)
+    ]
 
 
 def test_a_run_without_a_teacher_is_the_run_whose_teacher_only_plays(tmp_path, monkeypatch):
@@ -41,7 +43,11 @@ def test_whatever_the_turns_ask_for_nothing_of_a_teacher_is_missed(tmp_path):
     exact = "turns.disagreement=exact", "turns.uncertainty=exact", "objective.divergence=jsd"
     loose = "turns.min_disagreement=0", "turns.fuse=softor", "turns.scope=batch", "turns.budget=mean1"
     lines = run(tmp_path, "train.steps=1", "teacher.path=", GRPO, *exact, *loose)
-    assert lines[1]["loss/imitation_size"] == 0 and lines[1]["policy/gradient_norm"] > 0 and lines[1]["turns/uncertainty"] > 0
+    assert (
+        lines[1]["loss/imitation_size"] == 0
+        and lines[1]["policy/gradient_norm"] > 0
+        and lines[1]["turns/uncertainty"] > 0
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,14 @@ from atod_fast.run import Run
 
 CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty turns/weight_mean loss/total policy/kl
 policy/entropy policy/clip_fraction sync/logprob_gap time/rollout time/teacher time/train time/resync perf/tokens_per_second memory/peak_gib""".split()
-SMALL = ["train.tasks_per_step=2", "train.group_size=4", "train.minibatch_rows=4", "eval.tasks=10", "eval.every=2", "observe.trajectories_every=2"]
+SMALL = [
+    "train.tasks_per_step=2",
+    "train.group_size=4",
+    "train.minibatch_rows=4",
+    "eval.tasks=10",
+    "eval.every=2",
+    "observe.trajectories_every=2",
+]
 
 
 def run(folder, *settings, code=0):
@@ -58,7 +65,9 @@ def test_a_run_leaves_what_the_contract_says(three_steps):
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     assert (folder / "curves.png").stat().st_size > 10_000 and (folder / "config.toml").exists()
     records = [json.loads(line) for line in (folder / "trajectories" / "step_000002.jsonl").read_text().splitlines()]
-    assert len(records) == 8 and all({"observation", "command", "weight", "disagreement"} <= turn.keys() for r in records for turn in r["turns"])
+    assert len(records) == 8 and all(
+        {"observation", "command", "weight", "disagreement"} <= turn.keys() for r in records for turn in r["turns"]
+    )
     assert lines[-1]["sync/logprob_gap"] < 1e-5
 
 
@@ -67,11 +76,16 @@ def test_the_export_loads_with_transformers_and_evaluates(three_steps, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
     start = AutoModelForCausalLM.from_pretrained(resolve("demo:student"))
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
-    assert AutoTokenizer.from_pretrained(folder / "hf").get_vocab() == AutoTokenizer.from_pretrained(resolve("demo:student")).get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained(folder / "hf").get_vocab()
+        == AutoTokenizer.from_pretrained(resolve("demo:student")).get_vocab()
+    )
     out = tmp_path / "evaluation.json"
     assert evaluate.main([str(folder / "hf"), "eval.tasks=10", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert found["success"] == pytest.approx(lines[-1]["eval/success"]) and found["outcomes"].count("1") == round(10 * found["success"])
+    assert found["success"] == pytest.approx(lines[-1]["eval/success"]) and found["outcomes"].count("1") == round(
+        10 * found["success"]
+    )
 
 
 def test_equal_seeds_give_equal_runs_and_another_seed_another(three_steps, tmp_path):
@@ -87,7 +101,9 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(three_steps, tmp_path):
     shutil.rmtree(copied / "checkpoints" / "step_000003")
     shutil.rmtree(copied / "hf")
     settings = (copied / "config.toml").read_text()
-    assert train.main(["--run-dir", str(copied), "--resume", "auto"]) == 0, "the run's own settings need not be given again"
+    assert train.main(["--run-dir", str(copied), "--resume", "auto"]) == 0, (
+        "the run's own settings need not be given again"
+    )
     assert untimed(read(copied)) == untimed(lines) and (copied / "hf" / "config.json").exists()
     assert (copied / "config.toml").read_text() == settings
 
@@ -122,13 +138,23 @@ def flaky(tmp_path, monkeypatch):
 
 
 def test_trajectories_of_failed_environments_are_left_out_and_marked(tmp_path, flaky, caplog):
-    settings = flaky("failing=3", "failing=1"), "train.steps=1", "train.tasks_per_step=8", "train.group_size=2", "observe.trajectories_every=1"
+    settings = (
+        flaky("failing=3", "failing=1"),
+        "train.steps=1",
+        "train.tasks_per_step=8",
+        "train.group_size=2",
+        "observe.trajectories_every=1",
+    )
     lines = run(tmp_path / "some", *settings[0], *settings[1:])
     assert 0 < lines[1]["rollout/failed_environments"] <= 8
     assert lines[0]["eval/failed_environments"] == lines[1]["eval/failed_environments"] == 1
     records = [json.loads(line) for line in (tmp_path / "some/trajectories/step_000001.jsonl").read_text().splitlines()]
     failed = [record for record in records if record["failure"]]
-    assert len(records) == 16 and len(failed) == lines[1]["rollout/failed_environments"] and all(r["turns"] == [] for r in failed)
+    assert (
+        len(records) == 16
+        and len(failed) == lines[1]["rollout/failed_environments"]
+        and all(r["turns"] == [] for r in failed)
+    )
     assert all("weight" in turn for r in records if not r["failure"] for turn in r["turns"])
     assert caplog.text.count("the retriever is down") == 3, "once a rollout"
 
@@ -137,7 +163,10 @@ def test_a_step_most_of_which_is_lost_stops_the_run_and_loses_nothing_else(tmp_p
     lost = [*flaky("lasts=11"), "train.steps=2"]
     run(tmp_path / "step", *lost, code=3)
     out, err = capsys.readouterr()
-    assert "step 2: 5 of 8 environments failed, first with: ConnectionError: the retriever is down; mend what env.* points to" in err
+    assert (
+        "step 2: 5 of 8 environments failed, first with: ConnectionError: the retriever is down; mend what env.* points to"
+        in err
+    )
     assert "saved after step 1; go on with" in out and (tmp_path / "step/checkpoints/step_000001").is_dir()
     run(tmp_path / "tolerant", *lost, "guard.failed_environments=0.7")
     run(tmp_path / "all", *flaky("lasts=0"), "train.steps=1", "guard.failed_environments=1", code=3)
@@ -149,19 +178,27 @@ def test_an_evaluation_most_of_which_is_lost_stops_the_run_and_loses_nothing_els
     assert "evaluating the student: 6 of 10 environments failed" in capsys.readouterr().err
     run(tmp_path / "after", *flaky(held_out="lasts=14"), "train.steps=2", code=3)
     assert "evaluating: 6 of 10 environments failed" in capsys.readouterr().err
-    assert [line["step"] for line in read(tmp_path / "after")] == [0, 1, 2] and (tmp_path / "after/checkpoints/step_000002").is_dir()
+    assert [line["step"] for line in read(tmp_path / "after")] == [0, 1, 2] and (
+        tmp_path / "after/checkpoints/step_000002"
+    ).is_dir()
     assert train.main(["--run-dir", str(tmp_path / "after"), "--resume", "auto"]) == 0, "the world is up again"
     assert (tmp_path / "after/hf/config.json").is_file()
     assert evaluate.main(["demo:student", *flaky(held_out="failing=6"), "eval.tasks=10"]) == 3
     assert "evaluating: 6 of 10 environments failed" in capsys.readouterr().err
-    assert evaluate.main(["demo:student", *flaky(held_out="failing=6"), "eval.tasks=10", "guard.failed_environments=0.6"]) == 0
+    assert (
+        evaluate.main(["demo:student", *flaky(held_out="failing=6"), "eval.tasks=10", "guard.failed_environments=0.6"])
+        == 0
+    )
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "run"])
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["--preset", "webshop-0.6b", "env.options.attrbutes=x.json"], "has no option 'attrbutes'; did you mean attributes?"),
+        (
+            ["--preset", "webshop-0.6b", "env.options.attrbutes=x.json"],
+            "has no option 'attrbutes'; did you mean attributes?",
+        ),
         (["env.train={generate=20, sead=0}"], "has no option 'sead'; did you mean seed?"),
         (["env.name=worlds:Corridoor"], "worlds:Corridoor"),
     ],
@@ -204,7 +241,13 @@ def test_without_a_learning_rate_nothing_moves(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [["objective.preset=opd"], ["objective.preset=grpo"], ["objective.preset=exact"], ["objective.divergence=k3", "teacher.offload=true"]]
+    "settings",
+    [
+        ["objective.preset=opd"],
+        ["objective.preset=grpo"],
+        ["objective.preset=exact"],
+        ["objective.divergence=k3", "teacher.offload=true"],
+    ],
 )
 def test_each_method_runs_from_the_same_command(tmp_path, settings):
     lines = run(tmp_path / "run", "train.steps=3", "eval.teacher=false", *settings)
@@ -251,7 +294,9 @@ def test_a_run_that_watches_goes_on_as_if_never_stopped(tmp_path):
     assert train.main(["--resume", str(copied / "checkpoints/step_000001"), "--set-aside", "train.steps=3"]) == 0
     assert untimed(read(copied)) == untimed(whole)
     assert (copied / "checkpoints/best.json").read_text() == (tmp_path / "run/checkpoints/best.json").read_text()
-    assert {f"dev_00000{step}.jsonl" for step in (2, 3)} <= {p.name for p in (copied / "set-aside-1/trajectories").iterdir()}
+    assert {f"dev_00000{step}.jsonl" for step in (2, 3)} <= {
+        p.name for p in (copied / "set-aside-1/trajectories").iterdir()
+    }
 
 
 def test_evaluations_tell_turns_and_success_by_type_where_types_are_few(three_steps, tmp_path, monkeypatch):
@@ -259,7 +304,9 @@ def test_evaluations_tell_turns_and_success_by_type_where_types_are_few(three_st
     played = [json.loads(line) for line in (folder / "trajectories/eval_000002.jsonl").read_text().splitlines()]
     assert lines[2]["eval/turns"] == pytest.approx(sum(len(episode["turns"]) for episode in played) / 10)
     kinds = {episode["task_type"] for episode in played}
-    assert len(kinds) > 1 and set().union(*lines) >= {f"eval/{who}success/{kind}" for kind in kinds for who in ("", "teacher_")}
+    assert len(kinds) > 1 and set().union(*lines) >= {
+        f"eval/{who}success/{kind}" for kind in kinds for who in ("", "teacher_")
+    }
     for kind in kinds:
         won = [episode["success"] for episode in played if episode["task_type"] == kind]
         assert lines[2][f"eval/success/{kind}"] == pytest.approx(sum(won) / len(won), abs=1e-8)
@@ -280,16 +327,42 @@ def test_two_ranks_do_what_one_does(three_steps, tmp_path):
     codes = run_ranks(2, train.main, [*SMALL, "train.steps=3", "--run-dir", str(folder)])
     assert codes == [0, 0]
     pair = read(folder)
-    for key in ("train/success", "turns/disagreement", "turns/uncertainty", "turns/weight_mean", "loss/total", "policy/gradient_norm"):
+    for key in (
+        "train/success",
+        "turns/disagreement",
+        "turns/uncertainty",
+        "turns/weight_mean",
+        "loss/total",
+        "policy/gradient_norm",
+    ):
         assert pair[1][key] == pytest.approx(lines[1][key], rel=1e-3, abs=1e-5), key
 
 
 def test_torchrun_starts_it_and_speaks_once(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "atod_fast.train", *SMALL, "train.steps=1", "--run-dir"]
-    done = subprocess.run([*command, str(tmp_path / "run")], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "atod_fast.train",
+        *SMALL,
+        "train.steps=1",
+        "--run-dir",
+    ]
+    done = subprocess.run(
+        [*command, str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("held-out success") == 1 and len(read(tmp_path / "run")) == 2
-    refused = subprocess.run([*command, str(tmp_path / "run"), "train.stepz=3"], capture_output=True, text=True, timeout=240)
+    refused = subprocess.run(
+        [*command, str(tmp_path / "run"), "train.stepz=3"], capture_output=True, text=True, timeout=240
+    )
     assert refused.returncode != 0 and refused.stderr.count("atod_fast: ") == 1
 
 
@@ -307,11 +380,26 @@ def test_an_error_of_one_rank_stops_all():
 
 def test_a_chat_model_learns_in_windows_of_the_last_turns(tmp_path):
     tokenizer = make_tokenizer()
-    paths = [save_model(tmp_path / name, seed=seed, vocabulary=len(tokenizer) + 3, positions=4096) for seed, name in enumerate(("student", "teacher"))]
+    paths = [
+        save_model(tmp_path / name, seed=seed, vocabulary=len(tokenizer) + 3, positions=4096)
+        for seed, name in enumerate(("student", "teacher"))
+    ]
     for path in paths:
         tokenizer.save_pretrained(path)
-    keys = ["rollout.context=window", "rollout.prompt_tokens=3000", "rollout.response_tokens=6", "env.max_turns=3", "eval.teacher=false", "train.steps=1"]
-    lines = run(tmp_path / "run", *keys, *(f"{name}.path={path}" for name, path in zip(("student", "teacher"), paths, strict=True)), "eval.tasks=1")
+    keys = [
+        "rollout.context=window",
+        "rollout.prompt_tokens=3000",
+        "rollout.response_tokens=6",
+        "env.max_turns=3",
+        "eval.teacher=false",
+        "train.steps=1",
+    ]
+    lines = run(
+        tmp_path / "run",
+        *keys,
+        *(f"{name}.path={path}" for name, path in zip(("student", "teacher"), paths, strict=True)),
+        "eval.tasks=1",
+    )
     assert lines[1]["rollout/turns"] == 3 and lines[1]["sync/logprob_gap"] < 1e-4
     assert lines[1]["rollout/invalid_actions"] == lines[1]["rollout/malformed_actions"] == 1
     assert lines[1]["turns/disagreement"] > 0.1 and lines[1]["policy/gradient_norm"] > 0
@@ -326,7 +414,10 @@ def test_a_chat_model_learns_in_windows_of_the_last_turns(tmp_path):
         (["eval.tasks=999999"], ["eval.tasks=999999", "env.eval"]),
         (["env.name=nowhere"], ["nowhere"]),
         (["env.name=searchqa", "env.options={generate=20, topc=3}"], ["topc", "topk"]),
-        (["env.name=webshop", "env.options={products='/nowhere/items.json', attributes='/nowhere/ins.json'}"], ["/nowhere/ins.json", "WebShop"]),
+        (
+            ["env.name=webshop", "env.options={products='/nowhere/items.json', attributes='/nowhere/ins.json'}"],
+            ["/nowhere/ins.json", "WebShop"],
+        ),
         (["student.path=tests/nothing"], ["tests/nothing", "does not exist"]),
         (["rollout.engine=vllm"], ["rollout.engine", "transformers"]),
         (["rollout.context=window"], ["rollout.context", "full"]),
@@ -378,15 +469,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_an_engine_with_other_weights_stops_the_run(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(Run, "resync", lambda self: self.engine.load_weights((n, t * 1.05) for n, t in stream_weights(self.learner.student)))
+    monkeypatch.setattr(
+        Run,
+        "resync",
+        lambda self: self.engine.load_weights((n, t * 1.05) for n, t in stream_weights(self.learner.student)),
+    )
     run(tmp_path / "run", "train.steps=1", code=3)
     assert "log-probs differ" in capfd.readouterr().err
 
 
 def test_an_interrupted_run_saves_and_resumes(tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "atod_fast.train", *SMALL, "train.steps=500", "eval.every=0", "eval.teacher=false", "--run-dir", str(folder)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [
+        sys.executable,
+        "-m",
+        "atod_fast.train",
+        *SMALL,
+        "train.steps=500",
+        "eval.every=0",
+        "eval.teacher=false",
+        "--run-dir",
+        str(folder),
+    ]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):

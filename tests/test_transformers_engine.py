@@ -16,15 +16,35 @@ from atod_fast.rollout.engines.protocol import Completion, Request, Sampling
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine, draw
 
 VOCABULARY, STOP = 53, 1
-KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+KINDS = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 
 
 def make_model(kind: str = "qwen3", *, tied: bool = True, kv_heads: int = 2, seed: int = 0, **options):
     """A random model, sharp enough that its distributions are far from uniform."""
     config, model = KINDS[kind]
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 12}
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 12,
+    }
     torch.manual_seed(seed)
-    made = model(config(vocab_size=VOCABULARY, max_position_embeddings=128, tie_word_embeddings=tied, dtype="float32", eos_token_id=STOP, **sizes | options))
+    made = model(
+        config(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=128,
+            tie_word_embeddings=tied,
+            dtype="float32",
+            eos_token_id=STOP,
+            **sizes | options,
+        )
+    )
     for parameter in made.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -66,7 +86,9 @@ def plain_logprobs(prompt: list[int], ids: list[int], temperature: float, valid=
     return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize(("kind", "tied", "kv_heads"), [("qwen3", True, 4), ("qwen3", False, 2), ("qwen2", True, 1), ("llama", False, 2)])
+@pytest.mark.parametrize(
+    ("kind", "tied", "kv_heads"), [("qwen3", True, 4), ("qwen3", False, 2), ("qwen2", True, 1), ("llama", False, 2)]
+)
 def test_greedy_decoding_equals_generate(kind, tied, kv_heads):
     model = make_model(kind, tied=tied, kv_heads=kv_heads, seed=3)
     engine = make_engine(model)
@@ -75,7 +97,9 @@ def test_greedy_decoding_equals_generate(kind, tied, kv_heads):
     asked = prompts(8, seed=4)
     answers = answer(engine, [Request(key, prompt, seed=0) for key, prompt in enumerate(asked)])
     for key, prompt in enumerate(asked):
-        generated = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=stops, pad_token_id=0)[0, len(prompt) :].tolist()
+        generated = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=stops, pad_token_id=0
+        )[0, len(prompt) :].tolist()
         assert answers[key].ids == generated
         assert answers[key].stopped == (generated[-1] in stops)
     assert len({len(one.ids) for one in answers.values()}) > 1
@@ -90,7 +114,9 @@ def test_greedy_decoding_equals_generate(kind, tied, kv_heads):
     slots=st.integers(1, 4),
     pass_tokens=st.sampled_from([6, 4096]),
 )
-def test_log_probs_equal_a_full_forward_whoever_joins_when_and_whatever_is_cached(seed, temperature, masked, grows, slots, pass_tokens):
+def test_log_probs_equal_a_full_forward_whoever_joins_when_and_whatever_is_cached(
+    seed, temperature, masked, grows, slots, pass_tokens
+):
     """Trajectories of random length join at random steps, with growing sequences or prompts that share only a head."""
     rng = np.random.default_rng(seed)
     valid = torch.from_numpy(rng.random(VOCABULARY) < 0.7) if masked else None
@@ -118,7 +144,9 @@ def test_log_probs_equal_a_full_forward_whoever_joins_when_and_whatever_is_cache
             turns[done.key] += 1
             assert done.stopped == (done.ids[-1] in (STOP, 5, 9, 11)) and (done.stopped or len(done.ids) == 5)
             assert valid is None or valid[done.ids].all()
-            np.testing.assert_allclose(done.logprobs, plain_logprobs(prompt, done.ids, temperature, valid, EXACT), atol=1e-5)
+            np.testing.assert_allclose(
+                done.logprobs, plain_logprobs(prompt, done.ids, temperature, valid, EXACT), atol=1e-5
+            )
             if turns[done.key] == 3:
                 engine.release(done.key)
             else:
@@ -188,7 +216,9 @@ def test_equal_seeds_repeat_bit_for_bit_and_global_generators_do_not_matter():
         np.random.seed(shift)
         engine = make_engine()
         engine.begin(sampling(max_tokens=8))
-        return answer(engine, [Request(key, prompt, seed=key + 1000 * (shift == 2)) for key, prompt in enumerate(prompts(8))])
+        return answer(
+            engine, [Request(key, prompt, seed=key + 1000 * (shift == 2)) for key, prompt in enumerate(prompts(8))]
+        )
 
     assert play(0) == play(1)
     assert play(0) != play(2)
@@ -277,6 +307,8 @@ def test_weights_must_be_the_model_s_own():
     with pytest.raises(GuardError, match="sends 'model.extra'"):
         engine.load_weights((weights | {"model.extra": torch.zeros(1)}).items())
     with pytest.raises(GuardError, match="did not send 2 .* among them lm_head.weight, model.norm.weight"):
-        engine.load_weights((name, weight) for name, weight in weights.items() if name not in ("model.norm.weight", "lm_head.weight"))
+        engine.load_weights(
+            (name, weight) for name, weight in weights.items() if name not in ("model.norm.weight", "lm_head.weight")
+        )
     with pytest.raises(GuardError, match=r"model.norm.weight has shape \(47,\)"):
         engine.load_weights((weights | {"model.norm.weight": torch.zeros(47)}).items())

@@ -100,9 +100,13 @@ def check_engine(first: str, second: str) -> None:
             sampled.append([done[key].ids for key in sorted(done)])
             for request in requests():
                 completion = done[request.key]
-                assert completion.stopped == (completion.ids[-1] == STOP) and (completion.stopped or len(completion.ids) == 12)
+                assert completion.stopped == (completion.ids[-1] == STOP) and (
+                    completion.stopped or len(completion.ids) == 12
+                )
                 assert not {0, 5, 60} & set(completion.ids) and STOP not in completion.ids[:-1]
-                np.testing.assert_allclose(completion.logprobs, expected(folder, request.prompt, completion.ids, temperature), atol=3e-5)
+                np.testing.assert_allclose(
+                    completion.logprobs, expected(folder, request.prompt, completion.ids, temperature), atol=3e-5
+                )
     assert sampled[:2] == sampled[4:] and sampled[0] != sampled[2], "seeds repeat, and other weights answer otherwise"
 
     peer = TransformersEngine(AutoModelForCausalLM.from_pretrained(first), slots=8, max_model_len=128, device="cpu")
@@ -157,15 +161,22 @@ def check_engine(first: str, second: str) -> None:
         engine.add(Request(0, [6] * 120, seed=0))
 
     # vLLM itself only warns of weights that did not come, which a trainer's model may lack and still agree with its own shapes.
-    engine._shapes = {name: shape for name, shape in engine._shapes.items() if name != "model.layers.1.mlp.down_proj.weight"}
-    with pytest.raises(GuardError, match="vLLM was not sent 1 of its weights, among them model.layers.1.mlp.down_proj.weight"):
+    engine._shapes = {
+        name: shape for name, shape in engine._shapes.items() if name != "model.layers.1.mlp.down_proj.weight"
+    }
+    with pytest.raises(
+        GuardError, match="vLLM was not sent 1 of its weights, among them model.layers.1.mlp.down_proj.weight"
+    ):
         engine.load_weights((name, weight) for name, weight in weights(first) if name in engine._shapes)
 
     # Both of vLLM's model runners take the mask: V1 runs here, V2 where Triton does.
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
     processor = engine._mask.processor()
-    assert issubclass(processor, LogitsProcessor) and processor(None, None).apply(torch.zeros(2, VOCABULARY), None)[0, 5] == -torch.inf
+    assert (
+        issubclass(processor, LogitsProcessor)
+        and processor(None, None).apply(torch.zeros(2, VOCABULARY), None)[0, 5] == -torch.inf
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -216,12 +227,24 @@ WINDOW = "rollout.context=window rollout.prompt_tokens=2000 rollout.response_tok
 
 @pytest.mark.parametrize(
     ("world", "together", "context", "family", "tied"),
-    [(1, 1, "window", "qwen3", True), (2, 1, "full", "llama", False), (2, 2, "full", "qwen3", False), (2, 2, "window", "llama", True)],
+    [
+        (1, 1, "window", "qwen3", True),
+        (2, 1, "full", "llama", False),
+        (2, 2, "full", "qwen3", False),
+        (2, 2, "window", "llama", True),
+    ],
 )
 def test_a_run_s_rollouts_are_of_the_trainer_s_weights(tmp_path, world, together, context, family, tied):
     make = chat_model if context == "window" else demo_model
-    folder, teacher = (make(tmp_path / name, family=family, tied=tied, seed=seed) for seed, name in enumerate(("model", "teacher")))
-    settings = [f"student.path={folder}", f"teacher.path={teacher}", "rollout.engine=vllm", f"rollout.tensor_parallel={together}"]
+    folder, teacher = (
+        make(tmp_path / name, family=family, tied=tied, seed=seed) for seed, name in enumerate(("model", "teacher"))
+    )
+    settings = [
+        f"student.path={folder}",
+        f"teacher.path={teacher}",
+        "rollout.engine=vllm",
+        f"rollout.tensor_parallel={together}",
+    ]
     settings += WINDOW if context == "window" else []
     arguments = [*SMALL, *settings, "train.learning_rate=1e-2", "--run-dir", str(tmp_path / "run")]
     assert run_ranks(world, main, arguments) == [0] * world
@@ -230,8 +253,12 @@ def test_a_run_s_rollouts_are_of_the_trainer_s_weights(tmp_path, world, together
     assert all(line["sync/logprob_gap"] < 1e-4 and line["sync/bytes"] > 10_000 for line in lines[1:])
     assert all(line["policy/importance_weight"] == pytest.approx(1, abs=1e-4) for line in lines[1:])
     exported, start = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "run" / "hf", folder))
-    assert not torch.equal(exported.model.norm.weight, start.model.norm.weight), "the weights that were synced had changed"
-    assert not list(Path("/dev/shm").glob("*cpushm*")), "vLLM's shared memory between tensor-parallel ranks has no name that outlives a run"
+    assert not torch.equal(exported.model.norm.weight, start.model.norm.weight), (
+        "the weights that were synced had changed"
+    )
+    assert not list(Path("/dev/shm").glob("*cpushm*")), (
+        "vLLM's shared memory between tensor-parallel ranks has no name that outlives a run"
+    )
 
 
 def test_the_embedded_job_runs_on_two_ranks(tmp_path):
@@ -265,7 +292,9 @@ def test_without_a_learning_rate_nothing_moves(tmp_path):
     assert first == second and len(first) > 50, "greedy rollouts, bit for bit"
     from atod_fast.models import resolve
 
-    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (resolve("demo:student"), tmp_path / "run" / "hf"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path) for path in (resolve("demo:student"), tmp_path / "run" / "hf")
+    )
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
@@ -279,18 +308,36 @@ def test_a_checkpoint_is_evaluated_as_by_transformers(tmp_path):
     outcomes = []
     for engine in ("vllm", "transformers"):
         out = tmp_path / f"{engine}.json"
-        assert run_ranks(1, evaluate, ["demo:teacher", f"rollout.engine={engine}", "eval.tasks=40", "eval.temperature=0", "--out", str(out)]) == [0]
+        assert run_ranks(
+            1,
+            evaluate,
+            ["demo:teacher", f"rollout.engine={engine}", "eval.tasks=40", "eval.temperature=0", "--out", str(out)],
+        ) == [0]
         outcomes.append(json.loads(out.read_text())["outcomes"])
     assert sum(a == b for a, b in zip(*outcomes, strict=True)) >= 38, "greedy games agree but for ties"
 
 
 def test_a_model_that_vllm_cannot_run_is_refused_in_one_line(tmp_path):
     folder = demo_model(tmp_path / "model", head_dim=24)
-    command = [sys.executable, "-m", "atod_fast.train", *SMALL, f"student.path={folder}", "rollout.engine=vllm", "--run-dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "atod_fast.train",
+        *SMALL,
+        f"student.path={folder}",
+        "rollout.engine=vllm",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     lines = [line for line in done.stderr.splitlines() if line.startswith("atod_fast:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert len(lines) == 1 and "rollout.engine=vllm cannot serve" in lines[0] and "head_dim=24" in lines[0] and "rollout.engine=transformers" in lines[0]
+    assert (
+        len(lines) == 1
+        and "rollout.engine=vllm cannot serve" in lines[0]
+        and "head_dim=24" in lines[0]
+        and "rollout.engine=transformers" in lines[0]
+    )
 
 
 @pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
@@ -298,7 +345,9 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(tmp_path, missi
     """vLLM reads the checkpoint itself for an evaluation."""
     folder = demo_model(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
-    save_file({name: weight for name, weight in load_file(file).items() if name != missing}, file, metadata={"format": "pt"})
+    save_file(
+        {name: weight for name, weight in load_file(file).items() if name != missing}, file, metadata={"format": "pt"}
+    )
     command = [sys.executable, "-m", "atod_fast.evaluate", folder, "rollout.engine=vllm", "eval.tasks=2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("atod_fast:")]
@@ -317,7 +366,9 @@ def test_a_response_ends_at_each_token_that_the_generation_config_names(tmp_path
     (Path(student) / "generation_config.json").write_text(json.dumps({"eos_token_id": [text]}))
     settings = [*SHORT, f"student.path={student}", f"teacher.path={student}", "rollout.engine=vllm"]
     assert run_ranks(1, main, [*settings, "--run-dir", str(tmp_path / "run")]) == [0]
-    records = [json.loads(line) for line in (tmp_path / "run" / "trajectories" / "step_000001.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "trajectories" / "step_000001.jsonl").read_text().splitlines()
+    ]
     assert {tuple(turn["action"]) for record in records for turn in record["turns"]} == {(text,)}
 
 
@@ -332,6 +383,17 @@ def test_a_response_ends_at_each_token_that_the_generation_config_names(tmp_path
 )
 def test_settings_no_engine_can_have_are_refused(tmp_path, setting, words):
     world = 2 if "parallel" in setting else 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "-m", "atod_fast.train", *SMALL, "rollout.engine=vllm", setting]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(world),
+        "-m",
+        "atod_fast.train",
+        *SMALL,
+        "rollout.engine=vllm",
+        setting,
+    ]
     done = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=200)
     assert words in done.stderr and done.stderr.count("atod_fast: ") == 1, done.stderr

@@ -82,7 +82,9 @@ def test_replays_what_the_original_said():
                 observation, reward, terminated, truncated, info = shop.step(action)
                 assert (terminated, truncated, reward) == (done, False, 10.0 * (scored == 1))
             assert observation == expected
-            assert info["admissible_actions"] == ["search[<your query>]"] * (clickables == ["search"]) + [f"click[{name}]" for name in clickables]
+            assert info["admissible_actions"] == ["search[<your query>]"] * (clickables == ["search"]) + [
+                f"click[{name}]" for name in clickables
+            ]
             assert info["score"] == scored and info["won"] == (scored == 1)
             scores.add(scored)
     assert {0.0, 1.0} < scores
@@ -99,7 +101,16 @@ actions = st.one_of(
     st.text(max_size=30),
     st.builds("{}[{}]".format, st.sampled_from(("search", "click", "Search", "buy", "")), st.text(max_size=20)),
     st.sampled_from(
-        ("search[<r>]", "search[<a> tea tree]", "search[<a>]", "search[<c> beauty]", "search[<c>]", "search[<q> curtains]", "search[ ]", "search[the]")
+        (
+            "search[<r>]",
+            "search[<a> tea tree]",
+            "search[<a>]",
+            "search[<c> beauty]",
+            "search[<c>]",
+            "search[<q> curtains]",
+            "search[ ]",
+            "search[the]",
+        )
     ),
     st.integers(0, 60),  # that admissible action
 )
@@ -197,7 +208,9 @@ def test_rewards_are_all_or_nothing_and_the_score_is_told():
 def test_a_value_of_two_options_belongs_to_the_later_one_and_turning_back_forgets_options():
     groups = {"Top": [{"value": "Oak"}, {"value": "Pine"}], "Legs": [{"value": "Oak"}]}
     facts = {"B0": Facts((), Instruction("Find me tables", ("oak",)))}
-    catalogue = Catalogue([parse_product(product(asin="B0", name="Side Table", customization_options=groups), facts)], facts, Random(0))
+    catalogue = Catalogue(
+        [parse_product(product(asin="B0", name="Side Table", customization_options=groups), facts)], facts, Random(0)
+    )
     visit = Visit(Shop(catalogue, Goals(catalogue, None, Random(0)), SearchEngine(catalogue.products)), "i", Random(0))
     for action, chosen in (
         ("search[side table]", {}),
@@ -237,7 +250,11 @@ def formula(goal, bought, price: float, chosen: dict[str, str], find_nouns=nouns
     attributes = 0
     for want in goal.attributes:
         listed = any(similarity(has, want) > 85 for has in bought.attributes)
-        told = want in bought.title.lower() or want in " ".join(bought.bullets).lower() or want in bought.description.lower()
+        told = (
+            want in bought.title.lower()
+            or want in " ".join(bought.bullets).lower()
+            or want in bought.description.lower()
+        )
         attributes += listed or told
     named = isinstance(goal.options, dict)
     options = 0
@@ -270,9 +287,17 @@ def purchases(shop: WebShop, count: int, seed: int):
         goal = shop.shop.goals[random.randrange(len(shop))]
         alike = [row for row, one in enumerate(products) if one.query == goal.product.query]
         row = (products.index(goal.product), random.choice(alike), random.randrange(len(products)))[number % 3]
-        chosen = {name: random.choice(values) for name, values in products[row].options.items() if values and random.random() < 0.8}
+        chosen = {
+            name: random.choice(values)
+            for name, values in products[row].options.items()
+            if values and random.random() < 0.8
+        }
         if number % 6 == 0:
-            chosen |= {name: value for name, value in goal.options.items() if name in products[row].options} if isinstance(goal.options, dict) else {}
+            chosen |= (
+                {name: value for name, value in goal.options.items() if name in products[row].options}
+                if isinstance(goal.options, dict)
+                else {}
+            )
         yield goal, products[row], shop.shop.catalogue.prices[row], chosen
 
 
@@ -315,7 +340,10 @@ def test_a_visit_s_score_is_the_formula_s_of_recorded_nouns():
 
 def test_a_price_at_the_limit_is_met_and_one_above_it_is_not():
     goal, alike = made_up().shop.goals[0], matcher()
-    bought = [score(goal, goal.product, price, goal.options, nouns.heuristic, alike) for price in (goal.price_upper, goal.price_upper + 0.01)]
+    bought = [
+        score(goal, goal.product, price, goal.options, nouns.heuristic, alike)
+        for price in (goal.price_upper, goal.price_upper + 0.01)
+    ]
     assert bought[0] == 1.0 > bought[1]
 
 
@@ -393,24 +421,42 @@ def test_strings_are_alike_above_85_percent_after_rounding(other, expected):
     ],
 )
 def test_type_reward_by_title_query_and_category(title, query, category, expected):
-    wanted = parse_product(product(name="Oak Side Table", query="side tables", product_category="Home › Tables › Side"), {})
-    assert type_reward(wanted, replace(wanted, title=title, query=query, product_category=category), nouns.heuristic) == expected
+    wanted = parse_product(
+        product(name="Oak Side Table", query="side tables", product_category="Home › Tables › Side"), {}
+    )
+    assert (
+        type_reward(wanted, replace(wanted, title=title, query=query, product_category=category), nouns.heuristic)
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
-    ("shared", "related", "expected"), [(0, True, 0.0), (1, False, 0.1), (1, True, 0.1), (2, False, 0.5), (2, True, 1.0), (4, False, 0.5), (5, False, 1.0)]
+    ("shared", "related", "expected"),
+    [
+        (0, True, 0.0),
+        (1, False, 0.1),
+        (1, True, 0.1),
+        (2, False, 0.5),
+        (2, True, 1.0),
+        (4, False, 0.5),
+        (5, False, 1.0),
+    ],
 )
 def test_type_reward_by_share_of_nouns(shared, related, expected):
     words = [f"noun{letter}" for letter in "abcdefghijklmnopqrst"]  # twenty: 0.05, 0.1, 0.2 and 0.25 of them
     wanted = parse_product(product(name=" ".join(words), query="q", product_category="a › b › c"), {})
-    bought = replace(wanted, title=" ".join(words[:shared]), query="other", product_category="c › x › b" if related else "c › x")
+    bought = replace(
+        wanted, title=" ".join(words[:shared]), query="other", product_category="c › x › b" if related else "c › x"
+    )
     assert type_reward(wanted, bought, nouns.heuristic) == expected
 
 
 def test_a_title_without_nouns_asks_for_nothing_more_than_the_kind():
     wanted = parse_product(product(name="100 % of it", query="side tables", product_category="Home › Tables"), {})
     assert type_reward(wanted, wanted, nouns.heuristic) == 1.0
-    assert type_reward(wanted, replace(wanted, query="chairs", product_category="Home › Chairs"), nouns.heuristic) == 0.5
+    assert (
+        type_reward(wanted, replace(wanted, query="chairs", product_category="Home › Chairs"), nouns.heuristic) == 0.5
+    )
 
 
 def test_nouns_without_a_tagger_are_words_that_are_no_function_words():
@@ -471,7 +517,9 @@ def test_test_goals_are_the_first_500_or_the_first_half_and_dev_the_next_1000_or
 
 
 def test_goals_are_each_combination_of_options_in_webshops_shuffle():
-    entry = product(customization_options={"b": [{"value": "1"}, {"value": "2"}], "A": [{"value": v} for v in "xyz"], "c": None})
+    entry = product(
+        customization_options={"b": [{"value": "1"}, {"value": "2"}], "A": [{"value": v} for v in "xyz"], "c": None}
+    )
     facts = {entry["asin"]: Facts((), Instruction("Find me tables", ("oak",)))}
     goals = Goals(Catalogue([parse_product(entry, facts)], facts, Random(0)), None, Random(0))
     expected = [{"a": a, "b": b} for a in "xyz" for b in "12"]
@@ -479,7 +527,9 @@ def test_goals_are_each_combination_of_options_in_webshops_shuffle():
     made = [goals[place] for place in range(len(goals))]
     assert [goal.options for goal in made] == expected
     limit = f", and price lower than {made[0].price_upper:.2f} dollars"
-    assert [goal.instruction for goal in made] == [f"Find me tables with a: {o['a']}, and b: {o['b']}{limit}" for o in expected]
+    assert [goal.instruction for goal in made] == [
+        f"Find me tables with a: {o['a']}, and b: {o['b']}{limit}" for o in expected
+    ]
 
 
 @given(st.floats(0, 1200), st.integers(0, 99))
@@ -515,7 +565,14 @@ def test_words_are_lucenes():
 
 
 def test_hits_are_by_bm25_then_by_identifier():
-    texts = {"B3": "red oak table", "B1": "red oak table", "B2": "red red sofa", "B4": "blue chair", "B5": "", "B6": "oak"}
+    texts = {
+        "B3": "red oak table",
+        "B1": "red oak table",
+        "B2": "red red sofa",
+        "B4": "blue chair",
+        "B5": "",
+        "B6": "oak",
+    }
     bare = dict(full_description="", small_description=[], customization_options="")
     engine = SearchEngine([parse_product(product(asin=asin, name=text, **bare), {}) for asin, text in texts.items()])
     found = [list(texts)[row] for row in engine.search("red oak", Random(0))]
@@ -531,7 +588,10 @@ def test_hits_are_by_bm25_then_by_identifier():
             total += rarity * often / (often + 0.9 * (1 - 0.4 + 0.4 * len(document) / mean))
         return total
 
-    expected = sorted((asin for asin, text in texts.items() if bm25(text.split()) > 0), key=lambda asin: (-bm25(texts[asin].split()), asin))
+    expected = sorted(
+        (asin for asin, text in texts.items() if bm25(text.split()) > 0),
+        key=lambda asin: (-bm25(texts[asin].split()), asin),
+    )
     assert found == expected and found[:2] == ["B1", "B3"]
     assert engine.search("the", Random(0)) == engine.search("nowhere", Random(0)) == ()
 
@@ -544,9 +604,21 @@ def test_a_search_finds_at_most_fifty():
 
 def test_title_description_first_bullet_and_options_are_searched():
     groups = {"wood": [{"value": "walnut"}]}
-    shown = dict(name="table", full_description="sturdy", small_description=["easy", "cheap"], customization_options=groups, category="furniture")
-    engine = SearchEngine([parse_product(product(asin="B0", **shown), {}), parse_product(product(asin="B1", category="food"), {})])
-    found = [word for word in ("table", "sturdy", "easy", "cheap", "wood", "walnut", "furniture") if 0 in engine.search(word, Random(0))]
+    shown = dict(
+        name="table",
+        full_description="sturdy",
+        small_description=["easy", "cheap"],
+        customization_options=groups,
+        category="furniture",
+    )
+    engine = SearchEngine(
+        [parse_product(product(asin="B0", **shown), {}), parse_product(product(asin="B1", category="food"), {})]
+    )
+    found = [
+        word
+        for word in ("table", "sturdy", "easy", "cheap", "wood", "walnut", "furniture")
+        if 0 in engine.search(word, Random(0))
+    ]
     assert found == ["table", "sturdy", "easy", "wood", "walnut"]
     assert engine.search("<c> furniture", Random(0)) == engine.search("<c> furniture and more", Random(0)) == (0,)
     assert engine.search("<c> food", Random(0)) == (1,) and engine.search("<c>", Random(0)) == ()
@@ -560,7 +632,10 @@ def test_a_shop_without_a_word_finds_nothing():
 @needs_real
 def test_a_products_title_finds_it_first_in_the_real_set():
     shop = real().shop
-    hits = [shop.engine.search(one.title.lower(), Random(0))[:1] == (row,) for row, one in enumerate(shop.catalogue.products)]
+    hits = [
+        shop.engine.search(one.title.lower(), Random(0))[:1] == (row,)
+        for row, one in enumerate(shop.catalogue.products)
+    ]
     assert sum(hits) > 980  # some titles come twice
 
 
@@ -584,7 +659,9 @@ def test_generated_files_load_as_the_generated_shop(tmp_path, scale):
     facts = tmp_path / "facts.json.gz"
     facts.write_bytes(gzip.compress(json.dumps(files.attributes).encode()))
     assert same_shops(made_up(scale), WebShop(products=packed, attributes=facts, nouns="heuristic"))
-    assert len(WebShop(products=packed, attributes=facts, num_products=7, nouns="heuristic").shop.catalogue.products) == 7
+    assert (
+        len(WebShop(products=packed, attributes=facts, num_products=7, nouns="heuristic").shop.catalogue.products) == 7
+    )
 
 
 def test_a_catalogue_is_a_function_of_seed_and_scale():
@@ -595,7 +672,9 @@ def test_a_catalogue_is_a_function_of_seed_and_scale():
 
 def test_splits_and_clones_share_one_shop_and_changed_files_are_read_again(tmp_path):
     products, attributes, _ = generate_files(20, 0).write(tmp_path)
-    train, test = (WebShop(products=products, attributes=attributes, split=split, nouns="heuristic") for split in ("train", "test"))
+    train, test = (
+        WebShop(products=products, attributes=attributes, split=split, nouns="heuristic") for split in ("train", "test")
+    )
     assert train.shop is test.shop is train.clone().shop
     generate_files(10, 0).write(tmp_path)
     os.utime(products, ns=(1, 1))
@@ -610,7 +689,11 @@ json_values = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(json_values, max_size=6) | st.dictionaries(st.text(max_size=6), json_values, max_size=6), st.integers(1, 40), st.sampled_from((None, 2)))
+@given(
+    st.lists(json_values, max_size=6) | st.dictionaries(st.text(max_size=6), json_values, max_size=6),
+    st.integers(1, 40),
+    st.sampled_from((None, 2)),
+)
 def test_reading_piece_by_piece_gives_what_json_gives(tmp_path_factory, content, chunk, indent):
     path = tmp_path_factory.getbasetemp() / "content.json"
     path.write_text(json.dumps(content, indent=indent), encoding="utf-8")
@@ -644,7 +727,10 @@ def test_malformed_lines_are_named_counted_and_left_out_up_to_a_limit(tmp_path, 
     assert "left out 3 malformed entries" in caplog.text
     for told in ("line 4: not JSON", "line 8: not an object", "line 10: pricing 'free' is no price"):
         assert told in caplog.text
-    with pytest.raises(UserError, match=r"products='.*items.jsonl' has more than malformed=2 malformed entries, the first line 4: not JSON.*mend the file"):
+    with pytest.raises(
+        UserError,
+        match=r"products='.*items.jsonl' has more than malformed=2 malformed entries, the first line 4: not JSON.*mend the file",
+    ):
         WebShop(products=path, attributes=attributes, malformed=2, nouns="heuristic")
 
 
@@ -661,9 +747,15 @@ def test_malformed_lines_are_named_counted_and_left_out_up_to_a_limit(tmp_path, 
         ({"customization_options": [1]}, "customization_options is no object"),
         ({"customization_options": {"Color": "red"}}, "option 'Color' is no list of objects"),
         ({"customization_options": {"Color": [{"price": 1}]}}, "value is missing"),
-        ({"customization_options": {"Color": [{"value": str(n)} for n in range(500)]}}, "501 options and values of 1395 characters, 500 of 20000 are"),
+        (
+            {"customization_options": {"Color": [{"value": str(n)} for n in range(500)]}},
+            "501 options and values of 1395 characters, 500 of 20000 are",
+        ),
         ({"customization_options": {str(n): [] for n in range(501)}}, "501 options and values"),
-        ({"customization_options": {"Color": [{"value": f"{n:0800}"} for n in range(30)]}}, "31 options and values of 24005 characters"),
+        (
+            {"customization_options": {"Color": [{"value": f"{n:0800}"} for n in range(30)]}},
+            "31 options and values of 24005 characters",
+        ),
         ({"pricing": "$1.2.3"}, "is no price"),
         ({"pricing": [float("inf")]}, "is no price"),
         ({"pricing": {"low": 1}}, "is no price"),
@@ -685,12 +777,24 @@ def test_what_is_wrong_with_a_product_is_said(changes, reason):
         ("products", "", "neither"),
         ("products", "[]", "holds no product"),
         ("products", "[" * 100_000, "no JSON at character"),
-        ("attributes", '{"B000000000": [1]}', "malformed=0 malformed entries, the first entry 'B000000000': not an identifier with an object"),
+        (
+            "attributes",
+            '{"B000000000": [1]}',
+            "malformed=0 malformed entries, the first entry 'B000000000': not an identifier with an object",
+        ),
         ("attributes", '{"B000000000": {"attributes": "x"}}', "attributes is missing or no list"),
-        ("attributes", '{"B000000000": {"instruction": "x", "instruction_attributes": []}}', "instruction_attributes is empty"),
+        (
+            "attributes",
+            '{"B000000000": {"instruction": "x", "instruction_attributes": []}}',
+            "instruction_attributes is empty",
+        ),
         ("attributes", "[1]", "entry 1: not an identifier"),
         ("attributes", "{}", "split='all' is empty: 9 products make 0 goals"),
-        ("human_goals", '{"B000000000": [{"instruction": "x", "instruction_attributes": ["a"]}]}', "instruction_options is missing"),
+        (
+            "human_goals",
+            '{"B000000000": [{"instruction": "x", "instruction_attributes": ["a"]}]}',
+            "instruction_options is missing",
+        ),
         ("human_goals", "{}", "holds no instruction"),
         ("human_goals", '{"B000000000": 1}', "not an identifier with a list"),
     ],
@@ -717,7 +821,10 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, option, conte
         ({"generate": 5, "malformed": 5}, "malformed=5 goes with products="),
         ({"generate": 0}, "generate=0 must be a whole number of at least 1"),
         ({"generate": True}, "generate=True must be a whole number"),
-        ({"generate": 5, "split": "tests"}, "split='tests' is not one of all, train, test, dev, rest; did you mean test?"),
+        (
+            {"generate": 5, "split": "tests"},
+            "split='tests' is not one of all, train, test, dev, rest; did you mean test?",
+        ),
         ({"generate": 5, "scale": "big"}, "scale='big' is not one of small, full"),
         ({"generate": 5, "nouns": "spicy"}, "did you mean spacy?"),
         ({"generate": 5, "splits": "test"}, "did you mean split?"),
@@ -753,21 +860,29 @@ def test_missing_libraries_are_named(monkeypatch):
 
 def test_importing_the_world_imports_nothing_heavy():
     code = "import sys, atod_fast.envs.webshop.env; print(sorted({'torch', 'bm25s', 'Stemmer', 'rapidfuzz', 'spacy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 # --- hostile text
 
 hostile = st.text(max_size=40) | st.lists(
-    st.sampled_from(("[SEP]", " [SEP] ", "[S", "EP]", "/", "\n", "\x00", "\x1b[31m", "<|im_end|>", "Buy Now", "]", " ", "</p>"))
+    st.sampled_from(
+        ("[SEP]", " [SEP] ", "[S", "EP]", "/", "\n", "\x00", "\x1b[31m", "<|im_end|>", "Buy Now", "]", " ", "</p>")
+    )
 ).map("".join)
 
 
 @settings(max_examples=150, deadline=None)
-@given(hostile, hostile, st.lists(hostile, max_size=3), st.dictionaries(hostile, st.lists(hostile, max_size=3), max_size=3))
+@given(
+    hostile, hostile, st.lists(hostile, max_size=3), st.dictionaries(hostile, st.lists(hostile, max_size=3), max_size=3)
+)
 def test_text_of_a_product_cannot_forge_a_pages_structure(title, description, bullets, options):
     groups = {name: [{"value": value} for value in values] for name, values in options.items()}
-    one = parse_product(product(name=title, full_description=description, small_description=bullets, customization_options=groups), {})
+    one = parse_product(
+        product(name=title, full_description=description, small_description=bullets, customization_options=groups), {}
+    )
     values = sum(map(len, one.options.values()))
     for page, most, fixed in (
         (item_page("i", one), 4 + len(one.options) + values + 7, 4 + 6),
@@ -782,7 +897,12 @@ def test_text_of_a_product_cannot_forge_a_pages_structure(title, description, bu
 
 
 def test_what_is_too_long_is_cut_with_a_mark():
-    long = parse_product(product(name="t" * 5000, full_description="d" * 50_000, customization_options={"Color": [{"value": "c" * 3000}]}), {})
+    long = parse_product(
+        product(
+            name="t" * 5000, full_description="d" * 50_000, customization_options={"Color": [{"value": "c" * 3000}]}
+        ),
+        {},
+    )
     page = item_page("i", long)
     assert len(page.text) < 2500 and page.text.count(CUT) == 2 and f"click[{'c' * 1000}{CUT}]" in page.admissible
     assert sub_page("i", long, "description").text.endswith("d" + CUT)
@@ -792,7 +912,11 @@ def test_what_is_too_long_is_cut_with_a_mark():
 def test_a_page_has_a_longest_size_and_keeps_its_ends():
     many = parse_product(product(name="t" * 5000, small_description=["b" * 30_000] * 500), {})
     page = sub_page("i", many, "features")
-    assert len(page.text) < LONGEST_PAGE + 20 and page.text.count(CUT) > 0 and page.text.startswith("Instruction: [SEP] i [SEP] Back to Search")
+    assert (
+        len(page.text) < LONGEST_PAGE + 20
+        and page.text.count(CUT) > 0
+        and page.text.startswith("Instruction: [SEP] i [SEP] Back to Search")
+    )
     options = {"Color": [{"value": str(n) * 9} for n in range(400)]}
     item = item_page("i" * 20_000, parse_product(product(customization_options=options), {}))
     assert (
@@ -816,7 +940,12 @@ def test_lone_surrogates_do_not_get_through():
 @needs_real
 def test_real_products_are_left_as_they_are():
     for entry in map(json.loads, lzma.open(REAL, "rt", encoding="utf-8")):
-        bullets = entry["small_description"] if isinstance(entry["small_description"], list) else [entry["small_description"]]
+        bullets = (
+            entry["small_description"] if isinstance(entry["small_description"], list) else [entry["small_description"]]
+        )
         values = [value["value"] for group in (entry["customization_options"] or {}).values() for value in group or ()]
         assert all(cleaning.text(one) == one for one in [entry["full_description"], *bullets])
-        assert all(cleaning.line(one) == one for one in [entry["name"], entry["category"], entry["query"], entry["product_category"], *values])
+        assert all(
+            cleaning.line(one) == one
+            for one in [entry["name"], entry["category"], entry["query"], entry["product_category"], *values]
+        )

@@ -79,7 +79,9 @@ def remove(env, name):
 
 def run(env, *command):
     """What the program of the environment prints."""
-    done = subprocess.run([env / "bin" / command[0], *command[1:]], capture_output=True, text=True, cwd=env, env={"PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        [env / "bin" / command[0], *command[1:]], capture_output=True, text=True, cwd=env, env={"PATH": "/usr/bin:/bin"}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -87,7 +89,12 @@ def run(env, *command):
 def files(env, name):
     """{path: content} of the package and its metadata, without what Python makes of them."""
     (site,) = (env / "lib").glob("python*/site-packages")
-    found = [file for folder in site.glob(f"{name}*") for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    found = [
+        file
+        for folder in site.glob(f"{name}*")
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix != ".pyc"
+    ]
     return {file.relative_to(site): file.read_bytes() for file in found}
 
 

@@ -21,7 +21,14 @@ class Corridor:
     its world does at the second step before answering.
     """
 
-    def __init__(self, tasks: int = 20, *, instant: bool = True, faults: dict[int, Callable[[], object]] | None = None, goal: int = 3) -> None:
+    def __init__(
+        self,
+        tasks: int = 20,
+        *,
+        instant: bool = True,
+        faults: dict[int, Callable[[], object]] | None = None,
+        goal: int = 3,
+    ) -> None:
         self.instant, self.faults, self.goal, self.tasks = instant, faults or {}, goal, tasks
         self.family: list[Corridor] = []
         self.closed = False
@@ -46,10 +53,22 @@ class Corridor:
             self.faults[self.task]()
         over = self.count == 2 + self.task % 5
         self.won = over and len(action) > self.goal
-        return f"task {self.task} step {self.count} said {action}", float(self.won), over, False, self._info(len(action) != 4)
+        return (
+            f"task {self.task} step {self.count} said {action}",
+            float(self.won),
+            over,
+            False,
+            self._info(len(action) != 4),
+        )
 
     def _info(self, valid: bool) -> Info:
-        return {"won": self.count > 0 and self.won, "is_action_valid": valid, "task_id": f"corridor-{self.task}", "task_type": "walk", "admissible_actions": []}
+        return {
+            "won": self.count > 0 and self.won,
+            "is_action_valid": valid,
+            "task_id": f"corridor-{self.task}",
+            "task_type": "walk",
+            "admissible_actions": [],
+        }
 
     def close(self) -> None:
         self.closed = True

@@ -114,7 +114,11 @@ def training_tasks(settings: Env, **options: int) -> Environment:
 
 def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
     """About 0.2M parameters. Matrices start larger than transformers' 0.02, which is meant for wide models."""
-    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -188,14 +192,19 @@ def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, 
         done = seen >= recipe.tokens
         if done or step % 40 == 0:
             loss = (token_loss * actions).sum() / actions.sum()
-            print(f"{label}: step {step}, {seen:,} of {recipe.tokens:,} tokens, action loss {loss:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{label}: step {step}, {seen:,} of {recipe.tokens:,} tokens, action loss {loss:.3f}, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
         if done:
             return
 
 
 def success(demo: Demo, folder: Path, tasks: int, temperature: float) -> float:
     """Success rate of the model in `folder` on `tasks` held-out tasks, those that an evaluation of the demo draws."""
-    config = load(demo.preset, overrides=[f"student.path={folder}", f"eval.tasks={tasks}", f"eval.temperature={temperature}"])
+    config = load(
+        demo.preset, overrides=[f"student.path={folder}", f"eval.tasks={tasks}", f"eval.temperature={temperature}"]
+    )
     runtime = Runtime.of(config, torch.device("cpu"))
     engine = make_engine(config, runtime.engine, runtime.student, runtime.device)
     tokenizer = load_tokenizer(config.student.path)
@@ -223,16 +232,25 @@ def build(demo: Demo, out: Path, seed: int = 0, tasks: int | None = None, share:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m atod_fast.demo.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=DEMOS, default="alfworld", help="environment of the models (default alfworld)")
+    parser = argparse.ArgumentParser(
+        prog="python -m atod_fast.demo.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--world", choices=DEMOS, default="alfworld", help="environment of the models (default alfworld)"
+    )
     parser.add_argument("--out", type=Path, help="folder for teacher/ and student/ (default: those of the package)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, traces and order (default 0, the shipped models)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, traces and order (default 0, the shipped models)"
+    )
     options = parser.parse_args(arguments)
     demo = DEMOS[options.world]
     out = options.out or demo.folder
     build(demo, out, options.seed)
     for name in demo.recipes:
-        shares = ", ".join(f"{label} {success(demo, out / name, 400, t):.3f}" for label, t in (("T = 1", 1.0), ("T = 0.5", 0.5), ("greedy", 0.0)))
+        shares = ", ".join(
+            f"{label} {success(demo, out / name, 400, t):.3f}"
+            for label, t in (("T = 1", 1.0), ("T = 0.5", 0.5), ("greedy", 0.0))
+        )
         print(f"{name}: success on 400 held-out tasks: {shares}", flush=True)
 
 

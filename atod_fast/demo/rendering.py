@@ -69,7 +69,9 @@ def compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: En
         UserError: rollout.context is not `full`, or the model is not one for `env`.
     """
     if config.rollout.context != "full":
-        raise UserError(f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full")
+        raise UserError(
+            f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full"
+        )
     name = tokenizer.init_kwargs.get("atod_environment")
     if name not in DEMOS:
         file, known = f"tokenizer_config.json of {tokenizer.name_or_path!r}", ", ".join(DEMOS)
@@ -77,6 +79,12 @@ def compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: En
     demo = DEMOS[name]
     if not isinstance(env, demo.env):
         preset = next((other.preset for other in DEMOS.values() if isinstance(env, other.env)), None)
-        others = f"--preset {preset} for models of this world" if preset else "set student.path and teacher.path to chat models"
-        raise UserError(f"env.name={config.env.name!r}: the demo's model speaks of {name} only; use --preset {demo.preset} for that, or {others}")
+        others = (
+            f"--preset {preset} for models of this world"
+            if preset
+            else "set student.path and teacher.path to chat models"
+        )
+        raise UserError(
+            f"env.name={config.env.name!r}: the demo's model speaks of {name} only; use --preset {demo.preset} for that, or {others}"
+        )
     return CompactRenderer(tokenizer, demo.dialect)

@@ -51,7 +51,9 @@ def make(name: str, **options: Any) -> Environment:
             f"env.name={name!r} cannot be made with {given or 'no options'}: {reason} ({os.path.basename(at.filename)}:{at.lineno}); correct {OPTIONS}"
         ) from error
     if missing := [member for member in MEMBERS if not hasattr(made, member)]:
-        raise UserError(f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; docs/environments.md says what they owe")
+        raise UserError(
+            f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; docs/environments.md says what they owe"
+        )
     return made
 
 
@@ -66,7 +68,9 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
-        raise UserError(f"env.name={name!r} is no class of environments: {error}; docs/environments.md shows one") from error
+        raise UserError(
+            f"env.name={name!r} is no class of environments: {error}; docs/environments.md shows one"
+        ) from error
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for option in options:
             if option not in parameters:
@@ -79,7 +83,9 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
             continue
         if option not in options:
             if parameter.default is parameter.empty:
-                raise UserError(f"env.name={name!r} needs the option {option!r}; give it in env.options, or in those of each split")
+                raise UserError(
+                    f"env.name={name!r} needs the option {option!r}; give it in env.options, or in those of each split"
+                )
         elif options[option] is not parameter.default and not _fits(options[option], hints.get(option)):
             must = _named(hints[option])
             raise UserError(f"env.name={name!r}: {option}={options[option]!r} must be {must}; correct {OPTIONS}")
@@ -108,7 +114,9 @@ def _load(target: str, name: str) -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as error:
-        raise UserError(f"env.name={name!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise UserError(
+            f"env.name={name!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
     return found
 
 
@@ -132,7 +140,14 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if origin in (int, float):
         return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
-    plain = {bool: bool, str: (str, os.PathLike), list: (list, tuple), tuple: (list, tuple), dict: Mapping, NoneType: NoneType}
+    plain = {
+        bool: bool,
+        str: (str, os.PathLike),
+        list: (list, tuple),
+        tuple: (list, tuple),
+        dict: Mapping,
+        NoneType: NoneType,
+    }
     return isinstance(value, plain.get(origin, object)) if isinstance(origin, type) else True
 
 
@@ -143,5 +158,13 @@ def _named(kind: Any) -> str:
         return " or ".join(_named(part) for part in get_args(kind) if part is not NoneType)  # TOML has no word for None
     if origin is Literal:
         return " | ".join(map(repr, get_args(kind)))
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", tuple: "a list", dict: "a table"}
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        tuple: "a list",
+        dict: "a table",
+    }
     return words.get(origin, inspect.formatannotation(kind)) if isinstance(origin, type) else str(kind)

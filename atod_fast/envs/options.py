@@ -17,7 +17,12 @@ def require(option: str, value: object, right: bool, what: str) -> None:
 def whole(**options: tuple[object, int]) -> None:
     """Raise UserError unless each option, (value, least), is a whole number of at least `least`."""
     for option, (value, least) in options.items():
-        require(option, value, isinstance(value, int) and not isinstance(value, bool) and value >= least, f"a whole number of at least {least}")
+        require(
+            option,
+            value,
+            isinstance(value, int) and not isinstance(value, bool) and value >= least,
+            f"a whole number of at least {least}",
+        )
 
 
 def goes_with(source: str, **options: tuple[object, object]) -> None:
@@ -31,4 +36,6 @@ def choice(option: str, value: object, known: Sequence[str]) -> None:
     """Raise UserError unless `value` is one of `known`."""
     if value not in known:
         near = get_close_matches(str(value), known, n=1)
-        raise UserError(f"{option}={value!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise UserError(
+            f"{option}={value!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+        )

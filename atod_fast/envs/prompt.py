@@ -40,10 +40,14 @@ def prompt_for(name: str, env: Environment, *, thinking: bool, history: int) -> 
     try:
         made = own(thinking, history)
     except Exception as error:
-        raise UserError(f"env.name={name!r}: prompt(thinking, history) fails: {one_line(error)}; docs/environments.md shows one") from error
+        raise UserError(
+            f"env.name={name!r}: prompt(thinking, history) fails: {one_line(error)}; docs/environments.md shows one"
+        ) from error
     if missing := [member for member in MEMBERS if not callable(getattr(made, member, None))]:
         kind = type(made).__name__
-        raise UserError(f"env.name={name!r}: prompt(thinking, history) returns {kind}, which lacks {', '.join(missing)}")
+        raise UserError(
+            f"env.name={name!r}: prompt(thinking, history) returns {kind}, which lacks {', '.join(missing)}"
+        )
     return made
 
 
@@ -79,7 +83,9 @@ class PlainPrompt:
     def __init__(self, thinking: bool, history: int, instructions: str = "") -> None:
         self.thinking, self.history, self.instructions = thinking, history, instructions
 
-    def message(self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]) -> str:
+    def message(
+        self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]
+    ) -> str:
         if not history:
             return self.first(observation, admissible)
         past = []
@@ -88,7 +94,13 @@ class PlainPrompt:
         if self.history:
             _, lines = past_turns([(turn.observation, turn.command) for turn in history], self.history)
             past.append(f"You have taken {len(history)} step(s). The last of them:\n{lines}")
-        return self._joined(self.instructions, *past, f"You are now at step {len(history) + 1}.", _situation(observation, admissible), self._request)
+        return self._joined(
+            self.instructions,
+            *past,
+            f"You are now at step {len(history) + 1}.",
+            _situation(observation, admissible),
+            self._request,
+        )
 
     def first(self, observation: str, admissible: Sequence[str]) -> str:
         return self._joined(self.instructions, _situation(observation, admissible), self._request)

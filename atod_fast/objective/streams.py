@@ -116,7 +116,9 @@ def make_streams(
         raise ValueError(f"old_logp is {old_logp.dtype}: ratios of log-probs need fp32, score in fp32")
     imitate = needs_teacher(kappa)
     if imitate and objective.divergence not in FULL_VOCABULARY and teacher_logp is None:
-        raise ValueError(f"teacher_logp is None, but objective.divergence={objective.divergence} reads it while kappa > 0 (kappa={kappa:g})")
+        raise ValueError(
+            f"teacher_logp is None, but objective.divergence={objective.divergence} reads it while kappa > 0 (kappa={kappa:g})"
+        )
 
     reward_advantage = rho * rl_advantage.to(old_logp)[turn]
     advantage, divergence_weight = reward_advantage, None

@@ -30,7 +30,11 @@ class TurnWeights:
 
 
 def token_signals(
-    config: Turns, old_logp: Tensor, teacher_logp: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
+    config: Turns,
+    old_logp: Tensor,
+    teacher_logp: Tensor,
+    entropy: Tensor | None = None,
+    divergence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-token terms of d and h, to be averaged over each turn. All [A]; entropy of pi_old and divergence (full
     vocabulary) are read where the configuration asks for the exact signal."""

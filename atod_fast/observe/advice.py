@@ -10,7 +10,9 @@ from atod_fast.config import Config
 from atod_fast.records import Trajectory
 
 STEPS = 3  # in a row; one step may be chance
-INVALID = 0.9  # share of actions: what is left cannot carry a group's comparison, and a warm start brings the share far below
+INVALID = (
+    0.9  # share of actions: what is left cannot carry a group's comparison, and a warm start brings the share far below
+)
 CUT_OFF = 0.5  # share of responses: the usual one never says what it does
 SAME = 0.9  # share of actions that are one and the same text: what is left to learn from is chance
 
@@ -58,7 +60,10 @@ def advise(steps: Sequence[Metrics], config: Config, example: str, first: Metric
     if lowest("rollout/cut_off") > CUT_OFF:
         share, limit = last["rollout/cut_off"], config.rollout.response_tokens
         thinking = ", or set rollout.thinking=false" if config.rollout.thinking else ""
-        yield "cut off", f"{share:.0%} of responses are cut off at rollout.response_tokens={limit} before their end; raise it{thinking}"
+        yield (
+            "cut off",
+            f"{share:.0%} of responses are cut off at rollout.response_tokens={limit} before their end; raise it{thinking}",
+        )
     elif lowest("rollout/invalid_actions") > INVALID:
         shown = f" (it said {example!r})" if example else ""
         where = "; trajectories/ holds prompts and responses" if config.observe.trajectories_every else ""
@@ -78,7 +83,9 @@ def advise(steps: Sequence[Metrics], config: Config, example: str, first: Metric
     if lowest("turns/flat_groups") == 1 and lowest("schedule/rho") > 0:
         success = last["train/success"]
         teaches = "imitation alone teaches" if last["schedule/kappa"] > 0 else "nothing is learnt"
-        remedy = {0: "take easier tasks or a warm start", 1: "take harder tasks"}.get(success, "give rewards that tell episodes apart")
+        remedy = {0: "take easier tasks or a warm start", 1: "take harder tasks"}.get(
+            success, "give rewards that tell episodes apart"
+        )
         yield (
             "flat",
             f"no group of trajectories differed in reward in {len(steps)} steps (success {success:.0%}): reward gives no signal, {teaches}; "
@@ -86,7 +93,11 @@ def advise(steps: Sequence[Metrics], config: Config, example: str, first: Metric
         )
     longest, least = max(len(step["profile/weight"]) for step in steps), config.turns.min_turns
     if longest < least and lowest("schedule/kappa") > 0 and config.turns.fuse != "uniform":
-        remedy = f"turns.min_turns={longest}" if longest > 1 else "turns.min_turns=1 and turns.scope=batch to compare turns of different episodes"
+        remedy = (
+            f"turns.min_turns={longest}"
+            if longest > 1
+            else "turns.min_turns=1 and turns.scope=batch to compare turns of different episodes"
+        )
         yield (
             "unweighted",
             f"turns.min_turns={least} leaves every trajectory unweighted, as episodes have {last['rollout/turns']:.1f} turns: T-DUR does nothing; "

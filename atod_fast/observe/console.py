@@ -51,7 +51,13 @@ class Console:
         if not (self.speaks and self.rich.is_terminal):
             yield lambda finished, total, turns, tokens: None
             return
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self.rich, transient=True) as bar:
             task = bar.add_task(label, total=None, detail="")
 

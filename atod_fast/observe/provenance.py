@@ -60,7 +60,9 @@ def commit(folder: Path) -> str | None:
     """The commit of the checkout that holds the files of `folder`, with `+changes` where tracked files differ; None outside of one."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True
+        )
         return done.stdout.strip()
 
     try:

@@ -16,7 +16,12 @@ TURN = ("observation", "text", "command", "well_formed", "accepted", "valid", "s
 NONE: Mapping[str, Tensor] = {}
 
 
-def write(path: Path, trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase | None = None, signals: Mapping[str, Tensor] = NONE) -> None:
+def write(
+    path: Path,
+    trajectories: Sequence[Trajectory],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    signals: Mapping[str, Tensor] = NONE,
+) -> None:
     """Write `path`, which appears when it is whole.
 
     With a `tokenizer`, each turn holds its `prompt` as the model saw it, special tokens included: in context `window` all
@@ -34,7 +39,9 @@ def write(path: Path, trajectories: Sequence[Trajectory], tokenizer: PreTrainedT
             for turn in trajectory.turns:
                 facts = {key: getattr(turn, key) for key in TURN}
                 if tokenizer is not None:
-                    prompt = tokenizer.decode(turn.prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                    prompt = tokenizer.decode(
+                        turn.prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False
+                    )
                     facts = {"prompt": prompt} | facts
                 if trajectory.failure is None:
                     facts |= {name: round(signal[number], 6) for name, signal in values.items()}

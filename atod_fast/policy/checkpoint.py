@@ -50,13 +50,19 @@ def run_of(path: Path) -> Path | None:
 
 def _numbered(run_dir: Path) -> dict[int, Path]:
     """Folders of checkpoints by step, in order."""
-    found = {int(match[1]): path for path in (run_dir / "checkpoints").glob("step_*") if (match := re.fullmatch(r"step_(\d{6,})", path.name))}
+    found = {
+        int(match[1]): path
+        for path in (run_dir / "checkpoints").glob("step_*")
+        if (match := re.fullmatch(r"step_(\d{6,})", path.name))
+    }
     return dict(sorted(found.items()))
 
 
 def latest(run_dir: Path, most: float = float("inf")) -> Path | None:
     """The newest complete checkpoint of a run, of step `most` at most."""
-    return next((path for step, path in reversed(_numbered(run_dir).items()) if step <= most and is_complete(path)), None)
+    return next(
+        (path for step, path in reversed(_numbered(run_dir).items()) if step <= most and is_complete(path)), None
+    )
 
 
 def newest_step(run_dir: Path) -> int | None:
@@ -113,11 +119,22 @@ def beyond(run_dir: Path, step: int) -> list[Path]:
     """What of a run's checkpoints is no past of one that goes on from `step`: later ones, half written ones, a later best.json."""
     file, named = _best_file(run_dir), _read_best(run_dir)
     later = [file] if named and named.step > step else []
-    half = [path for path in file.parent.glob("*.partial") if re.fullmatch(r"(step_\d{6,}|best\.json)\.partial", path.name)]
+    half = [
+        path for path in file.parent.glob("*.partial") if re.fullmatch(r"(step_\d{6,}|best\.json)\.partial", path.name)
+    ]
     return later + [path for number, path in _numbered(run_dir).items() if number > step] + half
 
 
-def save(run_dir: Path, step: int, policy: CausalPolicy, optimizer: Optimizer, state: dict, *, keep: int, best: Best | None = None) -> Path:
+def save(
+    run_dir: Path,
+    step: int,
+    policy: CausalPolicy,
+    optimizer: Optimizer,
+    state: dict,
+    *,
+    keep: int,
+    best: Best | None = None,
+) -> Path:
     """Write step's checkpoint beside its final name and rename it when whole; then drop the oldest beyond `keep`, but not the best.
 
     `state` is JSON-serialisable. Collective; what fails on one rank is raised on all, a GuardError where it is the disk.
@@ -182,7 +199,9 @@ def read_state(path: Path) -> dict:
             return state
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is no whole checkpoint (state.json is missing or damaged); give another folder checkpoints/step_NNNNNN of a run")
+    raise UserError(
+        f"{path} is no whole checkpoint (state.json is missing or damaged); give another folder checkpoints/step_NNNNNN of a run"
+    )
 
 
 def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:

@@ -19,7 +19,9 @@ from atod_fast.policy.layout import find_layout
 from atod_fast.policy.model import CausalPolicy
 
 
-def export(path: Path, policy: CausalPolicy, source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] | None) -> list[str]:
+def export(
+    path: Path, policy: CausalPolicy, source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] | None
+) -> list[str]:
     """`write` the policy's weights on rank 0; what it returns. Collective."""
     whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     lines: list[str] = []
@@ -29,7 +31,13 @@ def export(path: Path, policy: CausalPolicy, source: str, tokenizer: PreTrainedT
     return lines
 
 
-def write(path: Path, weights: Mapping[str, Tensor], source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] | None) -> list[str]:
+def write(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Iterable[int] | None,
+) -> list[str]:
     """Weights in the dtype of the model at `source`, that model's configuration, and `stop_ids` as its ends of text (None: its own).
 
     Weights come first. Of what cannot be written after them a line each is returned.
@@ -43,7 +51,9 @@ def write(path: Path, weights: Mapping[str, Tensor], source: str, tokenizer: Pre
     if layout.tied:
         wanted.pop(f"{layout.head}.weight", None)
     if odd := [name for name, shape in wanted.items() if name not in weights or weights[name].shape != shape]:
-        raise UserError(f"the weights are not those of student.path={source!r}: {odd[0]} is missing or of another shape; name the model that was trained")
+        raise UserError(
+            f"the weights are not those of student.path={source!r}: {odd[0]} is missing or of another shape; name the model that was trained"
+        )
     path.mkdir(parents=True, exist_ok=True)
     # Copies: a gathered tensor may be a view of a padded buffer, which safetensors refuses. A buffer may hold integers.
     saved = {
@@ -74,5 +84,7 @@ def write(path: Path, weights: Mapping[str, Tensor], source: str, tokenizer: Pre
             step()
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-            lines.append(f"{name} of {path} could not be written ({type(error).__name__}: {reason}); the weights are there: copy it from {source}")
+            lines.append(
+                f"{name} of {path} could not be written ({type(error).__name__}: {reason}); the weights are there: copy it from {source}"
+            )
     return lines

@@ -69,7 +69,11 @@ class Learner:
             self.teacher = LocalTeacher(runtime.teacher, runtime.mesh, offload=config.teacher.offload)
         # Fused: torch's default steps DTensors one by one, five times as long for a small model.
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
+            self.student.parameters(),
+            lr=config.train.learning_rate,
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+            fused=True,
         )
         self.updates = 0  # of the weights, so far; one that has begun counts
         columns = self.student.parts.head.weight.shape[0]
@@ -86,8 +90,18 @@ class Learner:
         """Returns this rank's micro-batches, and the turns [M] of each whole mini-batch, over all ranks."""
         train = self.config.train
         rng = np.random.default_rng([train.seed, step])
-        whole = partition(rows, ranks=ranks.world_size(), minibatch_rows=train.minibatch_rows, budget=train.microbatch_tokens, packed=self.packed, rng=rng)
-        mine = [[collate([rows[r] for r in micro], packed=self.packed) for micro in minibatch[ranks.rank()]] for minibatch in whole]
+        whole = partition(
+            rows,
+            ranks=ranks.world_size(),
+            minibatch_rows=train.minibatch_rows,
+            budget=train.microbatch_tokens,
+            packed=self.packed,
+            rng=rng,
+        )
+        mine = [
+            [collate([rows[r] for r in micro], packed=self.packed) for micro in minibatch[ranks.rank()]]
+            for minibatch in whole
+        ]
         members = [[r for rank in minibatch for micro in rank for r in micro] for minibatch in whole]
         turns = [torch.tensor([turn for r in part for turn in rows[r].turns]) for part in members]
         return [[Scored(batch.to(self.device)) for batch in minibatch] for minibatch in mine], turns
@@ -139,7 +153,9 @@ class Learner:
             divergence = torch.zeros_like(scored.logp) if scored.divergence is None else scored.divergence
             numbers, counts = torch.unique_consecutive(scored.batch.turn, return_counts=True)
             offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-            for line, values in enumerate(token_signals(self.config.turns, scored.logp, teacher_logp, scored.entropy, divergence)):
+            for line, values in enumerate(
+                token_signals(self.config.turns, scored.logp, teacher_logp, scored.entropy, divergence)
+            ):
                 if len(numbers):
                     signals[line, numbers.cpu()] = turn_reduce(values, offsets, "mean").cpu()
         return tuple(ranks.total(signals))
@@ -160,10 +176,14 @@ class Learner:
         """
         gaps = [(s.batch.rollout_logp - s.logp).abs() for minibatch in minibatches for s in minibatch]
         gap = torch.cat(gaps).double().cpu()
-        summed, count = ranks.total(torch.stack([gap.sum(), torch.tensor(float(len(gap)), dtype=torch.float64)])).tolist()
+        summed, count = ranks.total(
+            torch.stack([gap.sum(), torch.tensor(float(len(gap)), dtype=torch.float64)])
+        ).tolist()
         return summed / count, ranks.largest(float(gap.max()) if len(gap) else 0.0)
 
-    def update(self, minibatches: MiniBatches, streams: Sequence[Sequence[Streams]], learning_rate: float) -> dict[str, float]:
+    def update(
+        self, minibatches: MiniBatches, streams: Sequence[Sequence[Streams]], learning_rate: float
+    ) -> dict[str, float]:
         """One optimiser step a mini-batch, `train.epochs` times, towards what `streams`, one a micro-batch, asks for.
 
         Returns means over the mini-batches: loss, the objective's diagnostics, gradient norm before clipping.
@@ -184,7 +204,9 @@ class Learner:
                     self.optimizer.zero_grad(set_to_none=True)
                     for scored, stream in zip(minibatch, wanted, strict=True):
                         job = self._job(scored, self.loss_divergence if exact else None, head)
-                        job = job._replace(loss=loss_fn, inputs=stream.tensors(), schedule=self.config.student.head, check=check)
+                        job = job._replace(
+                            loss=loss_fn, inputs=stream.tensors(), schedule=self.config.student.head, check=check
+                        )
                         loss, stats = self.student(scored.batch, job)
                         # FSDP2 averages gradients over ranks; the streams' weights already divide by the whole mini-batch.
                         (loss * ranks.world_size()).backward()
@@ -201,4 +223,6 @@ class Learner:
                     self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         totals = ranks.total(torch.stack(list(sums.values())).double()).tolist()
-        return {name: value / len(norms) for name, value in zip(sums, totals, strict=True)} | {"gradient_norm": sum(norms) / len(norms)}
+        return {name: value / len(norms) for name, value in zip(sums, totals, strict=True)} | {
+            "gradient_norm": sum(norms) / len(norms)
+        }

@@ -32,7 +32,9 @@ class HeadJob(NamedTuple):
     teacher_bias: Tensor | None = None  # [V_t]
     teacher_softcap: float | None = None
     teacher_scale: float = 1.0
-    loss: Callable[..., Tensor] | None = None  # loss(statistics, **inputs) -> [A], token by token; None: statistics alone
+    loss: Callable[..., Tensor] | None = (
+        None  # loss(statistics, **inputs) -> [A], token by token; None: statistics alone
+    )
     inputs: Mapping[str, Tensor] = {}  # [A] each
     schedule: str = "auto"  # of atod_kernels.linear_token_loss, as `check`
     check: bool = False
@@ -61,11 +63,17 @@ class Head(nn.Module):
 
         With a loss: its sum over the tokens and the statistics. Its gradients are formed here, the statistics carry none.
         """
-        options = {"temperature": job.temperature / self.scale, "softcap": self.softcap, "valid_columns": job.valid_columns}
+        options = {
+            "temperature": job.temperature / self.scale,
+            "softcap": self.softcap,
+            "valid_columns": job.valid_columns,
+        }
         if job.loss is None and job.teacher_hidden is None:
             # The mask is the student's; a teacher padded to another width has no token in the columns it lacks.
             missing = self.weight.shape[0] - len(job.valid_columns) if job.valid_columns is not None else 0
-            options["valid_columns"] = nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
+            options["valid_columns"] = (
+                nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
+            )
             return linear_logprob(hidden, self.weight, job.target, bias=self.bias, **options)
         options |= {"student_bias": self.bias, "teacher_bias": job.teacher_bias, "teacher_softcap": job.teacher_softcap}
         if job.teacher_hidden is not None:
@@ -74,7 +82,9 @@ class Head(nn.Module):
         operands = hidden, self.weight, job.teacher_hidden, job.teacher_weight, job.target
         if job.loss is None:
             return linear_divergence(*operands, **options)
-        return linear_token_loss(job.loss, *operands, inputs=job.inputs, schedule=job.schedule, check=job.check, **options)
+        return linear_token_loss(
+            job.loss, *operands, inputs=job.inputs, schedule=job.schedule, check=job.check, **options
+        )
 
 
 class CausalPolicy(nn.Module):
@@ -94,10 +104,14 @@ class CausalPolicy(nn.Module):
         self.recurrent = recurrent(source)
         # Models without an argument for positions count them, or need none.
         self.takes_positions = "position_ids" in inspect.signature(type(self.parts.backbone).forward).parameters
-        chunked = any(reach.kind == "chunked_attention" for reach in reaches(self.config))  # chunks count from a row's start
+        chunked = any(
+            reach.kind == "chunked_attention" for reach in reaches(self.config)
+        )  # chunks count from a row's start
         # Rows may lie end to end: every layer is an attention that skips, at no cost, what is not of the same row.
         flash = self.config._attn_implementation == "flash_attention_2"
-        self.packs = flash and not self.recurrent and not chunked and self.takes_positions and _attends_by_positions(source)
+        self.packs = (
+            flash and not self.recurrent and not chunked and self.takes_positions and _attends_by_positions(source)
+        )
 
     def train(self, mode: bool = True) -> CausalPolicy:
         """Scoring and update compute alike: without dropout, noise of routers or whatever else a model does in training

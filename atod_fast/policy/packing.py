@@ -15,7 +15,9 @@ from atod_fast.batches import Batch, Row
 Partition = list[list[list[list[int]]]]  # [mini-batch][rank][micro-batch] -> row numbers
 
 
-def partition(rows: Sequence[Row], *, ranks: int, minibatch_rows: int, budget: int, packed: bool, rng: np.random.Generator) -> Partition:
+def partition(
+    rows: Sequence[Row], *, ranks: int, minibatch_rows: int, budget: int, packed: bool, rng: np.random.Generator
+) -> Partition:
     """Shuffle rows into mini-batches of at most `minibatch_rows` (0 = one), even in size; spread each over the ranks
     by tokens, longest first; cut each rank's share into micro-batches of at most `budget` tokens (a longer row goes
     alone). Every rank gets the same number of micro-batches; missing ones are empty.
@@ -42,7 +44,9 @@ def _micro_batches(rows: Sequence[Row], longest_first: list[int], budget: int, p
     for row in longest_first:
         length = len(rows[row].ids)
         # A padded batch is as wide as its first, longest row.
-        grown = tokens + length if packed else (len(batches[-1]) + 1) * len(rows[batches[-1][0]].ids) if batches else length
+        grown = (
+            tokens + length if packed else (len(batches[-1]) + 1) * len(rows[batches[-1][0]].ids) if batches else length
+        )
         if batches and grown <= budget:
             batches[-1].append(row)
             tokens = grown
@@ -56,7 +60,14 @@ def collate(rows: Sequence[Row], *, packed: bool) -> Batch:
     """One micro-batch; with no rows a single pad token and no action token, which costs a pass and adds no loss."""
     if not rows:
         empty = torch.zeros(0, dtype=torch.int64)
-        return Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), empty, empty, empty, torch.zeros(0))
+        return Batch(
+            torch.zeros(1, 1, dtype=torch.int64),
+            torch.zeros(1, 1, dtype=torch.int64),
+            empty,
+            empty,
+            empty,
+            torch.zeros(0),
+        )
     lengths = [len(row.ids) for row in rows]
     if packed:
         input_ids = torch.tensor([token for row in rows for token in row.ids])[None]
@@ -74,4 +85,9 @@ def collate(rows: Sequence[Row], *, packed: bool) -> Batch:
             target.extend(row.ids[first:last])
             turn.extend([number] * (last - first))
     logprobs = [value for row in rows for value in row.logprobs]
-    return Batch(input_ids, position_ids, *(torch.tensor(x, dtype=torch.int64) for x in (index, target, turn)), torch.tensor(logprobs, dtype=torch.float32))
+    return Batch(
+        input_ids,
+        position_ids,
+        *(torch.tensor(x, dtype=torch.int64) for x in (index, target, turn)),
+        torch.tensor(logprobs, dtype=torch.float32),
+    )

@@ -23,7 +23,9 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
     parameters = sum(p.numel() for p in policy.parameters())
     options = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
         "offload_policy": CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy(),
     }
     reshard = parameters > RESHARD_PARAMETERS

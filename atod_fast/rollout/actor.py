@@ -59,7 +59,10 @@ class Actor:
             epoch, place = divmod((step - 1) * train.tasks_per_step + group, len(env))
             task = int(np.random.default_rng([train.seed, epoch]).permutation(len(env))[place])
             world = _seed(train.seed, step, group)
-            episodes += [Episode(task, group, member, seed=_seed(train.seed, step, group, member), env_seed=world) for member in range(train.group_size)]
+            episodes += [
+                Episode(task, group, member, seed=_seed(train.seed, step, group, member), env_seed=world)
+                for member in range(train.group_size)
+            ]
         return self._play(engine, env, episodes, self.config.rollout.temperature, progress)
 
     def evaluate(self, engine: Engine, split: str = "eval", progress: Progress | None = None) -> list[Trajectory]:
@@ -74,7 +77,9 @@ class Actor:
         episodes = [Episode(task, task, 0, seed=_seed(head, task), env_seed=_seed(head, task)) for task in mine]
         return self._play(engine, env, episodes, self.config.eval.temperature, progress)
 
-    def _play(self, engine: Engine, env: Environment, episodes: list[Episode], temperature: float, progress: Progress | None) -> list[Trajectory]:
+    def _play(
+        self, engine: Engine, env: Environment, episodes: list[Episode], temperature: float, progress: Progress | None
+    ) -> list[Trajectory]:
         if isinstance(engine, Lockstep) and not engine.leads:
             engine.follow()
             return []
@@ -91,11 +96,15 @@ def open_split(config: Config, split: str) -> Environment:
     try:
         count = len(env)
     except Exception as error:
-        raise UserError(f"env.name={config.env.name!r}: __len__ fails: {one_line(error)}; it returns the number of tasks") from error
+        raise UserError(
+            f"env.name={config.env.name!r}: __len__ fails: {one_line(error)}; it returns the number of tasks"
+        ) from error
     if split == "train" and not count:
         raise UserError("env.train holds no tasks; give it some")
     if split != "train" and count < config.eval.tasks:
-        raise UserError(f"eval.tasks={config.eval.tasks} exceeds the {count} tasks of env.{split}; lower it or give more")
+        raise UserError(
+            f"eval.tasks={config.eval.tasks} exceeds the {count} tasks of env.{split}; lower it or give more"
+        )
     return env
 
 

@@ -60,19 +60,33 @@ def rollout(
     """
     how = config.rollout
     if engine.max_model_len < how.longest:
-        raise UserError(f"rollout.prompt_tokens={how.prompt_tokens}: sequences of {how.longest} tokens, the engine holds {engine.max_model_len}; lower it")
+        raise UserError(
+            f"rollout.prompt_tokens={how.prompt_tokens}: sequences of {how.longest} tokens, the engine holds {engine.max_model_len}; lower it"
+        )
     plays = [_Play(key, episode, renderer, config) for key, episode in enumerate(episodes)]
     waiting = deque(plays)
     live = asked = finished = tokens = 0
     failures: set[str] = set()
-    sampling = Sampling(how.temperature if temperature is None else temperature, how.response_tokens, renderer.stop_ids, renderer.valid_columns)
+    sampling = Sampling(
+        how.temperature if temperature is None else temperature,
+        how.response_tokens,
+        renderer.stop_ids,
+        renderer.valid_columns,
+    )
 
     def end(play: _Play) -> None:
         nonlocal live, finished
         trajectory = play.trajectory
-        if trajectory.failure is not None and trajectory.failure not in failures:  # who reads the trajectories counts the others of a kind
+        if (
+            trajectory.failure is not None and trajectory.failure not in failures
+        ):  # who reads the trajectories counts the others of a kind
             failures.add(trajectory.failure)
-            logger.warning("task %d, turn %d: the trajectory failed: %s", trajectory.task, len(trajectory.turns), trajectory.failure)
+            logger.warning(
+                "task %d, turn %d: the trajectory failed: %s",
+                trajectory.task,
+                len(trajectory.turns),
+                trajectory.failure,
+            )
         engine.release(play.key)
         pool.release(play.key)
         live -= 1
@@ -121,7 +135,9 @@ class _Play:
     observation: str = ""
 
     def __post_init__(self) -> None:
-        self.trajectory = Trajectory(self.episode.task, self.episode.group, self.episode.member, self.config.rollout.context)
+        self.trajectory = Trajectory(
+            self.episode.task, self.episode.group, self.episode.member, self.config.rollout.context
+        )
 
     def next(self, answer: Answer) -> Request | None:
         """Take in what the world answered. Returns the request for the next action; None where the trajectory is over, or has failed."""
@@ -167,7 +183,16 @@ class _Play:
         except Exception as error:
             self.trajectory.failure = f"its answer could not be read: {one_line(error)}"
             return None
-        turn = Turn(self.prompt, completion.ids, completion.logprobs, self.observation, text, command, bool(well_formed), stopped=completion.stopped)
+        turn = Turn(
+            self.prompt,
+            completion.ids,
+            completion.logprobs,
+            self.observation,
+            text,
+            command,
+            bool(well_formed),
+            stopped=completion.stopped,
+        )
         self.trajectory.turns.append(turn)
         if self.trajectory.context == "full":
             self.sequence = self.sequence + self.prompt + completion.ids

@@ -132,7 +132,9 @@ class Pool:
 def _answer(key: int, observation: str, info: Info, *outcome: float) -> Answer:
     """What a world said, if it is what the protocol says; what is not would end the run where it is used, or spoil a mean."""
     if not isinstance(observation, str) or not isinstance(info, dict):
-        raise TypeError(f"the observation is {type(observation).__name__}, the info {type(info).__name__}; text and a dict are due")
+        raise TypeError(
+            f"the observation is {type(observation).__name__}, the info {type(info).__name__}; text and a dict are due"
+        )
     answer = Answer(key, encodable(observation), info | known_facts(info), *outcome)
     for name, number in (("reward", answer.reward), ("score", answer.info.get("score", 0.0))):
         if not math.isfinite(number):

@@ -81,7 +81,9 @@ class ChatRenderer:
     ) -> None:
         self._tokenizer, self._words, self._context, self._limit = tokenizer, prompt, context, prompt_tokens
         self._cut_told = False
-        self._template = ChatTemplate(tokenizer, thinking=thinking, day=day or date.today(), continues=context == "full")
+        self._template = ChatTemplate(
+            tokenizer, thinking=thinking, day=day or date.today(), continues=context == "full"
+        )
         self._opened = "<think>" if self._template.opening.rstrip().endswith("<think>") else ""
         ends = dict.fromkeys(i for i in (self._template.end, tokenizer.eos_token_id, *stop_ids) if i is not None)
         self.stop_ids = tuple(i for i in ends if columns is None or i < columns)
@@ -111,7 +113,10 @@ class ChatRenderer:
         """The whole prompt, with as little left out as makes it fit; longer than the limit where nothing helps."""
         quoted = self._template.quoted
         task = quoted(turns[0].observation if turns else observation)
-        history = [replace(turn, observation=quoted(turn.observation), text=quoted(turn.text), command=quoted(turn.command)) for turn in turns]
+        history = [
+            replace(turn, observation=quoted(turn.observation), text=quoted(turn.text), command=quoted(turn.command))
+            for turn in turns
+        ]
 
         def prompt(cuts: int) -> list[int]:
             """With the observations of the `cuts` oldest turns left out; cuts beyond are characters of the current one."""
@@ -136,6 +141,8 @@ class ChatRenderer:
         return ids
 
     def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
-        text = self._tokenizer.decode(list(ids[: len(ids) - stopped]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(
+            list(ids[: len(ids) - stopped]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         command, valid = self._words.project(self._opened + text)
         return text, command, valid

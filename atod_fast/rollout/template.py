@@ -54,7 +54,9 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             raise UserError(f"student.path: tokenizer {name!r} has no chat template; use a chat or instruct model")
         if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
-            raise UserError(f"student.path: tokenizer {name!r} is not a fast one; give a model folder with a tokenizer.json")
+            raise UserError(
+                f"student.path: tokenizer {name!r} is not a fast one; give a model folder with a tokenizer.json"
+            )
         self._tokenizer, self._thinking, self._noon = tokenizer, thinking, datetime.combine(day, time(12))
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         # Added tokens that are blanks (runs of spaces, of line breaks) are text to the model like any other.
@@ -68,7 +70,9 @@ class ChatTemplate:
             one, three = self._render([FIRST]), self._render([FIRST, ANSWER, NEXT])
         except Exception as error:  # of the template, which is a program
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"student.path: the chat template of {name!r} refuses a conversation ({reason}); use another chat model") from None
+            raise UserError(
+                f"student.path: the chat template of {name!r} refuses a conversation ({reason}); use another chat model"
+            ) from None
         self._study(name, one, three, continues)
         try:
             self._copy, self._original = self._respelled()
@@ -86,7 +90,9 @@ class ChatTemplate:
         shown = "FIRST-USER-MESSAGE", ANSWER, "NEXT-USER-MESSAGE"
         in_order = [three.find(message) for message in shown]
         if one.count(shown[0]) != 1 or -1 in in_order or sorted(in_order) != in_order or three.count(ANSWER) != 1:
-            raise UserError(f"student.path: the chat template of {name!r} does not show a conversation as it is; use another chat model")
+            raise UserError(
+                f"student.path: the chat template of {name!r} does not show a conversation as it is; use another chat model"
+            )
         self.opening = one.rpartition("of two lines")[2]
         end = self._spelled.search(three.partition(ANSWER)[2])
         self.end = self._control[end[0]] if end else None
@@ -129,7 +135,9 @@ class ChatTemplate:
 
         def rewrite(found: re.Match[str]) -> str:
             mark, control = found.groups()
-            return RESPELLED.format(self._control[control]) if control else self._names.get(int(mark), "") if mark else ""
+            return (
+                RESPELLED.format(self._control[control]) if control else self._names.get(int(mark), "") if mark else ""
+            )
 
         ids = self._copy.encode(self._rewritten.sub(rewrite, text), add_special_tokens=False).ids
         return [self._original.get(i, i) for i in ids]
@@ -147,8 +155,12 @@ class ChatTemplate:
         model = described["model"]
         words = self._control.keys() - {model.get("unk_token")}
         if isinstance(vocabulary := model.get("vocab"), dict):
-            model["vocab"] = {RESPELLED.format(self._control[word]) if word in words else word: i for word, i in vocabulary.items()}
+            model["vocab"] = {
+                RESPELLED.format(self._control[word]) if word in words else word: i for word, i in vocabulary.items()
+            }
         elif isinstance(vocabulary, list):
-            model["vocab"] = [[RESPELLED.format(self._control[word]) if word in words else word, score] for word, score in vocabulary]
+            model["vocab"] = [
+                [RESPELLED.format(self._control[word]) if word in words else word, score] for word, score in vocabulary
+            ]
         copy = Tokenizer.from_str(json.dumps(described))
         return copy, {copy.token_to_id(text): i for text, i in spelled.items()}

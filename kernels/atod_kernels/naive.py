@@ -87,7 +87,11 @@ def linear_divergence(
     Finite logits only; excluded columns are cut out so that no -inf meets autograd.
     """
     columns = min(student_weight.shape[0], teacher_weight.shape[0])
-    keep = torch.arange(columns, device=student_hidden.device) if valid_columns is None else valid_columns[:columns].nonzero()[:, 0]
+    keep = (
+        torch.arange(columns, device=student_hidden.device)
+        if valid_columns is None
+        else valid_columns[:columns].nonzero()[:, 0]
+    )
     log_p = logits(student_hidden, student_weight, student_bias, columns, temperature, softcap)[:, keep].log_softmax(-1)
     with torch.no_grad():
         z = logits(teacher_hidden, teacher_weight, teacher_bias, columns, temperature, teacher_softcap)
@@ -110,7 +114,9 @@ def linear_logprob(
     valid_columns: Tensor | None = None,
 ) -> TokenLogprob:
     """Compute `atod_kernels.linear_logprob` from full logits."""
-    keep = torch.arange(weight.shape[0], device=weight.device) if valid_columns is None else valid_columns.nonzero()[:, 0]
+    keep = (
+        torch.arange(weight.shape[0], device=weight.device) if valid_columns is None else valid_columns.nonzero()[:, 0]
+    )
     log_p = logits(hidden, weight, bias, weight.shape[0], temperature, softcap)[:, keep].log_softmax(-1)
     entropy, logp = sampled(log_p, torch.searchsorted(keep, target.clamp(min=0)))
     return TokenLogprob(logp.masked_fill(target == IGNORE, 0), entropy.masked_fill(target == IGNORE, 0))

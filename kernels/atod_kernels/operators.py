@@ -37,7 +37,9 @@ def head(problem: Problem) -> Tensor:
     return head_op(*problem.flat())
 
 
-def head_backward(problem: Problem, statistics: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def head_backward(
+    problem: Problem, statistics: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, H], weight [V, H] and bias [V], each empty if not wanted, for upstream [>= 3, T]."""
     return head_backward_op(statistics, upstream, hidden, weight, bias, *problem.flat())
 
@@ -47,7 +49,9 @@ def chunk_forward(problem: Problem, rows: slice, kept: Tensor) -> Tensor:
     return chunk_forward_op(rows.start, rows.stop, kept, *problem.flat())
 
 
-def chunk_backward(problem: Problem, rows: slice, kept: Tensor, statistics: Tensor, upstream: Tensor, gradients: Gradients) -> None:
+def chunk_backward(
+    problem: Problem, rows: slice, kept: Tensor, statistics: Tensor, upstream: Tensor, gradients: Gradients
+) -> None:
     """Add the gradients of the tokens `rows` to `gradients`, overwriting the logits in `kept`.
 
     statistics [STATISTICS, n] and upstream [>= 3, n] are those of the chunk.
@@ -71,7 +75,9 @@ def _(*problem: Any) -> Tensor:
 @torch.library.custom_op(
     "atod_kernels::head_backward",
     mutates_args=(),
-    schema=(f"(Tensor statistics, Tensor upstream, bool wants_hidden, bool wants_weight, bool wants_bias, {SCHEMA}) -> (Tensor, Tensor, Tensor)"),
+    schema=(
+        f"(Tensor statistics, Tensor upstream, bool wants_hidden, bool wants_weight, bool wants_bias, {SCHEMA}) -> (Tensor, Tensor, Tensor)"
+    ),
 )
 def head_backward_op(
     statistics: Tensor, upstream: Tensor, wants_hidden: bool, wants_weight: bool, wants_bias: bool, *problem: Any
@@ -82,11 +88,15 @@ def head_backward_op(
 
 
 @head_backward_op.register_fake
-def _(statistics: Tensor, upstream: Tensor, wants_hidden: bool, wants_weight: bool, wants_bias: bool, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    statistics: Tensor, upstream: Tensor, wants_hidden: bool, wants_weight: bool, wants_bias: bool, *problem: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     p = Problem(*problem)
 
     def gradient(parameter: Tensor | None, wanted: bool) -> Tensor:
-        return parameter.new_empty(parameter.shape) if wanted and parameter is not None else p.student_hidden.new_empty(0)
+        return (
+            parameter.new_empty(parameter.shape) if wanted and parameter is not None else p.student_hidden.new_empty(0)
+        )
 
     return (
         gradient(p.student_hidden, wants_hidden),

@@ -68,7 +68,9 @@ class Gradients:
         """
         layer, dtype = problem.student, problem.dtype
         rows, columns = layer.weight.shape
-        dw = layer.weight.new_empty((rows, columns) if weight else 0, dtype=layer.weight.dtype if problem.lean else dtype)
+        dw = layer.weight.new_empty(
+            (rows, columns) if weight else 0, dtype=layer.weight.dtype if problem.lean else dtype
+        )
         dw[problem.columns if problem.tokens else 0 :].zero_()
         return Gradients(
             layer.hidden.new_empty(layer.hidden.shape if hidden else 0, dtype=dtype),

@@ -64,9 +64,7 @@ def assert_separable(loss: TokenLoss, stats: Tensor, losses: Tensor, upstream: T
     for a, b in zip((losses, upstream), loss.in_parts(stats, others), strict=True):
         scale = b.nan_to_num(posinf=0, neginf=0).abs().amax() if b.numel() else b.sum()
         same = same & ((a == b) | ((a - b).abs() <= 1e-4 * b.abs() + 1e-5 * scale) | (a.isnan() & b.isnan())).all()
-    message = (
-        "loss_fn is not a function of one token at a time: values or gradients change with how tokens are grouped; pass normalisers and [T] tensors as inputs"
-    )
+    message = "loss_fn is not a function of one token at a time: values or gradients change with how tokens are grouped; pass normalisers and [T] tensors as inputs"
     if stats.device.type == "cpu" and not torch.compiler.is_compiling():
         require(bool(same), message)
     else:

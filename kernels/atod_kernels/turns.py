@@ -132,7 +132,9 @@ class TurnWeights(NamedTuple):
     fallback: Tensor
 
 
-def unweighted(disagreement: Tensor, trajectory_offsets: Tensor, *, min_turns: int = 3, min_disagreement: float = 0.01) -> Tensor:
+def unweighted(
+    disagreement: Tensor, trajectory_offsets: Tensor, *, min_turns: int = 3, min_disagreement: float = 0.01
+) -> Tensor:
     """Say which trajectories T-DUR leaves at weight 1: those that are short or agree with the teacher in every turn.
 
     Args:
@@ -204,7 +206,9 @@ def turn_weight_report(
         budget == "raw" or turn_lengths is not None,
         "turn_lengths is None; expected the tokens of each turn [K] for budget='mean1'",
     )
-    require(fuse != "shuffled" or generator is not None, "generator is None; expected a torch.Generator for fuse='shuffled'")
+    require(
+        fuse != "shuffled" or generator is not None, "generator is None; expected a torch.Generator for fuse='shuffled'"
+    )
     lengths = turn_lengths if budget == "mean1" else None
     if scope == "trajectory" and normalise != "rank" and fuse != "shuffled" and on_triton(disagreement):
         validate.offsets("trajectory_offsets", trajectory_offsets, count, "disagreement")

@@ -78,7 +78,9 @@ def tensor(name: str, value: object, rank: int) -> Tensor:
 
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
     """Check that a tensor is where the student's hidden states are."""
-    require(value.device == device, f"{name} is on {value.device}; expected {device}, where the student's hidden states are")
+    require(
+        value.device == device, f"{name} is on {value.device}; expected {device}, where the student's hidden states are"
+    )
 
 
 def layer(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
@@ -95,7 +97,9 @@ def layer(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, devi
         hidden.shape[1] == weight.shape[1],
         f"{w} has shape {list(weight.shape)}; expected [V, {hidden.shape[1]}] to fit {h} {list(hidden.shape)}",
     )
-    require(weight.shape[0] > 0, f"{w} has shape {list(weight.shape)}; expected at least one row (column of the vocabulary)")
+    require(
+        weight.shape[0] > 0, f"{w} has shape {list(weight.shape)}; expected at least one row (column of the vocabulary)"
+    )
     require(
         weight.is_contiguous(),
         f"{w} is not contiguous (strides {list(weight.stride())}); expected rows of H one after the other, pass {w}.contiguous()",
@@ -180,7 +184,9 @@ def temperatures(value: float | Tensor, tokens: int, dtype: torch.dtype, device:
         )
         same_device("temperature", value, device)
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            require(bool(((value > 0) & value.isfinite()).all()), "temperature has an entry that is not positive and finite")
+            require(
+                bool(((value > 0) & value.isfinite()).all()), "temperature has an entry that is not positive and finite"
+            )
         return value.to(dtype).contiguous()
     require(
         isinstance(value, int | float) and math.isfinite(value) and value > 0,
@@ -211,7 +217,9 @@ def group(name: str) -> None:
     try:
         resolve(name)
     except RuntimeError:
-        raise ValueError(f"vocab_group is {name!r}; expected the name of a process group of this process (ProcessGroup.group_name)") from None
+        raise ValueError(
+            f"vocab_group is {name!r}; expected the name of a process group of this process (ProcessGroup.group_name)"
+        ) from None
 
 
 def offsets(name: str, value: Tensor, total: int | None, of: str) -> None:
@@ -279,7 +287,9 @@ def problem(
     if alpha == 0:
         divergence = {SKEW_REVERSE_KL: REVERSE_KL, SKEW_FORWARD_KL: FORWARD_KL}.get(divergence, divergence)
     if vocab_group is None:
-        require(vocab_start == 0, f"vocab_start is {vocab_start}; it is only meaningful with vocab_group, which is None")
+        require(
+            vocab_start == 0, f"vocab_start is {vocab_start}; it is only meaningful with vocab_group, which is None"
+        )
     else:
         require(
             len(set(sizes)) == 1,

@@ -25,7 +25,13 @@ class Adapter:
         whole(tasks=(tasks, 1), seed=(seed, 0), chars=(chars, 16))
         require("won", won, isinstance(won, int | float), "a number: the reward from which an episode is won")
         require("instructions", instructions, isinstance(instructions, str), "text")
-        self._tasks, self._seed, self._won, self._instructions, self._chars = tasks, seed, float(won), instructions, chars
+        self._tasks, self._seed, self._won, self._instructions, self._chars = (
+            tasks,
+            seed,
+            float(won),
+            instructions,
+            chars,
+        )
 
     def __len__(self) -> int:
         return self._tasks

@@ -78,7 +78,9 @@ class Gymnasium(Adapter):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"id={id!r}: {one_line(error)}; use observation=render where there is a mode ansi, or module:function") from error
+            raise UserError(
+                f"id={id!r}: {one_line(error)}; use observation=render where there is a mode ansi, or module:function"
+            ) from error
         finally:
             self.close()
 
@@ -127,7 +129,9 @@ class Gymnasium(Adapter):
             raise UserError(f"id={self._id!r} cannot be made: {one_line(error)}; correct id or kwargs") from error
         modes = env.metadata.get("render_modes", [])
         if self._observation == "render" and "ansi" not in modes:
-            raise UserError(f"observation='render': {self._id} draws in {', '.join(modes) or 'no mode'}, not in ansi; use text or module:function")
+            raise UserError(
+                f"observation='render': {self._id} draws in {', '.join(modes) or 'no mode'}, not in ansi; use text or module:function"
+            )
         return env
 
     def _named(self, space: Any, names: Sequence[str]) -> tuple[list[str], dict[str, int] | None]:
@@ -137,12 +141,17 @@ class Gymnasium(Adapter):
             return [], None
         if not isinstance(space, Discrete):
             kind = type(space).__name__
-            raise UserError(f"id={self._id!r}: actions are {kind}" + ("; leave out actions=" if isinstance(space, Text) else ", not Text or Discrete; wrap it"))
+            raise UserError(
+                f"id={self._id!r}: actions are {kind}"
+                + ("; leave out actions=" if isinstance(space, Text) else ", not Text or Discrete; wrap it")
+            )
         first, count = int(space.start), int(space.n)
         named = [fit(str(name), LONGEST_NAME) for name in names] or [str(first + place) for place in range(count)]
         numbers = {name.strip().lower(): first + place for place, name in enumerate(named)}
         if len(named) != count or len(numbers) != count:
-            raise UserError(f"actions={list(names)!r} has {len(numbers)} different names; {self._id} has {count} actions: give each one")
+            raise UserError(
+                f"actions={list(names)!r} has {len(numbers)} different names; {self._id} has {count} actions: give each one"
+            )
         return named, numbers
 
     def _meant(self, command: str) -> str | int | None:

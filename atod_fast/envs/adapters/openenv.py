@@ -41,10 +41,22 @@ class ServerError(Exception):
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         code, errors = data.get("code"), data.get("errors") or []
-        problems = [problem if isinstance(problem, dict) else {"msg": problem} for problem in (errors if isinstance(errors, list) else [errors])]
-        self.of_value = code == "VALIDATION_ERROR" and not any(problem.get("type") in ("missing", "extra_forbidden") for problem in problems)
-        details = [": ".join(str(part) for part in (_dotted(problem.get("loc") or ""), problem.get("msg")) if part) for problem in problems]
-        hint = "lower rollout.concurrency, which each engine has to itself, or let it have more" if code == "CAPACITY_REACHED" else ""
+        problems = [
+            problem if isinstance(problem, dict) else {"msg": problem}
+            for problem in (errors if isinstance(errors, list) else [errors])
+        ]
+        self.of_value = code == "VALIDATION_ERROR" and not any(
+            problem.get("type") in ("missing", "extra_forbidden") for problem in problems
+        )
+        details = [
+            ": ".join(str(part) for part in (_dotted(problem.get("loc") or ""), problem.get("msg")) if part)
+            for problem in problems
+        ]
+        hint = (
+            "lower rollout.concurrency, which each engine has to itself, or let it have more"
+            if code == "CAPACITY_REACHED"
+            else ""
+        )
         super().__init__("; ".join(str(part) for part in (code, data.get("message"), *details, hint) if part))
 
 
@@ -80,8 +92,18 @@ class OpenEnv(Adapter):
     ) -> None:
         super().__init__(tasks=tasks, seed=seed, won=won, instructions=instructions, chars=chars)
         fields = [observation] if isinstance(observation, str) else observation
-        require("action", action, action is None or isinstance(action, Mapping), f'a table, in which "{COMMAND}" stands for the command')
-        require("observation", observation, isinstance(fields, list) and all(isinstance(field, str) for field in fields), "a field's name, or a list of them")
+        require(
+            "action",
+            action,
+            action is None or isinstance(action, Mapping),
+            f'a table, in which "{COMMAND}" stands for the command',
+        )
+        require(
+            "observation",
+            observation,
+            isinstance(fields, list) and all(isinstance(field, str) for field in fields),
+            "a field's name, or a list of them",
+        )
         require("admissible", admissible, admissible is None or isinstance(admissible, str), "a field's name")
         require("reset", reset, reset is None or isinstance(reset, Mapping), "a table")
         require("timeout", timeout, isinstance(timeout, int | float) and timeout > 0, "a number of seconds above 0")
@@ -90,7 +112,9 @@ class OpenEnv(Adapter):
             path = parts.path.rstrip("/").removesuffix("/ws") + "/ws"
             self._url, self._host = parts._replace(scheme=_SCHEMES[parts.scheme], path=path).geturl(), parts.hostname
         except (KeyError, ValueError, AttributeError, TypeError):
-            raise UserError(f"url={url!r} is not the address of a server; give one like http://127.0.0.1:8000") from None
+            raise UserError(
+                f"url={url!r} is not the address of a server; give one like http://127.0.0.1:8000"
+            ) from None
         self._action = dict(action or {"message": COMMAND})
         if filled(self._action, "") == self._action:
             raise UserError(f'action={self._action!r} has no place for the command; put "{COMMAND}" where it goes')
@@ -144,14 +168,20 @@ class OpenEnv(Adapter):
             socket, self._socket = self._socket, None
             with self._open, suppress(Exception):  # a server that is gone has no session to end
                 socket.send(json.dumps({"type": "close"}))
-                socket.recv(timeout=min(CLOSING, self._timeout))  # it hangs up when the session is over, and has room for another
+                socket.recv(
+                    timeout=min(CLOSING, self._timeout)
+                )  # it hangs up when the session is over, and has room for another
 
     def _connect(self) -> None:
         try:
             from websockets.sync.client import connect
         except ImportError as error:
-            raise UserError(f"env.name='openenv' needs websockets ({error}); pip install 'atod_fast[openenv]'") from None
-        proxy = None if self._host in ("localhost", "127.0.0.1", "::1") else True  # True: as the environment variables say
+            raise UserError(
+                f"env.name='openenv' needs websockets ({error}); pip install 'atod_fast[openenv]'"
+            ) from None
+        proxy = (
+            None if self._host in ("localhost", "127.0.0.1", "::1") else True
+        )  # True: as the environment variables say
         waits = {"open_timeout": self._timeout, "close_timeout": min(CLOSING, self._timeout)}
         self._open = ExitStack()
         self._socket = self._open.enter_context(connect(self._url, max_size=MESSAGE_BYTES, proxy=proxy, **waits))
@@ -180,11 +210,15 @@ class OpenEnv(Adapter):
         seen = data["observation"]
         found = [value for field in self._fields if (value := at(seen, field)) is not None]
         if first and not found:
-            raise LookupError(f"observation={', '.join(self._fields)} is not in what the server tells: {', '.join(seen)}")
+            raise LookupError(
+                f"observation={', '.join(self._fields)} is not in what the server tells: {', '.join(seen)}"
+            )
         text = "\n".join(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in found)
         listed = at(seen, self._admissible) if self._admissible else []
         if first and not isinstance(listed, list):
-            raise LookupError(f"admissible={self._admissible} is not a list in what the server tells: {', '.join(seen)}")
+            raise LookupError(
+                f"admissible={self._admissible} is not a list in what the server tells: {', '.join(seen)}"
+            )
         return self._fit(text), self._fit_list([str(action) for action in listed] if isinstance(listed, list) else [])
 
     def _info(self, valid: bool, won: bool = False) -> Info:

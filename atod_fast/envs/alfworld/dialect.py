@@ -35,8 +35,18 @@ def vocabulary(games: Iterable[Game]) -> list[str]:
     for game in games:
         words.update(compact(FastAlfWorld(game).reset()))
         words.update(word for thing in game.kind for word in compact(game.names[thing]))
-        words.update(word for sides in game.texts.rules.values() for side in sides for piece in side.pieces for word in compact(piece.literal))
-        words.update(word for action in game.domain.actions for word in _WORD.findall(re.sub(r"\{.*?\}", "", game.texts.commands[action])))
+        words.update(
+            word
+            for sides in game.texts.rules.values()
+            for side in sides
+            for piece in side.pieces
+            for word in compact(piece.literal)
+        )
+        words.update(
+            word
+            for action in game.domain.actions
+            for word in _WORD.findall(re.sub(r"\{.*?\}", "", game.texts.commands[action]))
+        )
     return sorted(words)
 
 
@@ -54,7 +64,10 @@ class Expert:
         self._treatment = TREATMENT[self.task.type]
         self._searched: set[str] = set()
         kinds = self.game.kind
-        self._places = sorted(self.game.receptacles, key=lambda place: (all(kinds[item] != self.task.object for item in self.game.accepts[place]), place))
+        self._places = sorted(
+            self.game.receptacles,
+            key=lambda place: (all(kinds[item] != self.task.object for item in self.game.accepts[place]), place),
+        )
 
     def command(self) -> str:
         """What to do now; called before every turn."""
@@ -90,7 +103,11 @@ class Expert:
         """Put what is held down at one of `places`, here if possible."""
         for place in self.world.here:
             if place in places:
-                return self._say("putobject", o=self.world.held, r=place) if self.world.is_open(place) else self._say("openobject", r=place)
+                return (
+                    self._say("putobject", o=self.world.held, r=place)
+                    if self.world.is_open(place)
+                    else self._say("openobject", r=place)
+                )
         return self._say("gotolocation", r=places[0])
 
     def _say(self, action: str, **ids: str) -> str:
@@ -106,7 +123,15 @@ def junk(world: FastAlfWorld, rng: Random) -> str:
     garbled = rng.choice(world.admissible).split()
     garbled[rng.randrange(len(garbled))] = rng.choice(one.split())
     verb = rng.choice(("clean", "heat", "cool"))
-    sentences = (f"take {one} from {other}", f"move {one} to {other}", f"open {one}", f"{verb} {one} with {other}", one, f"go to {one}", " ".join(garbled))
+    sentences = (
+        f"take {one} from {other}",
+        f"move {one} to {other}",
+        f"open {one}",
+        f"{verb} {one} with {other}",
+        one,
+        f"go to {one}",
+        " ".join(garbled),
+    )
     return rng.choices(sentences, weights=(3, 2, 1, 1, 1, 1, 1))[0]
 
 

@@ -87,7 +87,11 @@ class FastAlfWorld:
         ((_, self.location),) = self.facts["atlocation"]
         self.held = next((item for _, item in self.facts["holds"]), None)
         self._moves = self._commands()
-        away = [command for command, receptacle in self.game.travel.items() if self.game.location[receptacle] != self.location]
+        away = [
+            command
+            for command, receptacle in self.game.travel.items()
+            if self.game.location[receptacle] != self.location
+        ]
         self.admissible = sorted([*self._moves, *away])
         self.won = self.game.goal.holds(self.facts)
 
@@ -108,7 +112,11 @@ class FastAlfWorld:
             if held is not None:
                 if held in game.accepts[receptacle] and self.is_open(receptacle):
                     moves.append(("putobject", receptacle, held))
-                for action, able in (("cleanobject", "cleanable"), ("heatobject", "heatable"), ("coolobject", "coolable")):
+                for action, able in (
+                    ("cleanobject", "cleanable"),
+                    ("heatobject", "heatable"),
+                    ("coolobject", "coolable"),
+                ):
                     if receptacle in tools[action] and held in properties[able]:
                         moves.append((action, receptacle, held))
         for item, receptacle in self.facts["inreceptacle"]:

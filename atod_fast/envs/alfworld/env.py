@@ -71,7 +71,9 @@ class AlfWorld:
         reward: float = 10.0,
     ) -> None:
         if sum(source is not None for source in (generate, split, games)) != 1:
-            raise UserError("alfworld takes exactly one of generate=N, split=train|valid_seen|valid_unseen and games=<paths>")
+            raise UserError(
+                "alfworld takes exactly one of generate=N, split=train|valid_seen|valid_unseen and games=<paths>"
+            )
         choice("engine", engine, ("fast", "textworld"))
         for kind in task_types:
             choice("task_types", kind, TASK_TYPES)
@@ -88,7 +90,9 @@ class AlfWorld:
             self._games = _generated(Spec(seed, types, scene, receptacles, objects), generate)
         self.instant = engine == "fast"
         self._reward = float(reward)
-        self.engine: Engine | None = None if self.instant else TextWorldEngine()  # at once, to fail early where it is missing
+        self.engine: Engine | None = (
+            None if self.instant else TextWorldEngine()
+        )  # at once, to fail early where it is missing
         self.game: Game | None = None
 
     def __len__(self) -> int:

@@ -39,7 +39,9 @@ class Game:
     kind: dict[str, str]  # object or receptacle -> kind
     accepts: dict[str, frozenset[str]]  # receptacle -> objects that may be put in or on it
     tools: dict[str, frozenset[str]]  # action -> receptacles (for sliceobject: knives) it works with
-    properties: dict[str, frozenset[str]]  # openable, pickupable, cleanable, heatable, coolable, toggleable, sliceable -> ids
+    properties: dict[
+        str, frozenset[str]
+    ]  # openable, pickupable, cleanable, heatable, coolable, toggleable, sliceable -> ids
     travel: dict[str, str]  # "go to ..." command -> receptacle
 
     @classmethod
@@ -82,7 +84,11 @@ class Game:
             return frozenset().union(*(of_type.get(kind, ()) for kind in kinds))
 
         def usable(action: str, kinds: frozenset[str]) -> frozenset[str]:
-            things = object_types if action == "sliceobject" else {place: receptacle_types.get(place, set()) for place in location}
+            things = (
+                object_types
+                if action == "sliceobject"
+                else {place: receptacle_types.get(place, set()) for place in location}
+            )
             return frozenset(name for name, types in things.items() if types & kinds)
 
         return cls(

@@ -86,7 +86,15 @@ class Scene:
     def content(self, task_type: str) -> str:
         """What a player could tell this game from another by: no coordinates, no numbering, no wording of the task."""
         kinds = sorted(thing.type for thing in self.furniture)
-        return repr((task_type, self.object, self.receptacle, kinds, sorted((item.type, place.type) for item, place in self.lies.items())))
+        return repr(
+            (
+                task_type,
+                self.object,
+                self.receptacle,
+                kinds,
+                sorted((item.type, place.type) for item, place in self.lies.items()),
+            )
+        )
 
 
 @lru_cache(maxsize=1)
@@ -97,7 +105,10 @@ def _tables() -> dict:
     for plans in tables["rooms"].values():
         for plan in plans.values():
             ids = {name: name.split("|") for name in plan["receptacles"]}
-            plan["receptacles"] = {Thing(name, parts[4] if parts[4:] else parts[0]): tuple(plan["receptacles"][name]) for name, parts in ids.items()}
+            plan["receptacles"] = {
+                Thing(name, parts[4] if parts[4:] else parts[0]): tuple(plan["receptacles"][name])
+                for name, parts in ids.items()
+            }
     return tables
 
 
@@ -166,7 +177,11 @@ def _scene(rng: Random, spec: Spec, task_type: str) -> Scene | None:
         furniture = {place: furniture[place] for place in keep}
     crowd = Counter(lies.values())
     for other in rng.sample(objects, len(objects)):
-        open_to = [p for p in furniture if other in contains[p.type] and (other, p.type) != (item, target) and not (small and crowd[p] >= CROWD)]
+        open_to = [
+            p
+            for p in furniture
+            if other in contains[p.type] and (other, p.type) != (item, target) and not (small and crowd[p] >= CROWD)
+        ]
         for _ in range(other != item if small else rng.choice(COPIES)):
             if open_to and (len(lies) < spec.objects or not small):
                 place = rng.choice(open_to)
@@ -180,7 +195,12 @@ def _furnish(rng: Random, layout: dict[Thing, Place], added: tuple[str, ...], on
     furniture = dict(layout)
     missing = Counter(added) - Counter(thing.type for thing in furniture)
     for kind in missing.elements():
-        furniture[_thing(rng, kind)] = (rng.randint(-9, 9), rng.randint(-9, 9), rng.randint(0, 3), rng.choice((-30, 0, 30, 45, 60)))
+        furniture[_thing(rng, kind)] = (
+            rng.randint(-9, 9),
+            rng.randint(-9, 9),
+            rng.randint(0, 3),
+            rng.choice((-30, 0, 30, 45, 60)),
+        )
     if not one_of_each:
         return furniture
     chosen: dict[str, Thing] = {}
@@ -215,7 +235,10 @@ def _problem(rng: Random, scene: Scene, goal: str) -> str:
     ]
     facts = [f"(atLocation agent1 {start})"]
     for place in scene.furniture:
-        facts += [f"(receptacleType {ids[place]} {place.type}Type)", f"(receptacleAtLocation {ids[place]} {where[place]})"]
+        facts += [
+            f"(receptacleType {ids[place]} {place.type}Type)",
+            f"(receptacleAtLocation {ids[place]} {where[place]})",
+        ]
         facts += [f"(openable {ids[place]})"] if place.type in tables["openable"] else []
     for item, place in scene.lies.items():
         facts += [f"(objectType {ids[item]} {item.type}Type)", f"(inReceptacle {ids[item]} {ids[place]})"]

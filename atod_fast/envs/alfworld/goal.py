@@ -70,7 +70,10 @@ def _join(tables: list[tuple[Row, list[Row]]], bound: Binding) -> Iterator[Bindi
     (words, rows), rest = tables[0], tables[1:]
     for row in rows:
         extended = dict(bound)
-        if all(not word.startswith("?") or extended.setdefault(word, value) == value for word, value in zip(words, row, strict=True)):
+        if all(
+            not word.startswith("?") or extended.setdefault(word, value) == value
+            for word, value in zip(words, row, strict=True)
+        ):
             yield from _join(rest, extended)
 
 
@@ -127,7 +130,9 @@ def describe(goal: list) -> Task:
         different += unequal
     names = {atom[0] for atom in atoms}
     if names & {"issliced", "inreceptacleobject"}:
-        raise GameError("the goal asks for a sliced object or a movable receptacle, which are not among the six task types")
+        raise GameError(
+            "the goal asks for a sliced object or a movable receptacle, which are not among the six task types"
+        )
     kind = next((task for name, task in _TYPE_OF_CHANGE.items() if name in names), None)
     if kind is None:
         kind = "pick_two_obj_and_place" if different else "pick_and_place_simple"

@@ -17,7 +17,9 @@ from atod_fast.envs.alfworld.pddl import GameError
 
 Binding = dict[str, str]  # grammar variable -> object id
 Query = tuple[tuple[str, tuple[str, ...]], ...]  # predicate and its variables, for each atom
-Facts = Callable[[str, tuple[str | None, ...]], Iterator[tuple[str, ...]]]  # sorted rows of a predicate that fit a pattern
+Facts = Callable[
+    [str, tuple[str | None, ...]], Iterator[tuple[str, ...]]
+]  # sorted rows of a predicate that fit a pattern
 
 _TASK = re.compile(r'(?<="rhs": ")Your task is to: (?:[^"\\]|\\.)*(?=")')
 _BLOCK = re.compile(
@@ -56,7 +58,9 @@ class Side:
 @dataclass(frozen=True)
 class Grammar:
     rules: dict[str, tuple[Side, ...]]
-    commands: dict[str, str]  # action -> its command as a format string over the action's parameters, "take {o} from {r}"
+    commands: dict[
+        str, str
+    ]  # action -> its command as a format string over the action's parameters, "take {o} from {r}"
     feedback: dict[str, str]  # action -> rule
 
     def derive(self, rule: str, bound: Binding, names: dict[str, str], facts: Facts) -> str:
@@ -73,7 +77,10 @@ class Grammar:
             return names[bound[piece.name]]
         if piece.rule:
             return self.derive(piece.rule, bound, names, facts)
-        found = ["".join(self._text(part, solution, names, facts) for part in piece.element) for solution in solve(piece.query, bound, facts)]
+        found = [
+            "".join(self._text(part, solution, names, facts) for part in piece.element)
+            for solution in solve(piece.query, bound, facts)
+        ]
         if not found:
             return self.derive("list_empty", bound, names, facts)
         if len(found) == 1:

@@ -23,10 +23,14 @@ def split_folder(split: str, data: str | None) -> Path:
     """Folder of a split below `data` (or $ALFWORLD_DATA): `json_2.1.1/<split>` or `<split>` itself."""
     if split not in SPLITS:
         near = get_close_matches(str(split), SPLITS, n=1)
-        raise UserError(f"split={split!r} is not one of {', '.join(SPLITS)}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise UserError(
+            f"split={split!r} is not one of {', '.join(SPLITS)}" + (f"; did you mean {near[0]}?" if near else "")
+        )
     root = data or os.environ.get("ALFWORLD_DATA")
     if not root:
-        raise NotHere(f"split={split!r} needs data=<folder> or $ALFWORLD_DATA (run alfworld-download), or use generate=N")
+        raise NotHere(
+            f"split={split!r} needs data=<folder> or $ALFWORLD_DATA (run alfworld-download), or use generate=N"
+        )
     candidates = [*sorted(Path(root).expanduser().glob(f"json_*/{split}")), Path(root).expanduser() / split]
     for folder in candidates:
         if folder.is_dir():
@@ -69,7 +73,11 @@ def playable(files: list[Path], task_types: tuple[str, ...] = TASK_TYPES) -> lis
         shown = "; ".join(damaged[:3]) + ("; ..." if len(damaged) > 3 else "")
         _log.warning("skipped %d of %d ALFWorld games that cannot be read: %s", len(damaged), len(files), shown)
     if not games:
-        reason = f"{len(damaged)} damaged, first {damaged[0]}" if damaged else f"{len(files)} game files, none passes ALFWorld's filter"
+        reason = (
+            f"{len(damaged)} damaged, first {damaged[0]}"
+            if damaged
+            else f"{len(files)} game files, none passes ALFWorld's filter"
+        )
         raise UserError(f"no ALFWorld game left to play ({reason}); check games/data")
     return games
 

@@ -14,10 +14,15 @@ from importlib import resources
 Row = tuple[str, ...]  # the arguments of a fact
 
 # Predicates that a step can change and that texts, goals or preconditions look at.
-FLUENTS = frozenset("atlocation inreceptacle objectatlocation opened holds holdsany isclean ishot iscool istoggled issliced".split())
+FLUENTS = frozenset(
+    "atlocation inreceptacle objectatlocation opened holds holdsany isclean ishot iscool istoggled issliced".split()
+)
 
 _TOKEN = re.compile(r"[()]|[^\s()]+")
-_SECTIONS = re.compile(r"\s*\(define\s.*?\(:objects\s(?P<objects>[^()]*)\)\s*\(:init\s(?P<init>.*)\)\s*(?P<goal>\(:goal\s.*\))\s*\)\s*", re.DOTALL)
+_SECTIONS = re.compile(
+    r"\s*\(define\s.*?\(:objects\s(?P<objects>[^()]*)\)\s*\(:init\s(?P<init>.*)\)\s*(?P<goal>\(:goal\s.*\))\s*\)\s*",
+    re.DOTALL,
+)
 _FACT = re.compile(r"\(([^()]+)\)")
 _COMMENT = re.compile(r";[^\n]*")
 
@@ -149,6 +154,8 @@ def problem(text: str, domain: Domain) -> Problem:
         if predicate == "=":
             continue
         if tuple(map(types.get, row)) != domain.predicates.get(predicate):
-            raise GameError(f"the fact ({' '.join(fact.split())}) is not of the form the domain declares, or names what is not declared")
+            raise GameError(
+                f"the fact ({' '.join(fact.split())}) is not of the form the domain declares, or names what is not declared"
+            )
         facts[predicate].append(tuple(row))
     return Problem(types, dict(facts), read(found["goal"])[1])

@@ -8,7 +8,9 @@ from atod_fast.envs.prompt import past_turns, project_action
 from atod_fast.records import Turn
 
 _OPENING = "\nYou are an expert agent operating in the ALFRED Embodied Environment."
-_NOW = "our current observation is: {observation}\nYour admissible actions of the current situation are: [{admissible}]."
+_NOW = (
+    "our current observation is: {observation}\nYour admissible actions of the current situation are: [{admissible}]."
+)
 _THINK = (
     "You should first reason step-by-step about the current situation. "
     "This reasoning process MUST be enclosed within <think> </think> tags.\n"
@@ -34,7 +36,9 @@ class AlfWorldPrompt:
         self.thinking, self.history = thinking, history
         self._request = _ASK + (_THINK if thinking else _ACT)
 
-    def message(self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]) -> str:
+    def message(
+        self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]
+    ) -> str:
         if not history:
             return self.first(observation, admissible)
         task = task_observation.partition(_TASK_MARK)[2].strip()

@@ -23,7 +23,9 @@ class TextWorldEngine:
             from textworld import EnvInfos
             from textworld.envs import PddlEnv
         except ImportError as error:
-            raise UserError(f"engine='textworld' needs alfworld ({error}); pip install alfworld==0.4.2, or use engine='fast'") from error
+            raise UserError(
+                f"engine='textworld' needs alfworld ({error}); pip install alfworld==0.4.2, or use engine='fast'"
+            ) from error
         if data is None:
             os.environ.pop("ALFWORLD_DATA", None)  # alfworld sets it on import, whether or not there are data
         self._demangler = Demangler

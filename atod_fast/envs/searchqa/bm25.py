@@ -58,7 +58,9 @@ class TermLists:
 def score_matrix(lists: TermLists, show_progress: bool = False):
     """bm25s' index of these passages. UserError where they hold no word."""
     if not lists.vocab:
-        raise UserError("retriever: the corpus holds no passage with a word to search for; give JSON lines with id and contents")
+        raise UserError(
+            "retriever: the corpus holds no passage with a word to search for; give JSON lines with id and contents"
+        )
     index = libraries()[0].BM25(method="lucene", k1=K1, b=B)
     index.index(lists, create_empty_token=False, show_progress=show_progress)
     return index
@@ -86,5 +88,7 @@ class Bm25:
 
     def scored(self, query: str, topk: int) -> list[tuple[Passage, float]]:
         """At most `topk` passages that share a term with `query`, best first, those of equal score in the corpus's order."""
-        scores = self._index.get_scores_from_ids(self._index.get_tokens_ids([term(word) for word in _WORD.findall(query.lower())]))
+        scores = self._index.get_scores_from_ids(
+            self._index.get_tokens_ids([term(word) for word in _WORD.findall(query.lower())])
+        )
         return [(self._passages[place], float(scores[place])) for place in bm25.best(scores, topk).tolist()]

@@ -59,7 +59,9 @@ class HttpRetriever:
 
             self._poster = Poster(url, "/retrieve", timeout)
         except ImportError as error:
-            raise UserError(f"retriever={without_secrets(url)!r} needs urllib3 and tenacity ({error}); pip install 'atod_fast[search]'") from None
+            raise UserError(
+                f"retriever={without_secrets(url)!r} needs urllib3 and tenacity ({error}); pip install 'atod_fast[search]'"
+            ) from None
         self.url, self._timeout, self._attempts = self._poster.shown, timeout, retries + 1
         self._retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self._attempts),
@@ -105,7 +107,9 @@ class HttpRetriever:
                         self._open = None
                 batch.outcomes = self._ask(batch.queries, batch.topk)
         finally:
-            batch.outcomes = batch.outcomes or [RetrieverError(f"retriever {self.url}: the request was broken off")] * len(batch.queries)
+            batch.outcomes = batch.outcomes or [
+                RetrieverError(f"retriever {self.url}: the request was broken off")
+            ] * len(batch.queries)
             batch.done.set()
 
     def _ask(self, queries: list[str], topk: int) -> list[Outcome]:
@@ -180,12 +184,16 @@ def _passage(entry: Any) -> Passage | None:
 
 def _spoilt(outcome: Outcome) -> bool:
     """Whether another query of the same request may be the cause."""
-    return isinstance(outcome, BadAnswer) or (isinstance(outcome, RetrieverError) and outcome.status in (400, 413, 422, 500))
+    return isinstance(outcome, BadAnswer) or (
+        isinstance(outcome, RetrieverError) and outcome.status in (400, 413, 422, 500)
+    )
 
 
 def _passing(error: BaseException) -> bool:
     """Whether another attempt may succeed."""
-    return isinstance(error, RetrieverError) and (error.status is None or error.status in (408, 429) or error.status >= 500)
+    return isinstance(error, RetrieverError) and (
+        error.status is None or error.status in (408, 429) or error.status >= 500
+    )
 
 
 def _excerpt(body: bytes) -> str:

@@ -63,7 +63,15 @@ def junk(env: SearchQA, observation: str, rng: Random) -> str:
     """Searches that lead nowhere, or words that are no command. No answers: they would end the episode."""
     thing = env.question.queries[0].lower()
     name = rng.choice(PEOPLE).lower()
-    return rng.choice([f"<search>{rng.choice(thing.split())}</search>", f"<search>{name}</search>", f"<search>{name} {thing}</search>", thing, name])
+    return rng.choice(
+        [
+            f"<search>{rng.choice(thing.split())}</search>",
+            f"<search>{name}</search>",
+            f"<search>{name} {thing}</search>",
+            thing,
+            name,
+        ]
+    )
 
 
 DIALECT = Dialect(

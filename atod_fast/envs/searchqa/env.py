@@ -79,7 +79,9 @@ class SearchQA:
         reward: float = 1.0,
     ) -> None:
         if (generate is None) == (questions is None and retriever is None):
-            raise UserError("searchqa takes either questions=<files> with retriever=<index, corpus or URL>, or generate=N")
+            raise UserError(
+                "searchqa takes either questions=<files> with retriever=<index, corpus or URL>, or generate=N"
+            )
         whole(topk=(topk, 1), passage_chars=(passage_chars, 1))
         _number(reward=reward)
         choice("results", results, STYLES)
@@ -137,7 +139,14 @@ class SearchQA:
         return information([passage.contents for passage in found], chars=self._chars, style=self._style), True
 
     def _info(self, valid: bool, won: bool = False, score: float = 0.0) -> Info:
-        return Info(won=won, admissible_actions=[], is_action_valid=valid, task_type=self.question.source, task_id=self.question.id, score=score)
+        return Info(
+            won=won,
+            admissible_actions=[],
+            is_action_valid=valid,
+            task_type=self.question.source,
+            task_id=self.question.id,
+            score=score,
+        )
 
 
 def _generated(count: int, seed: int, hops: int) -> tuple[list[Question], Retriever]:
@@ -146,12 +155,19 @@ def _generated(count: int, seed: int, hops: int) -> tuple[list[Question], Retrie
         raise UserError(f"hops={hops} is too many; the made-up world has questions of 1 and 2")
     world = generate_world(seed, hops)
     if count > len(world.questions):
-        raise UserError(f"generate={count} is too many; the world of seed={seed}, hops={hops} has {len(world.questions)} questions")
+        raise UserError(
+            f"generate={count} is too many; the world of seed={seed}, hops={hops} has {len(world.questions)} questions"
+        )
     return world.questions[:count], Bm25.of(world.passages)
 
 
-def _existing(questions: Paths | None, retriever: str | os.PathLike | None, given: dict, remote: dict) -> tuple[list[Question], Retriever]:
-    for name, value, what in (("questions", questions, "JSON lines of questions"), ("retriever", retriever, "an index folder, a corpus .jsonl or a URL")):
+def _existing(
+    questions: Paths | None, retriever: str | os.PathLike | None, given: dict, remote: dict
+) -> tuple[list[Question], Retriever]:
+    for name, value, what in (
+        ("questions", questions, "JSON lines of questions"),
+        ("retriever", retriever, "an index folder, a corpus .jsonl or a URL"),
+    ):
         if value is None:
             raise UserError(f"searchqa needs {name}=: {what}")
     whole(bad_lines=(given["bad_lines"], 0), **({} if given["limit"] is None else {"limit": (given["limit"], 1)}))

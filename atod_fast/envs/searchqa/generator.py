@@ -69,7 +69,10 @@ def generate(seed: int, hops: int = 2) -> World:
     rng = Random(f"searchqa {seed}")
     things = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
     things = [thing for thing in things if zlib.crc32(thing.encode()) % 2 == seed % 2]
-    facts = {thing: {"owner": rng.choice(PEOPLE), "maker": rng.choice(PEOPLE), "place": rng.choice(PLACES)} for thing in things}
+    facts = {
+        thing: {"owner": rng.choice(PEOPLE), "maker": rng.choice(PEOPLE), "place": rng.choice(PLACES)}
+        for thing in things
+    }
     facts |= {person: {"home": rng.choice(PLACES), "job": rng.choice(JOBS)} for person in PEOPLE}
     passages = [Passage(str(number), _passage(rng, name, told)) for number, (name, told) in enumerate(facts.items())]
     questions = [question for thing in things for question in _questions(facts, thing, hops)]
@@ -81,7 +84,10 @@ def _passage(rng: Random, name: str, told: dict[str, str]) -> str:
     """Sentences in any order, so that where something stands does not tell what it is."""
     subjects = (name, name) if name in PEOPLE else (f"The {name}", "It", "It")
     relations = rng.sample(list(told), len(told))
-    sentences = [TOLD[relation].format(subject=subject, value=told[relation]) for subject, relation in zip(subjects, relations, strict=True)]
+    sentences = [
+        TOLD[relation].format(subject=subject, value=told[relation])
+        for subject, relation in zip(subjects, relations, strict=True)
+    ]
     return f'"{name}"\n{" ".join(sentences)}'
 
 
@@ -93,4 +99,10 @@ def _questions(facts: dict[str, dict[str, str]], thing: str, hops: int) -> Itera
                 names.append(facts[names[-1]][relation])
             *queries, answer = names
             kind = "-of-".join(reversed(relations))
-            yield Question(f"generated/{thing.replace(' ', '-')}/{kind}", asked.format(thing=thing), (answer,), f"generated-{len(relations)}", tuple(queries))
+            yield Question(
+                f"generated/{thing.replace(' ', '-')}/{kind}",
+                asked.format(thing=thing),
+                (answer,),
+                f"generated-{len(relations)}",
+                tuple(queries),
+            )

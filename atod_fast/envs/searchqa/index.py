@@ -30,7 +30,9 @@ def index(corpus: Sequence[Path], out: Path, *, bad_lines: int) -> int:
         task = bar.add_task("reading", total=sum(path.stat().st_size for path in corpus if path.is_file()))
 
         def passages() -> Iterator[Passage]:
-            yield from read_passages(corpus, option="corpus", bad_lines=bad_lines, read=lambda size: bar.advance(task, size))
+            yield from read_passages(
+                corpus, option="corpus", bad_lines=bad_lines, read=lambda size: bar.advance(task, size)
+            )
             bar.stop()  # bm25s shows bars of its own
 
         return build(passages(), out, show_progress=console.is_terminal)
@@ -38,10 +40,16 @@ def index(corpus: Sequence[Path], out: Path, *, bad_lines: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad usage or input, 130 broken off by Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m atod_fast.envs.searchqa.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m atod_fast.envs.searchqa.index",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("corpus", nargs="+", type=Path, help="JSON-lines files")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to create")
-    parser.add_argument("--bad-lines", type=int, default=10, metavar="N", help="skip up to N malformed lines (default 10)")
+    parser.add_argument(
+        "--bad-lines", type=int, default=10, metavar="N", help="skip up to N malformed lines (default 10)"
+    )
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
     try:
@@ -50,7 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"atod_fast: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"atod_fast: --out {str(arguments.out)!r} cannot be written ({error}); choose another place", file=sys.stderr)
+        print(
+            f"atod_fast: --out {str(arguments.out)!r} cannot be written ({error}); choose another place",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -11,13 +11,24 @@ from typing import Any, TypeVar
 from atod_fast.errors import NotHere, UserError
 
 T = TypeVar("T")
-PACKED = (b"\xfd7zXZ", b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"PK")  # how files of xz, gzip, bzip2, zstd and zip begin
+PACKED = (
+    b"\xfd7zXZ",
+    b"\x1f\x8b",
+    b"BZh",
+    b"\x28\xb5\x2f\xfd",
+    b"PK",
+)  # how files of xz, gzip, bzip2, zstd and zip begin
 SHOWN = 3  # malformed lines told by name
 _log = logging.getLogger(__name__)
 
 
 def read_jsonl(
-    paths: Sequence[Path], parse: Callable[[dict[str, Any], Path, int], T], *, option: str, bad_lines: int, read: Callable[[int], object] = lambda size: None
+    paths: Sequence[Path],
+    parse: Callable[[dict[str, Any], Path, int], T],
+    *,
+    option: str,
+    bad_lines: int,
+    read: Callable[[int], object] = lambda size: None,
 ) -> Iterator[T]:
     """What `parse` makes of every line of the files; blank lines count for nothing.
 
@@ -48,11 +59,19 @@ def read_jsonl(
                     bad.append(f"{path}:{number}: {error}")
                     if len(bad) > bad_lines:
                         found = f"{len(bad)} malformed lines, the last {bad[-1]}"
-                        raise UserError(f"{option}: {found}; mend the file, or skip more: bad_lines is {bad_lines}") from None
+                        raise UserError(
+                            f"{option}: {found}; mend the file, or skip more: bad_lines is {bad_lines}"
+                        ) from None
                 else:
                     yield item
     if bad:
-        _log.warning("%s: skipped %d malformed lines: %s%s", option, len(bad), "; ".join(bad[:SHOWN]), "; ..." if len(bad) > SHOWN else "")
+        _log.warning(
+            "%s: skipped %d malformed lines: %s%s",
+            option,
+            len(bad),
+            "; ".join(bad[:SHOWN]),
+            "; ..." if len(bad) > SHOWN else "",
+        )
 
 
 def text_of(entry: dict[str, Any], key: str) -> str:

@@ -31,12 +31,20 @@ def parse_passage(entry: dict[str, Any]) -> Passage:
 
 def contents_of(entry: dict[str, Any]) -> str:
     """ValueError, with the reason, where it has none."""
-    return text_of(entry, "contents") if "contents" in entry or "text" not in entry else f'"{text_of(entry, "title")}"\n{text_of(entry, "text")}'
+    return (
+        text_of(entry, "contents")
+        if "contents" in entry or "text" not in entry
+        else f'"{text_of(entry, "title")}"\n{text_of(entry, "text")}'
+    )
 
 
-def read_passages(paths: Sequence[Path], *, option: str, bad_lines: int, read: Callable[[int], object] = lambda size: None) -> Iterator[Passage]:
+def read_passages(
+    paths: Sequence[Path], *, option: str, bad_lines: int, read: Callable[[int], object] = lambda size: None
+) -> Iterator[Passage]:
     """The passages of the files, one by one; arguments and errors as of `read_jsonl`."""
-    return read_jsonl(paths, lambda entry, path, number: parse_passage(entry), option=option, bad_lines=bad_lines, read=read)
+    return read_jsonl(
+        paths, lambda entry, path, number: parse_passage(entry), option=option, bad_lines=bad_lines, read=read
+    )
 
 
 class PassageFile(Sequence[Passage]):

@@ -39,7 +39,9 @@ class Poster:
         except urllib3.exceptions.LocationParseError:
             parts = urllib3.util.Url()
         if not parts.host or parts.port == 0:
-            raise UserError(f"retriever={without_secrets(url)!r} is not a URL; give one like http://127.0.0.1:8000/retrieve")
+            raise UserError(
+                f"retriever={without_secrets(url)!r} is not a URL; give one like http://127.0.0.1:8000/retrieve"
+            )
         if parts.path in (None, "/"):
             parts = parts._replace(path=path)
         self.shown = without_secrets(parts.url)

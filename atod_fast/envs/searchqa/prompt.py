@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from atod_fast.records import Turn
 
-_OPENING = "\nYou are an expert agent tasked with answering the given question step-by-step.\nYour question: {question}\n"
+_OPENING = (
+    "\nYou are an expert agent tasked with answering the given question step-by-step.\nYour question: {question}\n"
+)
 _HISTORY = (
     "\nPrior to this step, you have already taken {steps} step(s). Below is the interaction history where <search> </search> wrapped your past "
     "search queries and <information> </information> wrapped the corresponding search results returned by the external search engine. History:\n"
@@ -38,12 +40,17 @@ class SearchPrompt:
         self.history = history
         self._request = _ASK + (_THINK if thinking else _ACT) + _ACTIONS
 
-    def message(self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]) -> str:
+    def message(
+        self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]
+    ) -> str:
         if not history or not self.history:
             return self.first(task_observation if history else observation, admissible)
         # What a command was answered is what was observed before the next one.
         answers = [*(turn.observation for turn in history[1:]), observation]
-        steps = [f"Step {n}:{turn.command} {answer}\n" for n, (turn, answer) in enumerate(zip(history, answers, strict=True), 1)]
+        steps = [
+            f"Step {n}:{turn.command} {answer}\n"
+            for n, (turn, answer) in enumerate(zip(history, answers, strict=True), 1)
+        ]
         past = _HISTORY.format(steps=len(history), history="\n".join(steps[-self.history :]))
         return _OPENING.format(question=task_observation) + past + self._request
 

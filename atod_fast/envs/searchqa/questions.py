@@ -35,14 +35,23 @@ def parse_question(entry: dict[str, Any], path: Path, number: int) -> Question:
     """
     given = entry.get("golden_answers")
     given = given if isinstance(given, list) else [given]
-    answers = [text_of({"an answer": answer}, "an answer") for answer in given if answer is not None and str(answer).strip()]
+    answers = [
+        text_of({"an answer": answer}, "an answer") for answer in given if answer is not None and str(answer).strip()
+    ]
     if not answers:
         raise ValueError("golden_answers holds no answer" if "golden_answers" in entry else "no golden_answers")
     source = text_of(entry, "data_source") if entry.get("data_source") is not None else path.stem
-    return Question(clean(text_of(entry, "id")), cut_end(clean(text_of(entry, "question")).strip(), CHARS), tuple(answers), clean(source))
+    return Question(
+        clean(text_of(entry, "id")),
+        cut_end(clean(text_of(entry, "question")).strip(), CHARS),
+        tuple(answers),
+        clean(source),
+    )
 
 
-def read_questions(paths: Iterable[Path], *, sources: Sequence[str] = (), limit: int | None = None, bad_lines: int = 10) -> list[Question]:
+def read_questions(
+    paths: Iterable[Path], *, sources: Sequence[str] = (), limit: int | None = None, bad_lines: int = 10
+) -> list[Question]:
     """The questions of the files in order, of these `sources` only; at most `limit`, evenly spaced. UserError if none is left."""
     paths = list(paths)
     found = list(read_jsonl(paths, parse_question, option="questions", bad_lines=bad_lines))
@@ -53,7 +62,9 @@ def read_questions(paths: Iterable[Path], *, sources: Sequence[str] = (), limit:
     if sources:
         found = [question for question in found if question.source in sources]
     if not found:
-        raise UserError(f"questions={', '.join(map(str, paths))!r}: no question in it; give JSON lines with id, question and golden_answers")
+        raise UserError(
+            f"questions={', '.join(map(str, paths))!r}: no question in it; give JSON lines with id, question and golden_answers"
+        )
     if limit is None or limit >= len(found):
         return found
     return [found[place * len(found) // limit] for place in range(limit)]

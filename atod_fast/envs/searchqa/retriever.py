@@ -42,7 +42,9 @@ def local_path(retriever: str) -> Path:
     """Where an index folder or a corpus is. UserError where nothing is."""
     path = Path(retriever).expanduser()
     if not path.is_dir() and not path.is_file():
-        raise NotHere(f"retriever={without_secrets(retriever)!r} is no index folder, no corpus .jsonl and no http(s) URL; give one of these")
+        raise NotHere(
+            f"retriever={without_secrets(retriever)!r} is no index folder, no corpus .jsonl and no http(s) URL; give one of these"
+        )
     return path
 
 

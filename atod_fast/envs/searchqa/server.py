@@ -32,7 +32,11 @@ def answer(retriever: Bm25, body: bytes) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise ValueError("the body is not a JSON object")
     queries, topk, scores = request.get("queries"), request.get("topk"), request.get("return_scores", False)
-    if not isinstance(queries, list) or not 1 <= len(queries) <= QUERIES or not all(isinstance(query, str) for query in queries):
+    if (
+        not isinstance(queries, list)
+        or not 1 <= len(queries) <= QUERIES
+        or not all(isinstance(query, str) for query in queries)
+    ):
         raise ValueError(f"queries must be a list of 1 to {QUERIES} texts")
     topk = DEFAULT_TOPK if topk is None else topk
     if type(topk) is not int or not 1 <= topk <= TOPK:
@@ -41,7 +45,9 @@ def answer(retriever: Bm25, body: bytes) -> dict[str, Any]:
         raise ValueError("return_scores must be true or false")
     found = [retriever.scored(query, topk) for query in queries]
     if scores:
-        return {"result": [[{"document": asdict(passage), "score": score} for passage, score in hits] for hits in found]}
+        return {
+            "result": [[{"document": asdict(passage), "score": score} for passage, score in hits] for hits in found]
+        }
     return {"result": [[asdict(passage) for passage, _ in hits] for hits in found]}
 
 
@@ -104,11 +110,19 @@ class _Server(ThreadingHTTPServer):
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 stopped by Ctrl-C, 2 bad usage or input, 130 broken off by Ctrl-C before it serves."""
-    parser = argparse.ArgumentParser(prog="python -m atod_fast.envs.searchqa.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m atod_fast.envs.searchqa.server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("retriever", help="index folder, or corpus .jsonl to index in memory")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in (default 127.0.0.1)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in (default 127.0.0.1)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0 = any free one (default 8000)")
-    parser.add_argument("--bad-lines", type=int, default=10, metavar="N", help="skip up to N malformed lines of a corpus (default 10)")
+    parser.add_argument(
+        "--bad-lines", type=int, default=10, metavar="N", help="skip up to N malformed lines of a corpus (default 10)"
+    )
     arguments = parser.parse_args(argv)
     try:
         if is_url(arguments.retriever):
@@ -117,7 +131,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             server = make_server(retriever, arguments.host, arguments.port)
         except (OSError, OverflowError) as error:
-            raise UserError(f"--host {arguments.host} --port {arguments.port} cannot be listened at ({error}); choose another") from None
+            raise UserError(
+                f"--host {arguments.host} --port {arguments.port} cannot be listened at ({error}); choose another"
+            ) from None
     except UserError as error:
         print(f"atod_fast: {error}", file=sys.stderr)
         return error.exit_code

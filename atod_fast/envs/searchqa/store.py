@@ -73,7 +73,9 @@ def _build(passages: Iterable[Passage], folder: Path, show_progress: bool) -> in
             term_ends.append(terms)
     np.save(folder / ENDS, np.frombuffer(ends, np.int64))
     rows = np.memmap(flat, np.int32, "r") if terms else np.empty(0, np.int32)
-    score_matrix(TermLists(_Lists(rows, np.frombuffer(term_ends, np.int64)), numbers.vocabulary), show_progress).save(folder)
+    score_matrix(TermLists(_Lists(rows, np.frombuffer(term_ends, np.int64)), numbers.vocabulary), show_progress).save(
+        folder
+    )
     del rows
     flat.unlink()
     (folder / MARK).write_text(json.dumps(FORMAT | {"passages": len(ends)}, indent=1) + "\n", encoding="utf-8")
@@ -84,7 +86,9 @@ def load(folder: Path) -> Bm25:
     """The index in `folder`, memory-mapped but for its vocabulary; one object for all who open it. UserError if it is none."""
     mark = folder / MARK
     if not mark.is_file():
-        raise UserError(f"retriever={str(folder)!r} holds no index; build one: python -m atod_fast.envs.searchqa.index CORPUS.jsonl --out FOLDER")
+        raise UserError(
+            f"retriever={str(folder)!r} holds no index; build one: python -m atod_fast.envs.searchqa.index CORPUS.jsonl --out FOLDER"
+        )
     return _load(folder.resolve(), mark.stat().st_mtime_ns)
 
 
@@ -98,9 +102,14 @@ def _load(folder: Path, built: int) -> Bm25:
         passages = PassageFile(folder / LINES, folder / ENDS)
         index = bm25s.BM25.load(folder, mmap=True)
         scores = index.scores
-        whole = len(passages) == mark["passages"] == scores["num_docs"] and len(scores["data"]) == len(scores["indices"]) == scores["indptr"][-1]
+        whole = (
+            len(passages) == mark["passages"] == scores["num_docs"]
+            and len(scores["data"]) == len(scores["indices"]) == scores["indptr"][-1]
+        )
         if not whole:
             raise ValueError("its files do not belong together")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-        raise UserError(f"retriever={str(folder)!r} is damaged ({error}); build it again: python -m atod_fast.envs.searchqa.index") from None
+        raise UserError(
+            f"retriever={str(folder)!r} is damaged ({error}); build it again: python -m atod_fast.envs.searchqa.index"
+        ) from None
     return Bm25(index, passages)

@@ -82,10 +82,19 @@ class Catalogue:
                 first.setdefault(product.asin, product)
         self.products = list(first.values())
         self.prices = [p.prices[0] if len(p.prices) == 1 else random.uniform(*p.prices) for p in self.products]
-        self.instructions = {asin: facts[asin].instruction for asin in first if asin in facts and facts[asin].instruction}
+        self.instructions = {
+            asin: facts[asin].instruction for asin in first if asin in facts and facts[asin].instruction
+        }
 
 
-def load(products: str | Path, attributes: str | Path, random: Random, *, num_products: int | None = None, malformed: int = 100) -> Catalogue:
+def load(
+    products: str | Path,
+    attributes: str | Path,
+    random: Random,
+    *,
+    num_products: int | None = None,
+    malformed: int = 100,
+) -> Catalogue:
     """The catalogue in WebShop's files `items_shuffle*.json` and `items_ins_v2*.json`.
 
     num_products: only so many entries, the first. malformed: entries of a file that may be left out as such.
@@ -125,7 +134,12 @@ def parse_product(entry: Any, facts: Mapping[str, Facts]) -> Product:
         asin=asin,
         title=line(string(entry, "name")),
         description=text(string(entry, "full_description")),
-        bullets=tuple(map(text, strings({"small_description": [bullets] if isinstance(bullets, str) else bullets}, "small_description"))),
+        bullets=tuple(
+            map(
+                text,
+                strings({"small_description": [bullets] if isinstance(bullets, str) else bullets}, "small_description"),
+            )
+        ),
         options=_options(entry.get("customization_options")),
         attributes=facts.get(asin, Facts()).attributes,
         category=intern(line(string(entry, "category"))),
@@ -146,10 +160,14 @@ def _options(groups: Any) -> dict[str, tuple[str, ...]]:
             continue
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             raise Malformed(f"option {name[:40]!r} is no list of objects")
-        options[intern(line(name).lower())] = tuple(intern(line(string(value, "value")).strip().replace("/", " | ").lower()) for value in values)
+        options[intern(line(name).lower())] = tuple(
+            intern(line(string(value, "value")).strip().replace("/", " | ").lower()) for value in values
+        )
     texts = [text for name, values in options.items() for text in (name, *values)]
     if len(texts) > MOST_VALUES or sum(map(len, texts)) > LONGEST_TEXT:
-        raise Malformed(f"{len(texts)} options and values of {sum(map(len, texts))} characters, {MOST_VALUES} of {LONGEST_TEXT} are the most")
+        raise Malformed(
+            f"{len(texts)} options and values of {sum(map(len, texts))} characters, {MOST_VALUES} of {LONGEST_TEXT} are the most"
+        )
     return options
 
 
@@ -158,7 +176,11 @@ def _prices(pricing: Any) -> tuple[float, ...]:
     if not pricing:
         return (NO_PRICE,)
     try:
-        parts = [re.sub(r"[^\d.]", "", part) for part in pricing.split("$")[1:]] if isinstance(pricing, str) else list(pricing)
+        parts = (
+            [re.sub(r"[^\d.]", "", part) for part in pricing.split("$")[1:]]
+            if isinstance(pricing, str)
+            else list(pricing)
+        )
         prices = tuple(float(part) for part in parts[:2])
     except (TypeError, ValueError, OverflowError):
         prices = ()

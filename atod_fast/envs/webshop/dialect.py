@@ -15,7 +15,9 @@ from atod_fast.envs.webshop.goals import STEPS, Goal
 from atod_fast.envs.webshop.pages import BACK, BUY, NEXT, PREVIOUS, SEPARATOR, SUB_PAGES
 
 VERBS = ("search", "click")
-BUTTONS = {"buy": BUY, "back": BACK, "prev": PREVIOUS, "next": NEXT} | {name: name for name in SUB_PAGES}  # said without a verb
+BUTTONS = {"buy": BUY, "back": BACK, "prev": PREVIOUS, "next": NEXT} | {
+    name: name for name in SUB_PAGES
+}  # said without a verb
 
 HIGHEST_LIMIT = 170  # dollars, that a goal of the small catalogues names
 
@@ -35,7 +37,9 @@ _KINDS = frozenset(_word(kind.noun) for kind in KINDS)
 # Of phrases that begin alike the longest is meant.
 _PHRASE = "|".join(map(re.escape, sorted(_WORDS, key=len, reverse=True)))
 _PRICE = r"\$?(?P<price>[0-9]{1,6}\.[0-9]+)(?: to \$[0-9.]+)?"
-_READ = re.compile(rf"(?<![\w-])(?:(?P<phrase>{_PHRASE})|b(?P<asin>[0-9]{{9}})|{_PRICE}|(?P<buy>{BUY})|page (?P<page>[0-9]))(?![\w-])")
+_READ = re.compile(
+    rf"(?<![\w-])(?:(?P<phrase>{_PHRASE})|b(?P<asin>[0-9]{{9}})|{_PRICE}|(?P<buy>{BUY})|page (?P<page>[0-9]))(?![\w-])"
+)
 _COMMAND = re.compile(r"(search|click)\[(.*)\]")
 
 
@@ -95,14 +99,22 @@ def vocabulary(env: WebShop, count: int) -> list[str]:
 def fulfils(goal: Goal, product: Product, price: float) -> bool:
     """Whether `product`, with the options that are asked for, is what the goal asks for."""
     alike = product.query == goal.product.query and set(goal.attributes) <= set(product.attributes)
-    return alike and price <= goal.price_upper and all(value in product.options.get(name, ()) for name, value in goal.options.items())
+    return (
+        alike
+        and price <= goal.price_upper
+        and all(value in product.options.get(name, ()) for name, value in goal.options.items())
+    )
 
 
 def player(env: WebShop) -> Player:
     """Searches for all that is asked for, opens the first product that will do, chooses its options and buys it."""
     goal, catalogue = env.goal, env.shop.catalogue
     products = {product.asin.lower(): product for product in catalogue.products}
-    good = {asin for (asin, product), price in zip(products.items(), catalogue.prices, strict=True) if fulfils(goal, product, price)}
+    good = {
+        asin
+        for (asin, product), price in zip(products.items(), catalogue.prices, strict=True)
+        if fulfils(goal, product, price)
+    }
     search = f"search[{' '.join((*goal.attributes, _TEXTS[_WORDS[goal.product.query]], *goal.options.values()))}]"
 
     def play(steps: Sequence[Step], observation: str) -> str:
@@ -114,15 +126,28 @@ def player(env: WebShop) -> Player:
             if asin is not None:
                 return f"click[{asin}]"
             asked = next((step.command for step in reversed(steps) if step.command.startswith("search[")), "")
-            turn_page = asked == search and any(piece in products for piece in pieces)  # there are no products behind an empty page
+            turn_page = asked == search and any(
+                piece in products for piece in pieces
+            )  # there are no products behind an empty page
             return f"click[{NEXT}]" if turn_page else search
-        at = max(n for n, step in enumerate(steps) if _clicked(step) in products and _clicked(step) in step.observation.lower())
+        at = max(
+            n
+            for n, step in enumerate(steps)
+            if _clicked(step) in products and _clicked(step) in step.observation.lower()
+        )
         opened = _clicked(steps[at])
         if BUY not in pieces or opened not in good:
             return f"click[{PREVIOUS}]"
         options = products[opened].options
-        chosen = {name: _clicked(step) for step in steps[at + 1 :] for name, values in options.items() if _clicked(step) in values}
-        return next((f"click[{value}]" for name, value in goal.options.items() if chosen.get(name) != value), f"click[{BUY}]")
+        chosen = {
+            name: _clicked(step)
+            for step in steps[at + 1 :]
+            for name, values in options.items()
+            if _clicked(step) in values
+        }
+        return next(
+            (f"click[{value}]" for name, value in goal.options.items() if chosen.get(name) != value), f"click[{BUY}]"
+        )
 
     return play
 
@@ -133,9 +158,16 @@ def _clicked(step: Step) -> str:
 
 def junk(env: WebShop, observation: str, rng: Random) -> str:
     """A detour, a click on what is no button, half a search, or no command. No purchase: it would end the episode."""
-    shown = [word for word in compact(observation) if word not in BUTTONS and not word.startswith(("$", "page"))] or [_WORDS[env.goal.product.query]]
+    shown = [word for word in compact(observation) if word not in BUTTONS and not word.startswith(("$", "page"))] or [
+        _WORDS[env.goal.product.query]
+    ]
     word = rng.choice(shown)
-    choices = [f"click[{_text(word)}]", f"search[{_text(word)}]", word, f"click[{rng.choice((BACK, PREVIOUS, NEXT, *SUB_PAGES))}]"]
+    choices = [
+        f"click[{_text(word)}]",
+        f"search[{_text(word)}]",
+        word,
+        f"click[{rng.choice((BACK, PREVIOUS, NEXT, *SUB_PAGES))}]",
+    ]
     return rng.choices(choices, weights=(4, 1, 1, 2))[0]
 
 

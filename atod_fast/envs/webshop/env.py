@@ -58,11 +58,19 @@ class WebShop:
         nouns: str = "auto",
     ) -> None:
         if (generate is None) == (products is None):
-            raise UserError("webshop takes exactly one of products=<items_shuffle.json>, with attributes=<items_ins_v2.json>, and generate=N")
+            raise UserError(
+                "webshop takes exactly one of products=<items_shuffle.json>, with attributes=<items_ins_v2.json>, and generate=N"
+            )
         for name, value, known in (("scale", scale, SCALES), ("split", split, SPLITS), ("nouns", nouns, TAGGERS)):
             choice(name, value, known)
         whole(malformed=(malformed, 0), seed=(seed, 0))
-        whole(**{name: (value, 1) for name, value in (("num_products", num_products), ("generate", generate)) if value is not None})
+        whole(
+            **{
+                name: (value, 1)
+                for name, value in (("num_products", num_products), ("generate", generate))
+                if value is not None
+            }
+        )
         self._alike = matcher()
         self.nouns, self._tag = tagger(nouns)
         if generate is not None:
@@ -72,13 +80,19 @@ class WebShop:
         else:
             goes_with("generate=N", seed=(seed, 0), scale=(scale, "small"))
             if attributes is None:
-                raise UserError(f"products={str(products)!r} needs attributes=<items_ins_v2.json>, which says what is true of them")
+                raise UserError(
+                    f"products={str(products)!r} needs attributes=<items_ins_v2.json>, which says what is true of them"
+                )
             human = None if human_goals is None else _file("human_goals", human_goals)
-            self.shop = Source(_file("products", products), _file("attributes", attributes), human, num_products, malformed).open()
+            self.shop = Source(
+                _file("products", products), _file("attributes", attributes), human, num_products, malformed
+            ).open()
         self._places = self.shop.goals.split(split)
         if not self._places:
             count, goals = len(self.shop.catalogue.products), len(self.shop.goals)
-            raise UserError(f"split={split!r} is empty: {count} products make {goals} goals; give more products, or attributes that belong to them")
+            raise UserError(
+                f"split={split!r} is empty: {count} products make {goals} goals; give more products, or attributes that belong to them"
+            )
         self._visit: Visit | None = None
 
     def __len__(self) -> int:

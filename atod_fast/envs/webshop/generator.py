@@ -135,7 +135,14 @@ VALUES = {
     "Pack": ("1 Count (Pack of 1)", "6 Count (Pack of 2)", "12 Count (Pack of 3)"),
 }
 SYLLABLES = ("va", "lo", "ri", "ne", "to", "ka", "mi", "su", "del", "bran", "fen", "quo")
-PHRASES = ("made for daily use", "a gift for friends and family", "tested by our team", "easy to store", "with a one year warranty", "loved by our customers")
+PHRASES = (
+    "made for daily use",
+    "a gift for friends and family",
+    "tested by our team",
+    "easy to store",
+    "with a one year warranty",
+    "loved by our customers",
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,9 @@ class Files:
 
     def write(self, folder: str | Path) -> tuple[Path, Path, Path]:
         """Paths of the files written: products, attributes and human goals, under WebShop's names."""
-        paths = tuple(Path(folder) / name for name in ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json"))
+        paths = tuple(
+            Path(folder) / name for name in ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json")
+        )
         for path, content in zip(paths, (self.products, self.attributes, self.human), strict=True):
             path.write_text(json.dumps(content), encoding="utf-8")
         return paths
@@ -169,11 +178,20 @@ def generate_files(count: int, seed: int, scale: str = "small") -> Files:
         files.attributes[asin] = {"attributes": attributes}
         if random.random() < ASKED_FOR:
             wanted = random.sample(attributes, 2)
-            files.attributes[asin] |= {"instruction": f"Find me {', '.join(wanted)} {kind.query}", "instruction_attributes": wanted}
-            values = [random.choice(group)["value"].lower() for group in (product["customization_options"] or {}).values() if group]
+            files.attributes[asin] |= {
+                "instruction": f"Find me {', '.join(wanted)} {kind.query}",
+                "instruction_attributes": wanted,
+            }
+            values = [
+                random.choice(group)["value"].lower()
+                for group in (product["customization_options"] or {}).values()
+                if group
+            ]
             described = "".join(f", {value}" for value in values)
             asked = f"i am looking for a {kind.noun.lower()}{described} that is {wanted[0]} and {wanted[1]}."
-            files.human[asin] = [{"asin": asin, "instruction": asked, "instruction_attributes": wanted, "instruction_options": values}]
+            files.human[asin] = [
+                {"asin": asin, "instruction": asked, "instruction_attributes": wanted, "instruction_options": values}
+            ]
     return files
 
 
@@ -186,11 +204,17 @@ def _product(random: Random, kind: Kind, asin: str, scale: str) -> tuple[dict[st
     if not small:
         title += f", {', '.join(random.sample(PHRASES, 2)).title()} – {random.randint(2, 12)} Pieces"
     bullets = [f"{attributes[0].capitalize()}: {random.choice(PHRASES)}. " for _ in range(1 if small else 5)]
-    description = " ".join(f"{brand}'s {kind.noun.lower()} is {attribute}, {random.choice(PHRASES)}." for attribute in attributes * (1 if small else 4))
+    description = " ".join(
+        f"{brand}'s {kind.noun.lower()} is {attribute}, {random.choice(PHRASES)}."
+        for attribute in attributes * (1 if small else 4)
+    )
     options: dict[str, list[dict[str, Any]] | None] = {}
     for name in kind.options:
         values = random.sample(VALUES[name], min(len(VALUES[name]), random.randint(2, 3 if small else 8)))
-        options[name] = [{"is_selected": not at, "is_available": True, "value": value, "image": None} for at, value in enumerate(values)]
+        options[name] = [
+            {"is_selected": not at, "is_available": True, "value": value, "image": None}
+            for at, value in enumerate(values)
+        ]
     if not small and random.random() < 0.2:
         options["Style"] = None  # as found in the original files
     low = random.randint(400, 9000) / 100

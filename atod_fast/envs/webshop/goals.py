@@ -78,7 +78,9 @@ class Goals:
     human: instructions by product identifier, in place of the catalogue's own. random: draws the price limits.
     """
 
-    def __init__(self, catalogue: Catalogue, human: Mapping[str, tuple[Instruction, ...]] | None, random: Random) -> None:
+    def __init__(
+        self, catalogue: Catalogue, human: Mapping[str, tuple[Instruction, ...]] | None, random: Random
+    ) -> None:
         self._sources: list[_Source] = []
         unasked = 0
         for product, price in zip(catalogue.products, catalogue.prices, strict=True):
@@ -94,7 +96,11 @@ class Goals:
                 else:
                     unasked += 1
         if unasked:
-            _log.warning("%d products have more than %d combinations of options; no goal asks for them", unasked, MOST_COMBINATIONS)
+            _log.warning(
+                "%d products have more than %d combinations of options; no goal asks for them",
+                unasked,
+                MOST_COMBINATIONS,
+            )
         self._ends = list(accumulate(source.count for source in self._sources))
         self._order = array("Q", range(self._ends[-1] if self._ends else 0))
         Random(SHUFFLE_SEED).shuffle(self._order)
@@ -139,6 +145,11 @@ def parse_human(entry: Any) -> tuple[str, tuple[Instruction, ...]]:
     if not isinstance(written, list) or not all(isinstance(one, dict) for one in written):
         raise Malformed("not an identifier with a list of objects")
     made = [
-        Instruction(line(string(one, "instruction")), tuple(lines(one, "instruction_attributes")), tuple(lines(one, "instruction_options"))) for one in written
+        Instruction(
+            line(string(one, "instruction")),
+            tuple(lines(one, "instruction_attributes")),
+            tuple(lines(one, "instruction_options")),
+        )
+        for one in written
     ]
     return asin, tuple(one for one in made if one.attributes)

@@ -50,7 +50,10 @@ def tagger(choice: str) -> tuple[str, Nouns]:
             raise UserError(
                 f"nouns='spacy' needs spaCy and its model ({error}); pip install spacy, python -m spacy download {MODEL}, or use heuristic"
             ) from error
-        _log.warning('WebShop\'s scores take nouns by heuristic, not by spaCy (%s): some differ; nouns="heuristic" says that this is meant', error)
+        _log.warning(
+            'WebShop\'s scores take nouns by heuristic, not by spaCy (%s): some differ; nouns="heuristic" says that this is meant',
+            error,
+        )
         return "heuristic", heuristic
 
 

@@ -54,8 +54,18 @@ def item_page(instruction: str, product: Product) -> Page:
         pieces += _string(name)
         for value in values:
             pieces += _string(value)
-    pieces += [*_string(product.title), f"Price: {product.price_tag}", "Rating: N.A.", "Description", "Features", "Reviews", "Buy Now"]
-    return _page(pieces, [BACK, PREVIOUS, *SUB_PAGES, BUY, *(value for values in product.options.values() for value in values)])
+    pieces += [
+        *_string(product.title),
+        f"Price: {product.price_tag}",
+        "Rating: N.A.",
+        "Description",
+        "Features",
+        "Reviews",
+        "Buy Now",
+    ]
+    return _page(
+        pieces, [BACK, PREVIOUS, *SUB_PAGES, BUY, *(value for values in product.options.values() for value in values)]
+    )
 
 
 def sub_page(instruction: str, product: Product, name: str) -> Page:
@@ -76,8 +86,34 @@ def done_page(product: Product, options: Mapping[str, str], score: float) -> Pag
     nothing = "None"  # of what WebShop leaves out here
     return _page(
         ["Thank you for shopping with us!", "Your code:", nothing, "(Paste it in your MTurk interface.)"]
-        + ["Purchased", "asin", product.asin, "options", chosen, "attrs", nothing, "category", nothing, "query", nothing, "product category", nothing]
-        + ["Target", "asin", "options", "attrs", "price upper", "instuction text", "category", "product category", "query", "Goal", nothing]
+        + [
+            "Purchased",
+            "asin",
+            product.asin,
+            "options",
+            chosen,
+            "attrs",
+            nothing,
+            "category",
+            nothing,
+            "query",
+            nothing,
+            "product category",
+            nothing,
+        ]
+        + [
+            "Target",
+            "asin",
+            "options",
+            "attrs",
+            "price upper",
+            "instuction text",
+            "category",
+            "product category",
+            "query",
+            "Goal",
+            nothing,
+        ]
         + ["Reward", "Your score (min 0.0, max 1.0)", str(score), "Reward Details", nothing],
         [],
     )

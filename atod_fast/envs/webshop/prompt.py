@@ -37,7 +37,9 @@ class WebShopPrompt:
         self.thinking, self.history = thinking, history
         self._request = _ASK + (_THINK if thinking else _ACT)
 
-    def message(self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]) -> str:
+    def message(
+        self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]
+    ) -> str:
         task, _ = _parted(task_observation)
         plain = self._alone(task, observation, admissible)
         if not history or not self.history:
@@ -60,7 +62,11 @@ class WebShopPrompt:
         return _OPENING.format(blank=" ", task=task) + "Your" + self._situation(observation, admissible)
 
     def _situation(self, observation: str, admissible: Sequence[str]) -> str:
-        return _NOW.format(observation=_parted(observation)[1]) + _ADMISSIBLE.format(admissible=_listed(admissible)) + self._request
+        return (
+            _NOW.format(observation=_parted(observation)[1])
+            + _ADMISSIBLE.format(admissible=_listed(admissible))
+            + self._request
+        )
 
 
 def _parted(observation: str) -> tuple[str, str]:

@@ -58,7 +58,13 @@ def read(option: str, path: str | Path, limit: int, parse: Callable[[Any], T]) -
         raise kind(f"{option}={str(path)!r} cannot be read: {error}; give one of WebShop's data files") from error
     finally:
         if 0 < len(bad) <= limit:
-            _log.warning("%s=%r: left out %d malformed entries: %s", option, str(path), len(bad), "; ".join(bad[:SHOWN]) + ("; ..." if bad[SHOWN:] else ""))
+            _log.warning(
+                "%s=%r: left out %d malformed entries: %s",
+                option,
+                str(path),
+                len(bad),
+                "; ".join(bad[:SHOWN]) + ("; ..." if bad[SHOWN:] else ""),
+            )
 
 
 def _sound(value: Any) -> Any:
@@ -132,7 +138,9 @@ class _Text:
                 value, end = _decoder.raw_decode(self._held, self._at)
             except (ValueError, RecursionError) as error:
                 if len(self._held) - self._at > LONGEST_ENTRY or not self._more():
-                    raise Malformed(f"no JSON at character {self._passed + self._at} ({getattr(error, 'msg', error)})") from None
+                    raise Malformed(
+                        f"no JSON at character {self._passed + self._at} ({getattr(error, 'msg', error)})"
+                    ) from None
             else:
                 # Behind anything else a number could go on.
                 if self._held[end : end + 1] in AFTER or not self._more():

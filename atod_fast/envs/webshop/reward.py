@@ -43,12 +43,23 @@ def matcher() -> Callable[[object, object], bool]:
     return alike
 
 
-def score(goal: Goal, bought: Product, price: float, options: Mapping[str, str], nouns: Nouns, alike: Callable[[object, object], bool]) -> float:
+def score(
+    goal: Goal,
+    bought: Product,
+    price: float,
+    options: Mapping[str, str],
+    nouns: Nouns,
+    alike: Callable[[object, object], bool],
+) -> float:
     """WebShop's score of `goal` for buying `bought` at `price` dollars with the chosen `options`; in [0, 1].
 
     nouns: see nouns.py. alike: of `matcher`.
     """
-    met = attributes_met(goal.attributes, bought, alike) + options_met(goal.options, options.values(), alike) + (price <= goal.price_upper)
+    met = (
+        attributes_met(goal.attributes, bought, alike)
+        + options_met(goal.options, options.values(), alike)
+        + (price <= goal.price_upper)
+    )
     return met / (len(goal.attributes) + len(goal.options) + 1) * type_reward(goal.product, bought, nouns)
 
 
@@ -68,10 +79,14 @@ def type_reward(wanted: Product, bought: Product, nouns: Nouns) -> float:
 def attributes_met(wanted: Collection[str], bought: Product, alike: Callable[[object, object], bool]) -> int:
     """Of the `wanted`, how many are like an attribute of the product or stand in its text."""
     texts = (bought.title.lower(), " ".join(bought.bullets).lower(), bought.description.lower())
-    return sum(any(alike(has, want) for has in bought.attributes) or any(want in text for text in texts) for want in wanted)
+    return sum(
+        any(alike(has, want) for has in bought.attributes) or any(want in text for text in texts) for want in wanted
+    )
 
 
-def options_met(wanted: Mapping[str, str] | Collection[str], chosen: Collection[str], alike: Callable[[object, object], bool]) -> int:
+def options_met(
+    wanted: Mapping[str, str] | Collection[str], chosen: Collection[str], alike: Callable[[object, object], bool]
+) -> int:
     """Of the `wanted`, how many are like a chosen value, colours taken for their base colour."""
     # WebShop compares (name, value) pairs as printed, where names are known: their base colour is found only in a value that is one.
     pairs = wanted.items() if isinstance(wanted, Mapping) else wanted

@@ -49,7 +49,10 @@ class SearchEngine:
 
         self._stem = stem
         self._vocabulary: dict[str, int] = {}
-        documents = [array("i", (self._vocabulary.setdefault(word, len(self._vocabulary)) for word in self.words(document(p)))) for p in products]
+        documents = [
+            array("i", (self._vocabulary.setdefault(word, len(self._vocabulary)) for word in self.words(document(p))))
+            for p in products
+        ]
         self._bm25 = bm25s.BM25(k1=K1, b=B, method="lucene")
         if self._vocabulary:
             self._bm25.index((documents, self._vocabulary), show_progress=False)

@@ -52,10 +52,17 @@ class Source:
 @lru_cache(maxsize=2)
 def _open(source: Source, versions: tuple[int, ...]) -> Shop:
     started, random = time.monotonic(), Random(PRICE_SEED)
-    catalogue = load(source.products, source.attributes, random, num_products=source.num_products, malformed=source.malformed)
+    catalogue = load(
+        source.products, source.attributes, random, num_products=source.num_products, malformed=source.malformed
+    )
     human = None if source.human_goals is None else load_human(source.human_goals, source.malformed)
     shop = Shop(catalogue, Goals(catalogue, human, random), SearchEngine(catalogue.products))
-    _log.info("WebShop: %d products, %d goals, loaded in %.1f s", len(catalogue.products), len(shop.goals), time.monotonic() - started)
+    _log.info(
+        "WebShop: %d products, %d goals, loaded in %.1f s",
+        len(catalogue.products),
+        len(shop.goals),
+        time.monotonic() - started,
+    )
     return shop
 
 

@@ -110,13 +110,19 @@ def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Si
     missing = dict(shapes)
     for name, weight in weights:
         if name not in shapes:
-            raise GuardError(f"weight sync: the trainer sends {name!r}, which the rollout engine's model does not have; its names begin with {_some(shapes)}")
+            raise GuardError(
+                f"weight sync: the trainer sends {name!r}, which the rollout engine's model does not have; its names begin with {_some(shapes)}"
+            )
         if weight.shape != shapes[name]:
-            raise GuardError(f"weight sync: {name} has shape {tuple(weight.shape)}, in the rollout engine {tuple(shapes[name])}; are the models the same?")
+            raise GuardError(
+                f"weight sync: {name} has shape {tuple(weight.shape)}, in the rollout engine {tuple(shapes[name])}; are the models the same?"
+            )
         missing.pop(name, None)
         yield name, weight
     if missing:
-        raise GuardError(f"weight sync: the trainer did not send {len(missing)} of the rollout engine's {len(shapes)} weights, among them {_some(missing)}")
+        raise GuardError(
+            f"weight sync: the trainer did not send {len(missing)} of the rollout engine's {len(shapes)} weights, among them {_some(missing)}"
+        )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -27,7 +27,9 @@ from ..products import Gradients, operand, product
 
 AMX = torch.cpu._is_amx_tile_supported()
 MATRIX_UNIT = threading.Lock()
-GROUP = 2**16  # logits of one model in a group of rows, per thread: with the scratch of a pass seven times that, 1.75 MiB of fp32
+GROUP = (
+    2**16
+)  # logits of one model in a group of rows, per thread: with the scratch of a pass seven times that, 1.75 MiB of fp32
 
 
 @contextmanager
@@ -67,7 +69,11 @@ class Chunk:
     def _hidden(self, layer: Layer) -> Tensor:
         """Hidden rows as an operand, ignored ones zeroed: what they hold, NaN too, must not reach a sum over tokens."""
         x = operand(layer.hidden[self.rows], self.problem.dtype)
-        return x if self.ignored is None or (x.device.type == "cpu" and not self.ignored.any()) else x.masked_fill(self.ignored[:, None], 0)
+        return (
+            x
+            if self.ignored is None or (x.device.type == "cpu" and not self.ignored.any())
+            else x.masked_fill(self.ignored[:, None], 0)
+        )
 
     @property
     def size(self) -> int:
@@ -98,7 +104,9 @@ class Chunk:
 def group_rows(p: Problem, columns: slice) -> int:
     """Rows of a tile that the element-wise passes take at a time."""
     cpu = p.student.hidden.device.type == "cpu"
-    return min(p.tile[0], max(1, GROUP // (columns.stop - columns.start)) * torch.get_num_threads()) if cpu else p.tile[0]
+    return (
+        min(p.tile[0], max(1, GROUP // (columns.stop - columns.start)) * torch.get_num_threads()) if cpu else p.tile[0]
+    )
 
 
 def weights(p: Problem, columns: slice) -> list[Tensor]:
@@ -150,9 +158,13 @@ def statistics(chunk: Chunk, kept: Room | None) -> Tensor:
         look = out.new_zeros(2, n)
         for columns in slices:
             z, rows = logits(columns) if kept is None else kept(n, columns), group_rows(p, columns)
-            for group, stats, total in zip(z.split(rows, 1), out[:, :, None].split(rows, 1), look.split(rows, 1), strict=True):
+            for group, stats, total in zip(
+                z.split(rows, 1), out[:, :, None].split(rows, 1), look.split(rows, 1), strict=True
+            ):
                 total += algebra.second_look(group, stats, p.mixture)
-        out[algebra.DIVERGENCE :: algebra.MEAN_SLOPE - algebra.DIVERGENCE] = over_shards(p, look).sum(1) if p.group else look
+        out[algebra.DIVERGENCE :: algebra.MEAN_SLOPE - algebra.DIVERGENCE] = (
+            over_shards(p, look).sum(1) if p.group else look
+        )
     if chunk.ignored is not None:
         unheld = ~chunk.ignored & ((sums[algebra.OWNED] != 1) | (sums[algebra.PICK_S] <= MASKED / 2))
         out[: algebra.OUTPUTS].masked_fill_(unheld, torch.nan).masked_fill_(chunk.ignored, 0)
@@ -177,15 +189,23 @@ class ChunkGradient:
         self.onehot = upstream[algebra.LOGP, :, None]
         softcap = chunk.problem.student.softcap
         if softcap:
-            self.cap = self.onehot.new_full(self.onehot.shape, softcap) if chunk.temperature is None else softcap / chunk.temperature
-            self.onehot = self.onehot * algebra.softcap_slope(self.stats[[algebra.LOGP, algebra.SHIFT_S, algebra.LOG_S]].sum(0), self.cap)
+            self.cap = (
+                self.onehot.new_full(self.onehot.shape, softcap)
+                if chunk.temperature is None
+                else softcap / chunk.temperature
+            )
+            self.onehot = self.onehot * algebra.softcap_slope(
+                self.stats[[algebra.LOGP, algebra.SHIFT_S, algebra.LOG_S]].sum(0), self.cap
+            )
 
     def tile(self, columns: slice, z: Tensor, scratch: Room) -> Tensor:
         """Write one tile's gradient over z[0], from scaled logits z [models, n, w]; the rest of z is overwritten."""
         p, target, rows = self.chunk.problem, self.chunk.target, group_rows(self.chunk.problem, columns)
         e = scratch(rows, columns)[0]
         slope = algebra.softcap_slope(z[0], self.cap) if p.student.softcap else None
-        for group, stats, factors in zip(z.split(rows, 1), self.stats.split(rows, 1), self.factors.split(rows, 1), strict=True):
+        for group, stats, factors in zip(
+            z.split(rows, 1), self.stats.split(rows, 1), self.factors.split(rows, 1), strict=True
+        ):
             algebra.logit_gradient(group, stats, factors, p.kind, p.mixture, e[: group.shape[1]])
         dz = z[0] if slope is None else z[0].mul_(slope)
         if target is not None:
@@ -204,7 +224,9 @@ def head_statistics(p: Problem) -> Tensor:
     return out
 
 
-def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def head_gradients(
+    p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, H], weight [V, H] and bias [V], with recomputed logits.
 
     stats [STATISTICS, T], upstream [>= 3, T]; an empty tensor stands for a gradient that is not wanted.
@@ -241,7 +263,9 @@ def chunk_statistics(p: Problem, rows: slice, kept: Tensor) -> Tensor:
         return statistics(Chunk(p, rows), Room(kept, kept=True))
 
 
-def chunk_gradients(p: Problem, rows: slice, kept: Tensor, stats: Tensor, upstream: Tensor, gradients: Gradients) -> None:
+def chunk_gradients(
+    p: Problem, rows: slice, kept: Tensor, stats: Tensor, upstream: Tensor, gradients: Gradients
+) -> None:
     """Add the gradients of the tokens `rows`, from the logits that `chunk_statistics` left in `kept`.
 
     The logits are overwritten.

@@ -101,7 +101,9 @@ def fuse_signals(d: Tensor, h: Tensor, fuse: str) -> Tensor:
     return d if fuse == "disagreement" else h
 
 
-def mean_one(w: Tensor, lengths: Tensor, ids: Tensor, offsets: Tensor, clip: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def mean_one(
+    w: Tensor, lengths: Tensor, ids: Tensor, offsets: Tensor, clip: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
     """Scale weights w [n] to a token-weighted mean of 1 in each segment: clip(c w, *clip), by bisection on log c.
 
     Returns the weights [n] and, [S], the segments where no such c exists; their weights are 1. The mean grows with c

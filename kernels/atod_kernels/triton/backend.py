@@ -179,7 +179,9 @@ def gradient_dtype(p: Problem) -> torch.dtype:
     return torch.bfloat16 if p.student_hidden.dtype == torch.bfloat16 else torch.float32
 
 
-def tile_gradient(p: Problem, rows: slice, columns: slice, zs: Tensor, zt: Tensor | None, dz: Tensor, stats: Tensor, upstream: Tensor) -> Tensor:
+def tile_gradient(
+    p: Problem, rows: slice, columns: slice, zs: Tensor, zt: Tensor | None, dz: Tensor, stats: Tensor, upstream: Tensor
+) -> Tensor:
     """Write the gradient of one tile's raw logits into dz [n, w], which may be zs, and return it.
 
     stats [STATISTICS, n] and upstream [>= 3, n] are those of the tile's tokens. What lies between w and dz's stride is
@@ -345,7 +347,9 @@ def head_statistics(p: Problem) -> Tensor:
     return torch.cat([tile_statistics(p, rows, logits) for rows in p.parts()], 1)
 
 
-def head_gradients(p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def head_gradients(
+    p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, H], weight [V, H] and bias [V], with recomputed logits.
 
     stats [STATISTICS, T], upstream [>= 3, T]; an empty tensor stands for a gradient that is not wanted.
@@ -382,7 +386,9 @@ def chunk_statistics(p: Problem, rows: slice, kept: Tensor) -> Tensor:
     return tile_statistics(p, rows, Tiles(p, kept, keep=True))
 
 
-def chunk_gradients(p: Problem, rows: slice, kept: Tensor, stats: Tensor, upstream: Tensor, gradients: Gradients) -> None:
+def chunk_gradients(
+    p: Problem, rows: slice, kept: Tensor, stats: Tensor, upstream: Tensor, gradients: Gradients
+) -> None:
     """Add the gradients of the tokens `rows`, from the logits that `chunk_statistics` left in `kept`.
 
     The logits are overwritten.

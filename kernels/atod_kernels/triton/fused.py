@@ -168,10 +168,14 @@ def fused_sums_fwd_kernel(
     i_first = tl.program_id(1) * share
     i_end = tl.minimum(i_first + share, V)
     for i_v in tl.range(i_first, i_end, BN, num_stages=1):
-        b_raw_s, b_raw_t = products(xs, ws, xt, wt, i_row, i_v, i_end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
+        b_raw_s, b_raw_t = products(
+            xs, ws, xt, wt, i_row, i_v, i_end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS
+        )
         for i in tl.static_range(PARTS):
             o_v = i_v + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
-            b_zs, b_zt = logits(b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, i_end, CAP_S, CAP_T, SCALE_T, KIND)
+            b_zs, b_zt = logits(
+                b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, i_end, CAP_S, CAP_T, SCALE_T, KIND
+            )
             if target is not None:
                 m_hit = (o_v[None, :] == o_y[:, None]) & (o_v < i_end)[None, :]
                 b_pick_s += tl.sum(tl.where(m_hit, b_zs, 0.0), 1)
@@ -213,10 +217,14 @@ def fused_mixture_fwd_kernel(
     i_first = tl.program_id(1) * share
     i_end = tl.minimum(i_first + share, V)
     for i_v in tl.range(i_first, i_end, BN, num_stages=1):
-        b_raw_s, b_raw_t = products(xs, ws, xt, wt, i_row, i_v, i_end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
+        b_raw_s, b_raw_t = products(
+            xs, ws, xt, wt, i_row, i_v, i_end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS
+        )
         for i in tl.static_range(PARTS):
             o_v = i_v + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
-            b_zs, b_zt = logits(b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, i_end, CAP_S, CAP_T, SCALE_T, KIND)
+            b_zs, b_zt = logits(
+                b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, i_end, CAP_S, CAP_T, SCALE_T, KIND
+            )
             b_log_p = b_zs - b_shift_s[:, None] - b_log_s[:, None]
             b_log_q = b_zt - b_shift_t[:, None] - b_log_t[:, None]
             b_dvalue, b_dslope = mixture_value(b_log_p, b_log_q, KIND, A, B)
@@ -247,7 +255,9 @@ def fused_gradient_bwd_kernel(
     b_own, b_other, b_constant, b_onehot, b_shift_s, b_shift_t, b_log_ratio, m_dead = factors(
         stats, upstream, target, b_inverse, o_n, m_n, stride_stats, stride_upstream, KIND
     )
-    b_raw_s, b_raw_t = products(xs, ws, xt, wt, i_row, i_v, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS)
+    b_raw_s, b_raw_t = products(
+        xs, ws, xt, wt, i_row, i_v, end, tokens, HS, HT, KIND, BM, BN, BK, TMA, EVEN, PRECISION, PARTS
+    )
     if target is not None:
         o_y = target_columns(target, o_n, m_n, start, end)
     b_temperature = row_values(temperature, o_n, m_n)
@@ -255,7 +265,9 @@ def fused_gradient_bwd_kernel(
     for i in tl.static_range(PARTS):
         o_w = tl.program_id(1) * BN + i * (BN // PARTS) + tl.arange(0, BN // PARTS)  # within dz
         o_v = column0 + o_w
-        b_zs, b_zt = logits(b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, end, CAP_S, CAP_T, SCALE_T, KIND)
+        b_zs, b_zt = logits(
+            b_raw_s[i], b_raw_t[i], bias_s, bias_t, valid, b_inverse, o_v, end, CAP_S, CAP_T, SCALE_T, KIND
+        )
         m_hit = o_v[None, :] < 0
         if target is not None:
             m_hit = o_v[None, :] == o_y[:, None]

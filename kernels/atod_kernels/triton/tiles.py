@@ -286,7 +286,9 @@ def tile_sums_fwd_kernel(
     b_cross = tl.zeros([1], tl.float32)
     for i_v in tl.range(0, w, BLOCK):
         o_v = i_v + tl.arange(0, BLOCK)
-        b_zs, b_zt = tile_logits(p_zs, p_zt, bias_s, bias_t, valid, b_inverse, o_v, w, stride_z, CAP_S, CAP_T, SCALE_T, KIND)
+        b_zs, b_zt = tile_logits(
+            p_zs, p_zt, bias_s, bias_t, valid, b_inverse, o_v, w, stride_z, CAP_S, CAP_T, SCALE_T, KIND
+        )
         b_max_s, b_sum_s, b_dot_s, b_max_t, b_sum_t, b_dot_t, b_cross = absorb_both(
             b_zs, b_zt, b_max_s, b_sum_s, b_dot_s, b_max_t, b_sum_t, b_dot_t, b_cross, KIND
         )
@@ -333,7 +335,9 @@ def tile_mixture_fwd_kernel(
     b_slope = tl.zeros([1], tl.float32)
     for i_v in tl.range(0, w, BLOCK):
         o_v = i_v + tl.arange(0, BLOCK)
-        b_zs, b_zt = tile_logits(zs + i_row, zt + i_row, bias_s, bias_t, valid, b_inverse, o_v, w, stride_z, CAP_S, CAP_T, SCALE_T, KIND)
+        b_zs, b_zt = tile_logits(
+            zs + i_row, zt + i_row, bias_s, bias_t, valid, b_inverse, o_v, w, stride_z, CAP_S, CAP_T, SCALE_T, KIND
+        )
         b_log_p = b_zs - b_shift_s[:, None] - b_log_s[:, None]
         b_log_q = b_zt - b_shift_t[:, None] - b_log_t[:, None]
         b_dvalue, b_dslope = mixture_value(b_log_p, b_log_q, KIND, A, B)
@@ -367,7 +371,9 @@ def tile_gradient_bwd_kernel(
     p_zt = zt
     if KIND != NO_TEACHER:
         p_zt = zt + i_row * stride_z
-    b_zs, b_zt = tile_logits(p_zs, p_zt, bias_s, bias_t, valid, b_inverse, o_v, w, stride_z, CAP_S, CAP_T, SCALE_T, KIND)
+    b_zs, b_zt = tile_logits(
+        p_zs, p_zt, bias_s, bias_t, valid, b_inverse, o_v, w, stride_z, CAP_S, CAP_T, SCALE_T, KIND
+    )
     b_own, b_other, b_constant, b_onehot, b_shift_s, b_shift_t, b_log_ratio, m_dead = factors(
         stats, upstream, target, b_inverse, o_n, m_n, stride_stats, stride_upstream, KIND
     )
@@ -388,7 +394,9 @@ def tile_gradient_bwd_kernel(
     do_not_specialize=["n", "k", "stride_parts", "stride_set", "stride_stats"],
     do_not_specialize_on_alignment=["parts", "stats", "target"],
 )
-def combine_sums_fwd_kernel(parts, stats, target, n, k, stride_parts, stride_set, stride_stats, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def combine_sums_fwd_kernel(
+    parts, stats, target, n, k, stride_parts, stride_set, stride_stats, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
     """`algebra.merge`, then `algebra.statistics`: parts [PARTIALS, k, n] of k column sets into stats [STATISTICS, n].
 
     Grid: (cdiv(n, BLOCK),). An ignored row's outputs are 0; those of a row whose target no column set holds, or is left
@@ -420,9 +428,13 @@ def combine_sums_fwd_kernel(parts, stats, target, n, k, stride_parts, stride_set
         b_by_t = b_part_t - b_new_t
         b_part_cross = tl.load(p_part + CROSS * stride_parts, mask=m_n, other=0.0)
         if KIND == REVERSE_KL:
-            b_cross = exp(b_shift_s) * (b_cross + (b_shift_s - b_shift_t) * b_sum_s) + exp(b_by_s) * (b_part_cross + (b_by_s - b_by_t) * b_part_sum_s)
+            b_cross = exp(b_shift_s) * (b_cross + (b_shift_s - b_shift_t) * b_sum_s) + exp(b_by_s) * (
+                b_part_cross + (b_by_s - b_by_t) * b_part_sum_s
+            )
         elif KIND == FORWARD_KL:
-            b_cross = exp(b_shift_t) * (b_cross + (b_shift_t - b_shift_s) * b_sum_t) + exp(b_by_t) * (b_part_cross + (b_by_t - b_by_s) * b_part_sum_t)
+            b_cross = exp(b_shift_t) * (b_cross + (b_shift_t - b_shift_s) * b_sum_t) + exp(b_by_t) * (
+                b_part_cross + (b_by_t - b_by_s) * b_part_sum_t
+            )
         b_dot_s = exp(b_shift_s) * (b_dot_s + b_shift_s * b_sum_s) + exp(b_by_s) * (
             tl.load(p_part + DOT_S * stride_parts, mask=m_n, other=0.0) + b_by_s * b_part_sum_s
         )

@@ -22,7 +22,13 @@ def segment(offsets, i_k, K, total):
     """Bounds of segment i_k within [0, total), and whether its offsets are possible."""
     i_start = tl.load(offsets + i_k)
     i_end = tl.load(offsets + i_k + 1)
-    b_good = (i_start >= 0) & (i_start <= i_end) & (i_end <= total) & ((i_k > 0) | (i_start == 0)) & ((i_k < K - 1) | (i_end == total))
+    b_good = (
+        (i_start >= 0)
+        & (i_start <= i_end)
+        & (i_end <= total)
+        & ((i_k > 0) | (i_start == 0))
+        & ((i_k < K - 1) | (i_end == total))
+    )
     return tl.where(b_good, i_start, 0), tl.where(b_good, i_end, 0), b_good
 
 
@@ -135,7 +141,9 @@ def fused_weight(b_d, b_h, FUSE: tl.constexpr):
 
 
 @triton.jit
-def raw_weights(disagreement, uncertainty, o_k, m_k, b_d0, b_d1, b_h0, b_h1, flat, NORMALISE: tl.constexpr, FUSE: tl.constexpr):
+def raw_weights(
+    disagreement, uncertainty, o_k, m_k, b_d0, b_d1, b_h0, b_h1, flat, NORMALISE: tl.constexpr, FUSE: tl.constexpr
+):
     """Raw weights of a block of turns, in fp64; (b_d0, b_d1) and (b_h0, b_h1) are the signals' spans."""
     b_d = tl.load(disagreement + o_k, mask=m_k, other=0.0).to(tl.float64)
     b_d = normalised(b_d, b_d0, b_d1, flat, NORMALISE)

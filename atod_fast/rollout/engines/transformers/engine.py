@@ -74,14 +74,18 @@ class TransformersEngine:
         config = model.config.get_text_config(decoder=True)
         limit = getattr(config, "max_position_embeddings", None) or max_model_len
         if max_model_len > limit:
-            raise UserError(f"rollout.prompt_tokens: sequences of {max_model_len} tokens exceed the model's {limit} positions; lower it")
+            raise UserError(
+                f"rollout.prompt_tokens: sequences of {max_model_len} tokens exceed the model's {limit} positions; lower it"
+            )
         self.max_model_len = max_model_len
         self._device = torch.device(device)
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._pass_tokens = pass_tokens
         if forward is None:
             small = partial(TransformersEngine, model, slots=2, device=device)
-            forward = choose(model, max_model_len, lambda candidate, length: small(forward=candidate, max_model_len=length))
+            forward = choose(
+                model, max_model_len, lambda candidate, length: small(forward=candidate, max_model_len=length)
+            )
         self._forward = forward(model, slots, max_model_len)
         self._capacity = slots
         self._filled = True
@@ -94,7 +98,9 @@ class TransformersEngine:
 
     def _reset(self) -> None:
         slots = self._capacity
-        self._held: list[list[int]] = [[] for _ in range(slots)]  # each slot's latest prompt and response, also after its release
+        self._held: list[list[int]] = [
+            [] for _ in range(slots)
+        ]  # each slot's latest prompt and response, also after its release
         self._cached = np.zeros(slots, np.int64)  # tokens of `_held` whose keys and values are cached
         self._waiting: list[Request] = []
         self._slot_of: dict[int, int] = {}
@@ -111,21 +117,29 @@ class TransformersEngine:
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
         valid = sampling.valid_columns
         if valid is not None and (valid.shape != (vocabulary,) or not valid.any()):
-            raise ValueError(f"valid_columns: {int(valid.sum())} true in shape {tuple(valid.shape)}; the model has {vocabulary} columns")
+            raise ValueError(
+                f"valid_columns: {int(valid.sum())} true in shape {tuple(valid.shape)}; the model has {vocabulary} columns"
+            )
         self._reset()
         self._sampling = sampling
         self._banned = None if valid is None or valid.all() else ~valid.to(self._device)
         self._stops = np.zeros(vocabulary, bool)
         self._stops[list(sampling.stop_ids)] = True
         shape = self._capacity, sampling.max_tokens
-        self._uniform, self._ids, self._logprobs = np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        self._uniform, self._ids, self._logprobs = (
+            np.zeros(shape),
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.float32),
+        )
 
     def add(self, request: Request) -> None:
         if not self._filled:
             raise RuntimeError("the engine was put to sleep: load_weights first")
         room = self.max_model_len - self._sampling.max_tokens
         if not 0 < len(request.prompt) <= room:
-            raise UserError(f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; raise it or show less")
+            raise UserError(
+                f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; raise it or show less"
+            )
         if self._slot_of.get(request.key) in self._busy or any(request.key == other.key for other in self._waiting):
             raise ValueError(f"request {request.key} is still being answered")
         self._waiting.append(request)
@@ -161,12 +175,19 @@ class TransformersEngine:
             self._busy[slot] = request
             self._filling.append(slot)
             self._count[slot] = 0
-            self._uniform[slot] = np.random.Generator(np.random.Philox(key=request.seed)).random(self._sampling.max_tokens)
+            self._uniform[slot] = np.random.Generator(np.random.Philox(key=request.seed)).random(
+                self._sampling.max_tokens
+            )
         self._waiting = waiting
 
     def _sample(self) -> list[Completion]:
         """One pass: a token of every running slot, and prompt tokens of those being filled, first come first served."""
-        feed = {slot: [token] for slot, token in zip(np.flatnonzero(self._running).tolist(), self._token[self._running].tolist(), strict=True)}
+        feed = {
+            slot: [token]
+            for slot, token in zip(
+                np.flatnonzero(self._running).tolist(), self._token[self._running].tolist(), strict=True
+            )
+        }
         budget = self._pass_tokens - len(feed)
         for slot in self._filling:
             start = self._cached[slot]
@@ -192,16 +213,22 @@ class TransformersEngine:
         """Draw the next token of running `slots` [n] from logits [n, V]."""
         counts = self._count[slots]
         uniform = self._tensor(self._uniform[slots, counts])
-        ids, logprobs = (out.numpy(force=True) for out in draw(logits.float(), self._sampling.temperature, self._banned, uniform))
+        ids, logprobs = (
+            out.numpy(force=True) for out in draw(logits.float(), self._sampling.temperature, self._banned, uniform)
+        )
         if not np.isfinite(logprobs).all():
-            raise GuardError("rollout: the student's logits are not finite; lower train.learning_rate and resume from an earlier checkpoint")
+            raise GuardError(
+                "rollout: the student's logits are not finite; lower train.learning_rate and resume from an earlier checkpoint"
+            )
         self._ids[slots, counts] = ids
         self._logprobs[slots, counts] = logprobs
         self._token[slots] = ids
         self._count[slots] = counts + 1
         stopped = self._stops[ids]
         done = stopped | (counts + 1 == self._sampling.max_tokens)
-        return [self._complete(slot, stop) for slot, stop in zip(slots[done].tolist(), stopped[done].tolist(), strict=True)]
+        return [
+            self._complete(slot, stop) for slot, stop in zip(slots[done].tolist(), stopped[done].tolist(), strict=True)
+        ]
 
     def _complete(self, slot: int, stopped: bool) -> Completion:
         self._running[slot] = False

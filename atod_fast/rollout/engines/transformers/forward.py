@@ -31,7 +31,9 @@ class Forward(Protocol):
     def kept(self, cached: int, shared: int) -> int:
         """How many of a slot's `cached` tokens serve its next prompt, with which it has the first `shared` in common."""
 
-    def __call__(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray) -> Tensor:
+    def __call__(
+        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray
+    ) -> Tensor:
         """Feed counts[r] tokens to slot slots[r] (ascending), behind the first starts[r] of its cache, from ids [N] end to end.
 
         Returns logits [n, V] after the last token of the rows that are `drawing` (bool [R]).
@@ -63,7 +65,9 @@ class SlotForward:
     def kept(self, cached: int, shared: int) -> int:
         return shared
 
-    def __call__(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray) -> Tensor:
+    def __call__(
+        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray
+    ) -> Tensor:
         positions = self._slots.place(slots, starts, counts)
         last = (counts.cumsum() - 1)[drawing]
         tokens, positions, last = (torch.from_numpy(array).to(self._model.device) for array in (ids, positions, last))
@@ -75,7 +79,9 @@ class SlotForward:
             slots=self._slots,
         )
         if self._slots.layers != self._layers:
-            raise CannotRun(f"{self._slots.layers} of {self._layers} layers attend through transformers' AttentionInterface")
+            raise CannotRun(
+                f"{self._slots.layers} of {self._layers} layers attend through transformers' AttentionInterface"
+            )
         return out.logits[0]
 
     def free(self) -> None:
@@ -108,9 +114,13 @@ class CacheForward:
     def kept(self, cached: int, shared: int) -> int:
         return cached if self.extends and shared == cached else 0
 
-    def __call__(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray) -> Tensor:
+    def __call__(
+        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray
+    ) -> Tensor:
         logits, end = [], 0
-        for slot, start, count, draws in zip(slots.tolist(), starts.tolist(), counts.tolist(), drawing.tolist(), strict=True):
+        for slot, start, count, draws in zip(
+            slots.tolist(), starts.tolist(), counts.tolist(), drawing.tolist(), strict=True
+        ):
             tokens, end = torch.from_numpy(ids[end : end + count]).to(self._model.device), end + count
             given = {self._name: self._caches[slot]} if start else {}
             if self._takes_positions:  # some count them by their first layer's cache, which may be none of tokens

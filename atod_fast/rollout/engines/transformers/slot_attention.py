@@ -59,7 +59,9 @@ class Slots:
     `reaches` says which columns a token sees, by layer.
     """
 
-    def __init__(self, slots: int, columns: int, reaches: Sequence[Reach], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, slots: int, columns: int, reaches: Sequence[Reach], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._reaches = reaches
         self._shape = slots, columns
         self._dtype, self._device = dtype, device
@@ -72,10 +74,14 @@ class Slots:
         self._lines = self._tensor(np.repeat(slots, counts)), slice(None), self._tensor(columns)
         kinds = np.digitize(counts, _WIDTHS)
         alike = [kinds == kind for kind in np.unique(kinds)]
-        self._groups = [self._group(slots[rows], starts[rows], counts[rows], firsts[rows], columns.size) for rows in alike]
+        self._groups = [
+            self._group(slots[rows], starts[rows], counts[rows], firsts[rows], columns.size) for rows in alike
+        ]
         return columns
 
-    def _group(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, firsts: np.ndarray, total: int) -> _Group:
+    def _group(
+        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, firsts: np.ndarray, total: int
+    ) -> _Group:
         low, span, width = int(slots[0]), int(slots[-1] - slots[0]) + 1, counts.max()
         # An idle slot between decoding rows costs one wasted query; copying those rows' cache costs more unless they are few.
         if span == slots.size or (width == 1 and span <= 2 * slots.size):
@@ -90,9 +96,20 @@ class Slots:
         source, target = np.where(real, tokens, 0).reshape(-1), np.where(real, tokens, total).reshape(-1)
         # Padding sees the first column, so that no softmax is empty; what it computes goes nowhere.
         last = self._tensor(np.where(real, starts[:, None] + steps, 0))
-        return _Group(place, self._tensor(source), self._tensor(target), last, int((starts + counts).max()), self._dtype)
+        return _Group(
+            place, self._tensor(source), self._tensor(target), last, int((starts + counts).max()), self._dtype
+        )
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Store key, value [1, kv_heads, N, dim] of the pass, attend query [1, heads, N, dim]; returns [1, N, heads, dim].
 
         softcap: of the scores, before the mask; sinks [heads]: a score beside the tokens', without a value.
@@ -102,7 +119,10 @@ class Slots:
         if layer not in self._layers:
             # Zeros: a masked column still enters a product, and must be finite.
             slots, columns = self._shape
-            self._layers[layer] = key.new_zeros(slots, kv_heads, columns, dim), value.new_zeros(slots, kv_heads, columns, value.shape[3])
+            self._layers[layer] = (
+                key.new_zeros(slots, kv_heads, columns, dim),
+                value.new_zeros(slots, kv_heads, columns, value.shape[3]),
+            )
         keys, values = self._layers[layer]
         keys[self._lines] = key[0].transpose(0, 1)
         values[self._lines] = value[0].transpose(0, 1)
@@ -111,7 +131,12 @@ class Slots:
         for group in self._groups:
             visible = group.visible(self._reaches[layer])
             rows, _, width, length = visible.shape
-            q = packed.index_select(0, group.source).view(rows, width, kv_heads, ratio, dim).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, ratio * width, dim)
+            q = (
+                packed.index_select(0, group.source)
+                .view(rows, width, kv_heads, ratio, dim)
+                .permute(0, 2, 3, 1, 4)
+                .reshape(rows, kv_heads, ratio * width, dim)
+            )
             k, v = (_take(state[:, :, :length], group.slots) for state in (keys, values))
             mask = visible if ratio == 1 or width == 1 else visible.repeat(1, 1, ratio, 1)
             if softcap is None and sinks is None:
@@ -140,7 +165,9 @@ def _take(state: Tensor, slots: slice | Tensor) -> Tensor:
     return state[slots] if isinstance(slots, slice) else state.index_select(0, slots)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Attention of q [R, kv_heads, m, dim] with what `scaled_dot_product_attention` has no argument for; sinks [R, kv_heads, m, 1]."""
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:

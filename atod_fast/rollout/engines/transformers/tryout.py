@@ -63,7 +63,9 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
 
 
 def _refuse(model: PreTrainedModel, why: str) -> NoReturn:
-    raise UserError(f"rollout.engine=transformers cannot run a {model.config.model_type} model ({why}); use another model, or rollout.engine=vllm")
+    raise UserError(
+        f"rollout.engine=transformers cannot run a {model.config.model_type} model ({why}); use another model, or rollout.engine=vllm"
+    )
 
 
 def _line(error: Exception) -> str:
@@ -111,7 +113,11 @@ def _play(engine: Engine, length: int, vocabulary: int) -> Told:
 
 @torch.inference_mode()
 def _finite(model: PreTrainedModel) -> bool:
-    return bool(model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False).logits.isfinite().all())
+    return bool(
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+        .logits.isfinite()
+        .all()
+    )
 
 
 @torch.inference_mode()
@@ -137,7 +143,9 @@ def _sharp(model: PreTrainedModel) -> Iterator[None]:
     if model.dtype not in TOLERANCE or not recurrent(model):
         yield
         return
-    tensors = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in TOLERANCE]
+    tensors = [
+        (tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in TOLERANCE
+    ]
     attention = model.config._attn_implementation
     if attention == "flash_attention_2":
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")

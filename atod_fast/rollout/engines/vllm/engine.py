@@ -41,7 +41,13 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # what torchrun sets
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}  # what torchrun sets
 
 
 class VllmEngine:
@@ -81,11 +87,15 @@ class VllmEngine:
             raise RuntimeError("the engine is asleep or empty: load_weights first")
         room = self.max_model_len - self._sampling.max_tokens
         if not 0 < len(request.prompt) <= room:
-            raise UserError(f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; raise it or show less")
+            raise UserError(
+                f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; raise it or show less"
+            )
         if request.key in self._running:
             raise ValueError(f"request {request.key} is still being answered")
         params = sampling_params(self._sampling, request.seed)
-        self._running[request.key] = self._engine.add_request(str(request.key), {"prompt_token_ids": request.prompt}, params)
+        self._running[request.key] = self._engine.add_request(
+            str(request.key), {"prompt_token_ids": request.prompt}, params
+        )
 
     def step(self) -> list[Completion]:
         if not self._running:
@@ -108,7 +118,9 @@ class VllmEngine:
         ids = list(sample.token_ids)
         logprobs = [line[token].logprob for line, token in zip(sample.logprobs, ids, strict=True)]
         if not np.isfinite(logprobs).all():
-            raise GuardError("rollout: the student's logits are not finite; lower train.learning_rate and resume from an earlier checkpoint")
+            raise GuardError(
+                "rollout: the student's logits are not finite; lower train.learning_rate and resume from an earlier checkpoint"
+            )
         key = int(output.request_id)
         del self._running[key]
         return Completion(key, ids, logprobs, sample.finish_reason == "stop")
@@ -128,12 +140,18 @@ class VllmEngine:
         if asleep:
             self._engine.wake_up(["weights"])
         # Copies: vLLM keeps what it is given until the whole layer has come, an embedding until the end.
-        copies = ((name, part.clone()) for sent, weight in checked(weights, self._shapes) for name, part in self._as_saved(sent, weight).items())
+        copies = (
+            (name, part.clone())
+            for sent, weight in checked(weights, self._shapes)
+            for name, part in self._as_saved(sent, weight).items()
+        )
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
         if asleep:
             self._engine.wake_up(["kv_cache"])
         if not self._engine.reset_prefix_cache():
-            raise GuardError("weight sync: vLLM kept prefixes cached under the old weights; use --resume auto, or rollout.engine=transformers")
+            raise GuardError(
+                "weight sync: vLLM kept prefixes cached under the old weights; use --resume auto, or rollout.engine=transformers"
+            )
         self._filled = True
 
     def sleep(self) -> None:
@@ -203,7 +221,15 @@ class Mask:
 
 
 def build(
-    path: str, dtype: torch.dtype, device: torch.device, *, concurrency: int, max_model_len: int, tensor_parallel: int, cache_bytes: int, filled: bool
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    concurrency: int,
+    max_model_len: int,
+    tensor_parallel: int,
+    cache_bytes: int,
+    filled: bool,
 ) -> VllmEngine:
     """An engine for the model at `path`: with its weights (`filled`), or empty and asleep until `load_weights`.
 
@@ -252,12 +278,22 @@ def build(
             ranks.before_stop(engine.engine_core.shutdown)
             engine.apply_model(_watch_loading)
             _try_out(engine)
-        except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:  # others are not the user's to mend
-            raise UserError(f"rollout.engine=vllm cannot serve {path!r}: {_reason(error)}; use rollout.engine=transformers, or another model") from error
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+            ValueError,
+            AssertionError,
+        ) as error:  # others are not the user's to mend
+            raise UserError(
+                f"rollout.engine=vllm cannot serve {path!r}: {_reason(error)}; use rollout.engine=transformers, or another model"
+            ) from error
         finally:
             logging.disable(logging.NOTSET)
     if dist.get_world_size() != world:
-        raise GuardError(f"vLLM left a process group of {dist.get_world_size()} ranks in place of {world}; set rollout.engine=transformers")
+        raise GuardError(
+            f"vLLM left a process group of {dist.get_world_size()} ranks in place of {world}; set rollout.engine=transformers"
+        )
     names = {"shapes": weight_shapes(config), "as_saved": one_as_saved(skeleton(config))}
     return VllmEngine(engine, mask, max_model_len=max_model_len, **names, sleeps=not on_cpu, filled=filled)
 

@@ -42,33 +42,48 @@ def check_installed() -> None:
 
 def check(config: Config, model: Attention, dtype: torch.dtype) -> None:
     """UserError for settings that no vLLM can have, or not for this model."""
-    for key, temperature in (("rollout.temperature", config.rollout.temperature), ("eval.temperature", config.eval.temperature)):
+    for key, temperature in (
+        ("rollout.temperature", config.rollout.temperature),
+        ("eval.temperature", config.eval.temperature),
+    ):
         if temperature and not COLDEST <= temperature <= HOTTEST:
-            raise UserError(f"{key}={temperature:g}: vLLM samples at {COLDEST} to {HOTTEST}, or 0; change it, or set rollout.engine=transformers")
+            raise UserError(
+                f"{key}={temperature:g}: vLLM samples at {COLDEST} to {HOTTEST}, or 0; change it, or set rollout.engine=transformers"
+            )
     how = config.rollout
-    if model.heads % how.tensor_parallel or (model.kv_heads % how.tensor_parallel and how.tensor_parallel % model.kv_heads):
+    if model.heads % how.tensor_parallel or (
+        model.kv_heads % how.tensor_parallel and how.tensor_parallel % model.kv_heads
+    ):
         raise UserError(
             f"rollout.tensor_parallel={how.tensor_parallel} cannot share the student's {model.heads} heads ({model.kv_heads} of keys and values); "
             "use a divisor of both, or 1"
         )
     least = _cache_bytes(model, dtype, 1, how.longest, how.tensor_parallel)
     if 0 < how.kv_cache_gib * 2**30 < least:
-        raise UserError(f"rollout.kv_cache_gib={how.kv_cache_gib:g} holds no sequence of {how.longest} tokens; use {least / 2**30:.2g} or more, or 0")
+        raise UserError(
+            f"rollout.kv_cache_gib={how.kv_cache_gib:g} holds no sequence of {how.longest} tokens; use {least / 2**30:.2g} or more, or 0"
+        )
 
 
 def check_experts(config: PretrainedConfig, device: torch.device) -> None:
     """UserError for a mixture of experts on a CPU: vLLM packs its experts' weights there once, and not again after a sync."""
     if device.type == "cpu" and any(".experts." in name for name in weight_shapes(config)):
-        raise UserError(f"rollout.engine=vllm cannot train a {config.model_type} model, a mixture of experts, on a CPU; set rollout.engine=transformers")
+        raise UserError(
+            f"rollout.engine=vllm cannot train a {config.model_type} model, a mixture of experts, on a CPU; set rollout.engine=transformers"
+        )
 
 
 def cache_bytes(config: Config, model: Attention, dtype: torch.dtype) -> int:
     """Key/value cache of one rank: `rollout.kv_cache_gib`, or room for `rollout.concurrency` sequences of the longest kind."""
     how = config.rollout
-    return int(how.kv_cache_gib * 2**30) or _cache_bytes(model, dtype, how.concurrency, how.longest, how.tensor_parallel)
+    return int(how.kv_cache_gib * 2**30) or _cache_bytes(
+        model, dtype, how.concurrency, how.longest, how.tensor_parallel
+    )
 
 
 def _cache_bytes(model: Attention, dtype: torch.dtype, sequences: int, length: int, tensor_parallel: int) -> int:
     """In whole blocks, and one to spare; heads of keys and values that cannot be split further are held by several ranks."""
     blocks = sequences * -(-length // BLOCK) + 1
-    return blocks * BLOCK * 2 * model.layers * max(1, model.kv_heads // tensor_parallel) * model.head_dim * dtype.itemsize
+    return (
+        blocks * BLOCK * 2 * model.layers * max(1, model.kv_heads // tensor_parallel) * model.head_dim * dtype.itemsize
+    )
