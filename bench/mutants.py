@@ -203,7 +203,7 @@ MUTANTS = {  # by file below atod_fast/
             "self.config.rollout.temperature, None",
         ),
         Mutant("no-weight-decay", "weight decay is off", "weight_decay=config.train.weight_decay", "weight_decay=0.0"),
-        Mutant("torch-betas", "train.betas is ignored", "betas=config.train.betas, ", ""),
+        Mutant("torch-betas", "train.betas is ignored", "betas=config.train.betas,", ""),
         Mutant("no-clipping", "gradient clipping is off", "self.config.train.grad_clip)", 'float("inf"))'),
         Mutant("rate-never-set", "the learning rate of the step is ignored", 'group["lr"] = learning_rate', "pass"),
         Mutant("one-epoch", "train.epochs is ignored", "range(self.config.train.epochs)", "range(1)"),
