@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from atod_fast import errors
 from atod_fast.errors import GuardError, RankLost, Unexpected, UserError
@@ -28,6 +30,7 @@ COLLECTIVE = timedelta(
 )  # what ranks do together takes far less; they wait for each other's rollouts in `wait`
 STOPPING = timedelta(seconds=30)  # ranks that stop for the same reason come to `all_stop` well within it
 
+_starts = count(1)
 _before_stop: list[Callable[[], object]] = []
 _waiting: dist.ProcessGroup | None = None  # of `wait`
 _stopping: dist.ProcessGroup | None = (
@@ -60,7 +63,10 @@ def start() -> tuple[torch.device, DeviceMesh]:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=COLLECTIVE)
+            # torchrun's store outlives `stop`: a second start must not find what the first one left in it.
+            store, number, size = next(rendezvous("env://", timeout=COLLECTIVE))
+            store = dist.PrefixStore(f"start{next(_starts)}", store)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=COLLECTIVE)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
