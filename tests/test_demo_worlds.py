@@ -250,7 +250,7 @@ def test_the_demo_s_models_are_refused_in_a_world_of_another_kind():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({}, 'no chat template; use a chat or instruct model .*add "atod_renderer": "compact" and .*"atod_environment"'),
+        ({}, 'no chat template; use a chat or instruct model .*add "atod_renderer": "compact" and.*"atod_environment"'),
         ({"atod_renderer": "compct", "atod_environment": "alfworld"}, "atod_renderer='compct' in tokenizer_config.json of .* is none of compact; correct it"),
         ({"atod_renderer": "compact"}, "atod_environment=None in tokenizer_config.json of .* is none of alfworld, searchqa, webshop; correct it"),
     ],
@@ -261,6 +261,6 @@ def test_a_model_that_asks_for_no_renderer_or_an_unknown_one_is_refused(asked, w
         tokenizer.init_kwargs.pop(key)
     tokenizer.init_kwargs |= asked
     tokenizer.save_pretrained(tmp_path)
-    tokenizer, config = load_tokenizer(str(tmp_path)), load("demo")
+    tokenizer, config = AutoTokenizer.from_pretrained(tmp_path), load("demo")
     with pytest.raises(UserError, match=words):
         make_renderer(config, tokenizer, len(tokenizer), make("alfworld", generate=1))
