@@ -71,7 +71,7 @@ def trace(
     junk_rate: float,
     max_turns: int,
 ) -> tuple[list[Step], bool]:
-    """Let the expert play `task`; a bad command replaces each of its own with probability `junk_rate`.
+    """Let the expert play `task`, replacing each command by a bad one with probability `junk_rate`.
 
     Returns the steps, and whether the episode was won.
     """

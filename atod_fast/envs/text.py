@@ -40,7 +40,7 @@ def cut_middle(text: str, most: int) -> str:
 
 
 def cut_end(text: str, most: int, length: Callable[[str], int] = len) -> str:
-    """Return `text`; if its `length` is above `most`, its longest beginning that is not, followed by CUT."""
+    """Return `text`; if its `length` is above `most`, its longest beginning that fits, followed by CUT."""
     if length(text) <= most:
         return text
     return text[: bisect_right(range(most + 1), most, key=lambda kept: length(text[:kept])) - 1] + CUT

@@ -16,7 +16,7 @@ Binding = dict[str, str]
 
 @dataclass(frozen=True)
 class Task:
-    """What the goal asks for, as ALFWorld names it: kinds in lower case, "" where the task has none."""
+    """What the goal asks for, as ALFWorld names it: kinds in lower case, "" if the task has none."""
 
     type: str
     object: str

@@ -111,7 +111,10 @@ def domain(text: str) -> Domain:
 
 
 def _actions(text: str) -> tuple[dict[str, dict], dict[str, frozenset[str]]]:
-    """Return the domain's actions without the alternatives of types in their preconditions, and these alternatives."""
+    """Return the domain's actions, and for each the types that its precondition admits.
+
+    These alternatives of receptacle or object types are taken out of the precondition.
+    """
     tools: dict[str, frozenset[str]] = {}
 
     def skeleton(expression: list | str, action: str) -> list | str:

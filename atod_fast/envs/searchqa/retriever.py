@@ -22,7 +22,7 @@ class RetrieverError(Exception):
 
 
 class BadAnswer(Exception):
-    """The retriever answered this query, but not with passages."""
+    """The retriever's answer to this query is malformed or too long."""
 
 
 class Retriever(Protocol):
@@ -50,7 +50,7 @@ def local_path(retriever: str) -> Path:
 
 
 def open_local(path: Path, bad_lines: int) -> Bm25:
-    """Return the index in a folder, or a new one of a corpus. Equal arguments give the same object."""
+    """Return the index in a folder, or index a corpus in memory. Equal arguments give the same object."""
     if path.is_dir():
         return load(path)
     return _indexed(path.resolve(), path.stat().st_mtime_ns, bad_lines)

@@ -112,7 +112,10 @@ class _Server(ThreadingHTTPServer):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 ended by Ctrl-C, 2 bad input, 130 interrupted before serving."""
+    """Run the command line and return its exit code.
+
+    It is 0 if ended by Ctrl-C, 2 for bad usage or input, 130 if interrupted by Ctrl-C before it serves.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m atod_fast.envs.searchqa.server",
         description=__doc__,

@@ -123,7 +123,7 @@ def parse_facts(entry: Any) -> tuple[str, Facts]:
 
 
 def parse_product(entry: Any, facts: Mapping[str, Facts]) -> Product:
-    """Return the product of an element of the product file. Raise Malformed if it is none."""
+    """Return the product that an element of the product file describes. Raise Malformed if it is none."""
     if not isinstance(entry, dict):
         raise Malformed("not an object")
     asin = string(entry, "asin")

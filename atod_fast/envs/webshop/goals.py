@@ -39,7 +39,7 @@ class Goal:
     product: Product  # one that fulfils it
     instruction: str
     attributes: tuple[str, ...]
-    options: Mapping[str, str] | tuple[str, ...]  # by name, or only values where people wrote the instruction
+    options: Mapping[str, str] | tuple[str, ...]  # by name, or only values if people wrote the instruction
     price_upper: float  # dollars
 
 
@@ -149,7 +149,10 @@ def load_human(path: str | Path, malformed: int) -> dict[str, tuple[Instruction,
 
 
 def parse_human(entry: Any) -> tuple[str, tuple[Instruction, ...]]:
-    """Parse an entry of that file. Instructions without attributes are left out, as in WebShop."""
+    """Return a product's identifier and instructions from an entry of that file. Raise Malformed if it is none.
+
+    Instructions without attributes are left out, as in WebShop.
+    """
     asin, written = entry if isinstance(entry, tuple) else ("", None)
     if not isinstance(written, list) or not all(isinstance(one, dict) for one in written):
         raise Malformed("not an identifier with a list of objects")

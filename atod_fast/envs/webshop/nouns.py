@@ -38,10 +38,10 @@ Nouns = Callable[[str], tuple[str, ...]]
 
 @lru_cache
 def tagger(choice: str) -> tuple[str, Nouns]:
-    """Return the active tagger and its name, "spacy" or "heuristic": (name, title -> its nouns, lower-cased, with repeats).
+    """Return the active tagger's name, "spacy" or "heuristic", and the tagger: title -> its nouns, lower-cased.
 
-    "auto" takes spaCy if it and its model are installed, and otherwise the heuristic, with one warning that scores
-    differ. "spacy" raises UserError if they are not installed.
+    Nouns are repeated if the title repeats them. "auto" takes spaCy if it and its model are installed, and otherwise
+    the heuristic, with one warning that scores differ. "spacy" raises UserError if they are not installed.
     """
     if choice == "heuristic":
         return "heuristic", heuristic

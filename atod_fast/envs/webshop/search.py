@@ -96,6 +96,6 @@ class SearchEngine:
 
 
 def document(product: Product) -> str:
-    """Return the text of a product that is indexed (search_engine/convert_product_file_format.py)."""
+    """Return the text that the index holds of a product (search_engine/convert_product_file_format.py)."""
     options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options.items())
     return " ".join([product.title, product.description, *product.bullets[:1], options])
