@@ -1,4 +1,4 @@
-"""How a model is shown an environment: by the renderer that its tokenizer_config.json names, else by chat messages."""
+"""Choose how a model is shown an environment: the renderer named in its tokenizer_config.json, else chat messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atod_fast.envs.protocol import Environment
 from atod_fast.errors import UserError
 from atod_fast.rollout.rendering import ChatRenderer, Renderer
 
-# What a tokenizer_config.json may name as its `atod_renderer`.
+# Values of `atod_renderer` in a tokenizer_config.json.
 RENDERERS: dict[str, Callable[[Config, PreTrainedTokenizerBase, Environment], Renderer]] = {"compact": compact_renderer}
 
 
@@ -25,13 +25,13 @@ def make_renderer(
     env: Environment,
     stop_ids: Sequence[int] = (),
 ) -> Renderer:
-    """The renderer for a model's tokenizer in `env`.
+    """Return the renderer that shows `env` to the model of `tokenizer`.
 
-    columns: width of the model's head; those without a token are never sampled. stop_ids: see `ChatRenderer`.
+    columns: width of the model's head; columns without a token are never sampled. stop_ids: see `ChatRenderer`.
 
     Raises:
-        UserError: no such renderer; the tokenizer has no usable chat template and names no renderer; the environment has
-            no prompt; or the named renderer cannot show it.
+        UserError: the named renderer is unknown or cannot show `env`; the tokenizer names none and has no usable chat
+            template; or the environment has no prompt.
     """
     name, model = tokenizer.init_kwargs.get("atod_renderer"), tokenizer.name_or_path
     if name is not None:

@@ -1,8 +1,9 @@
 """Rebuild the demo's models from nothing: python -m atod_fast.demo.build [--world NAME] [--out DIR] [--seed N]
 
-A scripted expert plays the training tasks; two small Qwen3 models learn its actions (and, at a tenth of the weight, what
-the environment answers). The teacher sees more of it than the student, and both see what follows a bad action, whose own
-tokens weigh nothing: a teacher that never had to recover cannot tell a straying student what to do.
+A scripted expert plays the training tasks; two small Qwen3 models learn to predict its actions and, at a tenth of the
+weight, the environment's answers. Some of the actions are replaced by bad ones, which have no weight: the models see
+what follows a mistake, since a teacher that never had to recover from one cannot guide a student that makes it. The
+teacher is trained on more tokens than the student.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from atod_fast.runtime import Runtime
 from atod_fast.settings import load
 
 POSITIONS = 512
-JUNK_RATES = (0.0, 0.15, 0.15, 0.3)  # of a trace, equally likely
+JUNK_RATES = (0.0, 0.15, 0.15, 0.3)  # probability of a bad action; each trace draws one of these
 OBSERVATION_WEIGHT = 0.1
 BATCH = 24
 MUON_RATE, ADAM_RATE, WARMUP_STEPS, FINAL_RATE = 0.02, 4e-3, 20, 0.03
@@ -46,11 +47,11 @@ MUON_RATE, ADAM_RATE, WARMUP_STEPS, FINAL_RATE = 0.02, 4e-3, 20, 0.03
 @dataclass(frozen=True)
 class Example:
     ids: list[int]
-    weight: list[float]  # of predicting ids[i]
+    weight: list[float]  # loss weight of predicting ids[i]
 
 
 def encode(steps: Sequence[Step], renderer: CompactRenderer) -> Example:
-    """A trace as the agent loop would lay it out."""
+    """Return the tokens and loss weights of a trace, laid out as the agent loop would do it."""
     turns: list[Turn] = []
     ids: list[int] = []
     weight: list[float] = []
@@ -70,7 +71,7 @@ def trace(
     junk_rate: float,
     max_turns: int,
 ) -> tuple[list[Step], bool]:
-    """Let the expert play `task`, with junk in place of each command at probability `junk_rate`.
+    """Let the expert play `task`, replacing each command by a bad one with probability `junk_rate`.
 
     Returns the steps, and whether the episode was won.
     """
@@ -94,7 +95,7 @@ def examples(
     renderer: CompactRenderer,
     recipe: Recipe,
 ) -> list[Example]:
-    """Traces of the first `tasks` training tasks (None = all) in each of the recipe's environments."""
+    """Return traces of the first `tasks` training tasks (None = all) in each of the recipe's environments."""
     rng = Random(recipe.seed)
     found: list[Example] = []
     own = settings.train["seed"]
@@ -113,7 +114,10 @@ def training_tasks(settings: Env, **options: int) -> Environment:
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
-    """About 0.2M parameters. Matrices start larger than transformers' 0.02, which is meant for wide models."""
+    """Return an untrained Qwen3 model of about 0.2M parameters.
+
+    Its matrices start larger than with transformers' standard deviation of 0.02, which is meant for wide models.
+    """
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -143,7 +147,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM
 
 
 def batches(data: Sequence[Example], rng: Random) -> Iterator[list[Example]]:
-    """Endless; each epoch shuffled anew, with examples of like length together."""
+    """Yield batches of examples of similar length, without end; each epoch is shuffled anew."""
     while True:
         order = rng.sample(data, len(data))
         epoch: list[list[Example]] = []
@@ -155,14 +159,14 @@ def batches(data: Sequence[Example], rng: Random) -> Iterator[list[Example]]:
 
 
 def collate(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
-    """ids [B, L] int64, right-padded, and weight [B, L] fp32."""
+    """Return ids [B, L] int64, right-padded, and weight [B, L] fp32."""
     length = max(len(example.ids) for example in batch)
     ids = torch.tensor([example.ids + [pad] * (length - len(example.ids)) for example in batch])
     return ids, torch.tensor([example.weight + [0.0] * (length - len(example.weight)) for example in batch])
 
 
 def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, label: str) -> None:
-    """Train until `recipe.tokens` tokens were seen: Muon for the matrices, AdamW for embeddings and norms."""
+    """Train `model` on `recipe.tokens` tokens, with Muon for the matrices and AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     optimizers = [
@@ -193,7 +197,8 @@ def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, 
         if done or step % 40 == 0:
             loss = (token_loss * actions).sum() / actions.sum()
             print(
-                f"{label}: step {step}, {seen:,} of {recipe.tokens:,} tokens, action loss {loss:.3f}, {time.perf_counter() - start:.0f} s",
+                f"{label}: step {step}, {seen:,} of {recipe.tokens:,} tokens, action loss {loss:.3f}, "
+                f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
         if done:
@@ -201,7 +206,7 @@ def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, 
 
 
 def success(demo: Demo, folder: Path, tasks: int, temperature: float) -> float:
-    """Success rate of the model in `folder` on `tasks` held-out tasks, those that an evaluation of the demo draws."""
+    """Return the success rate of the model in `folder` on `tasks` held-out tasks, drawn as in the demo's evaluation."""
     config = load(
         demo.preset, overrides=[f"student.path={folder}", f"eval.tasks={tasks}", f"eval.temperature={temperature}"]
     )
@@ -214,9 +219,10 @@ def success(demo: Demo, folder: Path, tasks: int, temperature: float) -> float:
 
 
 def build(demo: Demo, out: Path, seed: int = 0, tasks: int | None = None, share: float = 1.0) -> None:
-    """Write `out`/teacher and `out`/student, taught on the first `tasks` training tasks of the demo's preset (None = all).
+    """Train a demo's two models and save them as `out`/teacher and `out`/student.
 
-    `share` scales the supervision. One thread, so that a seed gives one result.
+    tasks: train on the first so many training tasks of the demo's preset (None = all). share: scales the number of
+    training tokens. Uses one thread, so that a seed always gives the same result.
     """
     torch.set_num_threads(1)
     settings = load(demo.preset).env

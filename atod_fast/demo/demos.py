@@ -20,10 +20,10 @@ from atod_fast.models import DEMO_WEIGHTS
 class Recipe:
     """How much supervision a model gets."""
 
-    traces: int  # of each task
-    tokens: int  # trained on, over all epochs
+    traces: int  # traces per task
+    tokens: int  # training tokens over all epochs
     seed: int
-    environments: int = 1  # the preset's, and others of other seeds, so that the facts of one are not learnt by heart
+    environments: int = 1  # the preset's, plus others with other seeds: the facts of a single one would be memorised
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Demo:
     name: str
     env: type  # class of the environment
     preset: str
-    folder: Path  # of the shipped teacher/ and student/
+    folder: Path  # holds the shipped teacher/ and student/
     dialect: Dialect
-    recipes: Mapping[str, Recipe]  # of the teacher and the student
+    recipes: Mapping[str, Recipe]  # "teacher" and "student" -> recipe
 
 
 DEMOS = {

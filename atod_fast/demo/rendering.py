@@ -1,8 +1,8 @@
-"""The renderer of the demo's word-level models: one growing sequence of few words.
+"""Render an environment for the demo's word-level models, as one growing sequence of few words.
 
     <bos> cabinet 1 countertop 1 ... task put mug shelf <act> go to countertop 1 <eoa> countertop 1 mug 1 <act> take ...
 
-Context `full` only. Actions are free text, as the model wrote it.
+Only context `full` is supported. Actions are free text, as the model wrote it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CompactRenderer:
     """The `Renderer` of tokenizers built by `atod_fast.demo.tokenizer`, for the environment of `dialect`."""
 
     stop_ids: tuple[int, ...]
-    valid_columns: Tensor | None  # bool [V]: False for the tokens that no action may hold
+    valid_columns: Tensor | None  # bool [V]: False for tokens that an action may not contain
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> None:
         self._dialect = dialect
@@ -39,7 +39,10 @@ class CompactRenderer:
         self.valid_columns[[self._ids[token] for token in (PAD, ACT, BOS, UNK, CUT)]] = False
 
     def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
-        """Tokens since the previous action; the first prompt begins with <bos>, and an action cut off is closed first."""
+        """Return the tokens that follow the previous action; the first prompt begins with <bos>.
+
+        An action that was cut off is closed first.
+        """
         ids = self._encode(self._dialect.read(observation))
         if len(ids) > OBSERVATION_TOKENS:
             ids = [*ids[: OBSERVATION_TOKENS - 1], self._ids[CUT]]
@@ -50,12 +53,15 @@ class CompactRenderer:
         return [*ids, self._ids[ACT]]
 
     def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
-        """The words of the action make the command, whether or not it was finished; an empty or unfinished one is malformed."""
+        """Return the action's text, its command, and whether it is well formed: finished and not empty.
+
+        An unfinished action has a command too.
+        """
         words = [self._words[i] for i in ids if i not in self.stop_ids]
         return " ".join(words), self._dialect.command(words), stopped and bool(words)
 
     def action(self, command: str) -> list[int]:
-        """Ids of a command as the model should write it, closed; the inverse of `parse`."""
+        """Return the ids of a command as the model should write it, with the stop token; the inverse of `parse`."""
         return [*self._encode(self._dialect.words(command)), *self.stop_ids]
 
     def _encode(self, words: Sequence[str]) -> list[int]:
@@ -63,14 +69,15 @@ class CompactRenderer:
 
 
 def compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: Environment) -> CompactRenderer:
-    """The renderer for a demo model, whose tokenizer_config.json names its environment as `atod_environment`.
+    """Return the renderer for a demo model, whose tokenizer_config.json names its environment as `atod_environment`.
 
     Raises:
         UserError: rollout.context is not `full`, or the model is not one for `env`.
     """
     if config.rollout.context != "full":
         raise UserError(
-            f"rollout.context={config.rollout.context!r} needs a chat model; the demo's models read whole trajectories: use full"
+            f"rollout.context={config.rollout.context!r} needs a chat model; "
+            "the demo's models read whole trajectories: use full"
         )
     name = tokenizer.init_kwargs.get("atod_environment")
     if name not in DEMOS:
@@ -85,6 +92,7 @@ def compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: En
             else "set student.path and teacher.path to chat models"
         )
         raise UserError(
-            f"env.name={config.env.name!r}: the demo's model speaks of {name} only; use --preset {demo.preset} for that, or {others}"
+            f"env.name={config.env.name!r}: the demo's model speaks of {name} only; "
+            f"use --preset {demo.preset} for that, or {others}"
         )
     return CompactRenderer(tokenizer, demo.dialect)

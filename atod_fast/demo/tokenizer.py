@@ -8,13 +8,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 CONTROL = PAD, ACT, EOA, UNK, BOS = ("<pad>", "<act>", "<eoa>", "<unk>", "<bos>")
-CUT = "..."  # stands for the end of an observation that was left out
+CUT = "..."  # replaces the end of an observation that was cut
 
 
 def build_tokenizer(words: Sequence[str], max_length: int, environment: str) -> PreTrainedTokenizerFast:
-    """Control tokens, `CUT` and `words` get ids in this order; text is split at blanks.
+    """Return a tokenizer that splits text at blanks; control tokens, `CUT` and `words` get ids in this order.
 
-    Its configuration asks for the renderer `compact` and names the environment whose dialect the words are.
+    Its configuration names the renderer, `compact`, and the environment of the dialect.
     """
     model = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*CONTROL, CUT, *words])}, unk_token=UNK))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

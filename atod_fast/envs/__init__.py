@@ -16,9 +16,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from atod_fast.envs.protocol import Environment
 from atod_fast.errors import NotHere, UserError
 
-GROUP = "atod_fast.envs"  # entry points by which other packages offer environments
+GROUP = "atod_fast.envs"  # entry points through which other packages offer environments
 OPTIONS = "env.options, env.train, env.eval or env.dev"  # where options are given
-MEMBERS = ("instant", "__len__", "reset", "step", "clone", "close")  # of the protocol
+MEMBERS = ("instant", "__len__", "reset", "step", "clone", "close")  # of `Environment`
 BUILT_IN = {
     "alfworld": "atod_fast.envs.alfworld.env:AlfWorld",
     "webshop": "atod_fast.envs.webshop.env:WebShop",
@@ -34,7 +34,7 @@ def make(name: str, **options: Any) -> Environment:
     name: one of BUILT_IN, an entry point of group `atod_fast.envs`, or `module:Class`.
 
     Raises:
-        UserError: as `check`; the constructor raised, told in one line; or what it made is no `Environment`.
+        UserError: as `check`; or the constructor raised, reported in one line; or its result is no `Environment`.
         NotHere: the constructor did not find a file or a server.
     """
     factory = check(name, options)
@@ -48,21 +48,23 @@ def make(name: str, **options: Any) -> Environment:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         kind = NotHere if isinstance(error, FileNotFoundError | ConnectionError) else UserError
         raise kind(
-            f"env.name={name!r} cannot be made with {given or 'no options'}: {reason} ({os.path.basename(at.filename)}:{at.lineno}); correct {OPTIONS}"
+            f"env.name={name!r} cannot be made with {given or 'no options'}: {reason} "
+            f"({os.path.basename(at.filename)}:{at.lineno}); correct {OPTIONS}"
         ) from error
     if missing := [member for member in MEMBERS if not hasattr(made, member)]:
         raise UserError(
-            f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; docs/environments.md says what they owe"
+            f"env.name={name!r} makes {type(made).__name__}, which lacks {', '.join(missing)}; "
+            "docs/environments.md says what they owe"
         )
     return made
 
 
 def check(name: str, options: Mapping[str, Any]) -> Any:
-    """Return the class, or other callable, that constructs the environment `name`. It is not called.
+    """Return the class, or other callable, that constructs the environment `name`, without calling it.
 
     Raises:
-        UserError: the name or an option is unknown, a required option is missing, or a value is not of the type that the
-            option is annotated with.
+        UserError: the name or an option is unknown, a required option is missing, or a value is not of the type that
+            the option is annotated with.
     """
     factory = find(name)
     try:
@@ -93,7 +95,7 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def find(name: str) -> Any:
-    """Return what constructs the environment `name`. Raises UserError for an unknown name."""
+    """Return the class, or other callable, that constructs the environment `name`. Raise UserError if it is unknown."""
     if name in BUILT_IN:
         return _load(BUILT_IN[name], name)
     offered = {point.name: point for point in entry_points(group=GROUP)}
@@ -121,7 +123,7 @@ def _load(target: str, name: str) -> Any:
 
 
 def _hints(factory: Any) -> dict[str, Any]:
-    """Annotations of the arguments of `factory`; empty if they cannot be resolved."""
+    """Return the annotations of the arguments of `factory`, or {} if they cannot be resolved."""
     try:
         return get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
     except Exception:
@@ -129,9 +131,9 @@ def _hints(factory: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type: a plain type, a container or a union of these. True for any other type.
+    """Return whether a value is of an annotated type: a plain type, a container or a union of these. True for others.
 
-    Does not look into containers. A whole number counts as float, a path as str; true and false are no numbers.
+    Does not look into containers. An integer counts as float, a path as str; true and false do not count as numbers.
     """
     origin = get_origin(kind) or kind
     if origin in (Union, UnionType):
@@ -152,7 +154,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _named(kind: Any) -> str:
-    """The name of a type as a user of the configuration would say it."""
+    """Return a type's name in words that a user of the configuration understands."""
     origin = get_origin(kind) or kind
     if origin in (Union, UnionType):
         return " or ".join(_named(part) for part in get_args(kind) if part is not NoneType)  # TOML has no word for None

@@ -1,4 +1,4 @@
-"""Dialects: an environment retold in few words for tiny models, with a scripted expert to learn from. For the demo."""
+"""Dialects, for the demo: an environment's text shortened for tiny models, and a scripted expert to learn from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Step:
 
     observation: str
     command: str
-    junk: bool  # not to be imitated
+    junk: bool  # a bad command on purpose, not to be imitated
 
 
 Player = Callable[[Sequence[Step], str], str]  # finished steps, observation -> command
@@ -23,12 +23,12 @@ Player = Callable[[Sequence[Step], str], str]  # finished steps, observation -> 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How an environment is retold, and who plays it. The functions have no state."""
+    """How an environment's text is shortened, and who plays it. The functions have no state."""
 
-    read: Callable[[str], list[str]]  # the words of an observation; lower case, so never a control token
-    command: Callable[[Sequence[str]], str]  # the command that an action's words mean, whatever they are
-    words: Callable[[str], list[str]]  # the words of a command; the inverse of `command`
-    # Every word of the dialect, sorted; where tasks differ in words, those of the first so many tasks.
+    read: Callable[[str], list[str]]  # observation -> its words; lower case, so never a control token
+    command: Callable[[Sequence[str]], str]  # an action's words, whatever they are -> its command
+    words: Callable[[str], list[str]]  # command -> its words; the inverse of `command`
+    # (environment, n) -> every word of the dialect, sorted; if words differ by task, those of the first n tasks.
     vocabulary: Callable[[Environment, int], list[str]]
-    expert: Callable[[Environment], Player]  # of the task that the environment was reset to; can take over in any state
-    junk: Callable[[Environment, str, Random], str]  # what a bad player might answer to an observation
+    expert: Callable[[Environment], Player]  # plays the task of the last reset; can take over in any state
+    junk: Callable[[Environment, str, Random], str]  # a bad player's command after an observation

@@ -9,7 +9,7 @@ from atod_fast.errors import UserError
 
 
 def require(option: str, value: object, right: bool, what: str) -> None:
-    """Raise UserError unless `right`. what: what the value must be."""
+    """Raise UserError unless `right` is true. what: what the value must be."""
     if not right:
         raise UserError(f"{option}={value!r} must be {what}")
 
@@ -26,7 +26,7 @@ def whole(**options: tuple[object, int]) -> None:
 
 
 def goes_with(source: str, **options: tuple[object, object]) -> None:
-    """Raise UserError for an option, (value, default), that is set although `source`, with which it goes, is not given."""
+    """Raise UserError for an option, (value, default), that is set although it makes sense only with `source`."""
     for option, (value, default) in options.items():
         if value != default:
             raise UserError(f"{option}={value!r} goes with {source}; leave it out")

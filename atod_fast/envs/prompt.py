@@ -1,8 +1,8 @@
 """Prompts: `PlainPrompt` for any environment, `prompt_for` to get an environment's own, and what prompts share.
 
-Wording and projections of the built-in environments follow verl-agent (Apache-2.0, agent_system/environments and
-agent_system/memory), with which the paper trained. Where verl-agent always asks for `<think>`, the wording without it is
-ours, and so is everything for context `full`.
+The built-in environments word their messages and parse the answers as verl-agent does (Apache-2.0,
+agent_system/environments and agent_system/memory), with which the paper trained. verl-agent always asks for `<think>`;
+the wording without it is ours, and so is everything for context `full`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ MEMBERS = ("message", "first", "following", "project")  # of `Prompt`
 
 _THINK = "First reason step by step within <think> </think> tags. Then give one action within <action> </action> tags."
 _ACT = "Give one action within <action> </action> tags."
-_NOTHING = "Nothing is to be seen."  # in a growing conversation an empty message would say nothing
+_NOTHING = "Nothing is to be seen."  # for an empty observation, as a message has to say something
 _ACTION = re.compile("<action>(.*?)</action>", re.IGNORECASE | re.DOTALL)
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 _KEPT = 100  # characters of a response without an action that become the command
 
 
 def prompt_for(name: str, env: Environment, *, thinking: bool, history: int) -> Prompt:
-    """The prompt of `env`, which env.name=`name` made: what its method `prompt(thinking, history)` returns.
+    """Return the prompt of `env`: what its method `prompt(thinking, history)` returns. name: env.name, for messages.
 
     Raises:
-        UserError: the environment has no such method, the method raises, or what it returns is no `Prompt`.
+        UserError: the environment has no such method, the method raises, or its result is no `Prompt`.
     """
     own = getattr(env, "prompt", None)
     if not callable(own):
         raise UserError(
-            f"env.name={name!r} has no prompt; give its class a method prompt(thinking, history), such as one that returns "
-            "envs.prompt.PlainPrompt (docs/environments.md)"
+            f"env.name={name!r} has no prompt; give its class a method prompt(thinking, history), "
+            "such as one that returns envs.prompt.PlainPrompt (docs/environments.md)"
         )
     try:
         made = own(thinking, history)
@@ -52,18 +52,21 @@ def prompt_for(name: str, env: Environment, *, thinking: bool, history: int) -> 
 
 
 def past_turns(turns: Sequence[tuple[str, str]], most: int) -> tuple[int, str]:
-    """Number of turns shown, and the last `most` (at least 1) of `turns`, (observation, command) each, one a line."""
+    """Return how many turns are shown, and their text: the last `most` (at least 1) of `turns`, one a line.
+
+    turns: pairs of observation and command.
+    """
     recent = list(enumerate(turns, 1))[-most:]
     lines = [f"[Observation {n}: '{observation}', Action {n}: '{command}']" for n, (observation, command) in recent]
     return len(recent), "\n".join(lines)
 
 
 def project_action(text: str, thinking: bool, kept: int) -> tuple[str, bool]:
-    """The command in a response, lower-cased, and whether the response had the right form.
+    """Return a response's command, lower-cased, and whether the response had the required form.
 
-    The command is the text between the first <action> and the first </action>; where one is missing, the last `kept`
-    characters of the response, in the wrong form. Of the wrong form are also missing thinking tags where `thinking` asks
-    for them, and any Chinese character.
+    The command is the text between the first <action> and the first </action>. If one of them is missing, it is the
+    last `kept` characters of the response, and the form is wrong. The form is wrong too if the response lacks thinking
+    tags while `thinking` requires them, or contains a Chinese character.
     """
     lowered = text.lower()
     start, end = lowered.find("<action>"), lowered.find("</action>")
@@ -74,10 +77,10 @@ def project_action(text: str, thinking: bool, kept: int) -> tuple[str, bool]:
 
 
 class PlainPrompt:
-    """Asks for `<action> ... </action>`, whose text becomes the command as it is.
+    """A prompt that asks for `<action> ... </action>`; the text between becomes the command unchanged.
 
     thinking: ask for, and require, <think> ... </think>. history: turns shown with context `window`. instructions: what
-    the environment is about, ahead of everything else.
+    the environment is about; shown first.
     """
 
     def __init__(self, thinking: bool, history: int, instructions: str = "") -> None:
@@ -109,7 +112,10 @@ class PlainPrompt:
         return _situation(observation, admissible)
 
     def project(self, text: str) -> tuple[str, bool]:
-        """The first <action> block after what was thought; without one the end of the response. The letters keep their case."""
+        """Return a response's command, and whether the response had the required form.
+
+        The command is the first <action> block after </think>, its case kept; without a block, the end of the response.
+        """
         found = _ACTION.search(text.rpartition("</think>")[2])
         if found is None:
             return text.strip()[-_KEPT:], False

@@ -1,4 +1,4 @@
-"""What an environment offers: text in, text out. It may bring a prompt, which words the messages to a chat model."""
+"""The interface of an environment, text in and text out, and of the prompt that words its messages to a chat model."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from atod_fast.records import Turn
 
 
 class Info(TypedDict, total=False):
-    """Facts beside an observation."""
+    """Facts that come with an observation."""
 
     won: bool
-    admissible_actions: list[str]  # in the environment's order; empty where the action space is open
+    admissible_actions: list[str]  # in the environment's order; empty if the action space is open
     is_action_valid: bool  # the last action was accepted
     task_type: str
     task_id: str
-    score: float  # the environment's own metric where it is finer than `won`
+    score: float  # the environment's own metric, if finer than `won`
 
 
 @runtime_checkable
 class Environment(Protocol):
     """A text environment with a fixed set of tasks, after gymnasium's interface.
 
-    `instant` is True where a step is pure in-process computation (well under a millisecond to a few): the agent loop
-    then steps it synchronously, which makes rollouts repeatable. Others run in a pool with a time limit.
+    `instant` is True if a step is pure in-process computation that takes at most a few milliseconds: the agent loop
+    then steps the environment synchronously, which makes rollouts repeatable. Others run in a pool with a time limit.
 
-    A chat model also needs a method `prompt(thinking: bool, history: int) -> Prompt`. thinking: rollout.thinking, whether
-    the model is asked to think aloud. history: rollout.history, past turns to show with context `window`.
+    A chat model needs a method `prompt(thinking: bool, history: int) -> Prompt` too. thinking: rollout.thinking,
+    whether the model is asked to think aloud. history: rollout.history, past turns to show with context `window`.
     """
 
     instant: bool
 
     def __len__(self) -> int:
-        """Number of tasks; task indices are 0..len-1."""
+        """Return the number of tasks; task indices are 0..len-1."""
 
     def reset(self, seed: int, task: int) -> tuple[str, Info]:
-        """Start `task`; equal seed and task give an equal episode under equal actions."""
+        """Start `task`; return observation and info. Equal seed, task and actions give an equal episode."""
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
-        """Observation, reward, terminated, truncated, info."""
+        """Return observation, reward, terminated, truncated and info."""
 
     def clone(self) -> Environment:
-        """Another, independent episode over the same (shared, read-only) tasks."""
+        """Return another, independent episode over the same (shared, read-only) tasks."""
 
     def close(self) -> None:
         """Release what the episode holds."""
 
 
 class Prompt(Protocol):
-    """The user's side of a conversation about one kind of environment, and the parser of the answers.
+    """The user's side of a conversation about one kind of environment, and the parser of the model's responses.
 
-    Context `window` asks with `message` at every turn; context `full` opens with `first` and goes on with `following`.
+    Context `window` calls `message` at every turn; context `full` calls `first` once and `following` afterwards.
     """
 
     def message(
@@ -63,16 +63,19 @@ class Prompt(Protocol):
         observation: str,
         admissible: Sequence[str],
     ) -> str:
-        """The whole user message. task_observation: the episode's first. history: all finished turns, none at first."""
+        """Return the whole user message.
+
+        task_observation: the episode's first observation. history: all finished turns, none at first.
+        """
 
     def first(self, observation: str, admissible: Sequence[str]) -> str:
-        """The first user message."""
+        """Return the first user message."""
 
     def following(self, observation: str, admissible: Sequence[str]) -> str:
-        """A later user message."""
+        """Return a later user message."""
 
     def project(self, text: str) -> tuple[str, bool]:
-        """The command in a response, and whether the response had the required form."""
+        """Return the command in a response, and whether the response had the required form."""
 
 
 _KINDS: dict[str, Callable[[Any], Any]] = {
@@ -86,7 +89,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 def known_facts(facts: Mapping[str, Any]) -> Info:
-    """Those `facts` of a foreign environment that `Info` has a key for, converted to the types of `Info`."""
+    """Return those `facts` of another interface's environment that `Info` has keys for, converted to its types."""
     return Info(**{name: kind(facts[name]) for name, kind in _KINDS.items() if name in facts})
 
 
@@ -94,7 +97,7 @@ E = TypeVar("E")
 
 
 def copy_with(env: E, **changes: Any) -> E:
-    """A shallow copy of `env` with some attributes replaced; the others are shared. `clone` is made of it."""
+    """Return a shallow copy of `env` with some attributes replaced; the others are shared. For `clone`."""
     other = copy(env)
     vars(other).update(changes)
     return other

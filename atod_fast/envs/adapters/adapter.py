@@ -1,4 +1,4 @@
-"""What the adapters of foreign interfaces share: tasks by seed, success by reward, a plain prompt, bounded text."""
+"""The base of the adapters to other interfaces: tasks by seed, success by reward, a plain prompt, bounded text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from atod_fast.envs.prompt import PlainPrompt
 from atod_fast.envs.text import CUT, fit
 
 LONGEST_NAME = 200  # characters of an action, of a task's type or identifier
-MOST_ACTIONS = 500  # listed
+MOST_ACTIONS = 500  # that are listed at most
 
 
 class Adapter:
-    """Base of the adapters. Task t is the wrapped environment reset with its own seed `seed` + t; the loop's seed is unused.
+    """Base of the adapters. Task t resets the wrapped environment with `seed` + t; the agent loop's seed is unused.
 
-    tasks: their number. won: an episode is won if its last step has at least this reward. instructions: what the agent is
-    told ahead of the first observation. chars: longest observation in characters, a longer one loses its middle; also the
-    most characters of all listed actions, of which the last are left out.
+    tasks: number of tasks. won: an episode is won if the reward of its last step is at least this. instructions: shown
+    to the agent before the first observation. chars: most characters of an observation, whose middle is cut out if it
+    is longer, and of all listed actions together, of which the last are left out.
     """
 
     def __init__(self, *, tasks: int, seed: int, won: float, instructions: str, chars: int) -> None:
@@ -48,7 +48,7 @@ class Adapter:
         return fit(text, self._chars)
 
     def _fit_list(self, actions: Sequence[str]) -> list[str]:
-        """The first actions, as many as there is room for, and a mark where some are left out."""
+        """Return the first actions that fit, with a mark at the end if some are left out."""
         listed = [fit(action, LONGEST_NAME) for action in actions[:MOST_ACTIONS]]
         room = sum(end <= self._chars for end in accumulate(map(len, listed)))
         return listed[:room] + [CUT.strip()] * (room < len(actions))

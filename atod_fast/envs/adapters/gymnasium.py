@@ -1,4 +1,4 @@
-"""Any gymnasium environment that can be told in text, as an `Environment`.
+"""Any gymnasium environment whose observations can be shown as text, as an `Environment`.
 
 env.name=gymnasium env.options='{id="FrozenLake-v1", observation="render", actions=["left", "down", "right", "up"]}'
 env.train='{tasks=1000, seed=0}' env.eval='{tasks=200, seed=1000000}'
@@ -26,18 +26,19 @@ _COLOURS = "black red green yellow blue magenta cyan white".split()
 
 
 class Gymnasium(Adapter):
-    """A gymnasium environment by its registered `id`, or `module:id` where importing a module registers it.
+    """A gymnasium environment by its registered `id`, or by `module:id` to import the module that registers it.
 
-    observation: "text", observations are text; "render", what render() draws in mode ansi, terminal colours in words; or
-      "module:function", called with (observation, info), returns the text.
-    actions: names of a Discrete space's actions, in its order; numbers where none are given. A command that names none, or
-      none that info["action_mask"] allows, is invalid: the world does not move and says again what it said. Commands for a
-      Text space go through as they are.
-    max_steps: replaces the registered limit. kwargs: arguments of the environment. instant: False steps it in threads, each
-      step under env.step_timeout. tasks, seed, won, instructions, chars: see `Adapter`.
+    observation: "text", if observations are text; "render", for what render() draws in mode ansi, with terminal
+      colours as words; or "module:function", which is called with (observation, info) and returns the text.
+    actions: names of a Discrete space's actions, in its order; by default their numbers. A command that is no such
+      name, or that info["action_mask"] forbids, is invalid: no step is made, and the last observation is shown again.
+      Commands for a Text space are passed on unchanged.
+    max_steps: replaces the registered limit. kwargs: arguments of the environment. instant: False steps it in threads,
+      each step under env.step_timeout. tasks, seed, won, instructions, chars: see `Adapter`.
 
-    What the environment's info says under a name of `Info` goes through, and `won` in it replaces the rule for rewards.
-    Raises UserError where the environment cannot be made, has other spaces, or its first observation is no text.
+    Entries of the environment's info that are keys of `Info` are passed on; a `won` among them replaces the rule for
+    rewards. Raises UserError if the environment cannot be made, its action space is of another kind, or its first
+    observation is no text.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Gymnasium(Adapter):
         if self._describe is None and observation not in ("text", "render"):
             raise UserError(f"observation={observation!r} is not known; use text, render or module:function")
         self._env: Env | None = None
-        self._numbers: dict[str, int] | None = None  # action by name in lower case; None: a Text space
+        self._numbers: dict[str, int] | None = None  # name in lower case -> action; None for a Text space
         try:
             self._env = self._open()
             self._names, self._numbers = self._named(self._env.action_space, actions)
@@ -125,12 +126,13 @@ class Gymnasium(Adapter):
             near = get_close_matches(self._id, gymnasium.registry, n=1)
             hint = f"did you mean {near[0]}?" if near else "give module:id to import the module that registers it"
             raise UserError(f"id={self._id!r} is not registered with gymnasium; {hint}") from error
-        except Exception as error:  # whatever its constructor raises comes of the configuration
+        except Exception as error:  # the constructor failed on the configured arguments
             raise UserError(f"id={self._id!r} cannot be made: {one_line(error)}; correct id or kwargs") from error
         modes = env.metadata.get("render_modes", [])
         if self._observation == "render" and "ansi" not in modes:
             raise UserError(
-                f"observation='render': {self._id} draws in {', '.join(modes) or 'no mode'}, not in ansi; use text or module:function"
+                f"observation='render': {self._id} draws in {', '.join(modes) or 'no mode'}, not in ansi; "
+                "use text or module:function"
             )
         return env
 
@@ -150,19 +152,23 @@ class Gymnasium(Adapter):
         numbers = {name.strip().lower(): first + place for place, name in enumerate(named)}
         if len(named) != count or len(numbers) != count:
             raise UserError(
-                f"actions={list(names)!r} has {len(numbers)} different names; {self._id} has {count} actions: give each one"
+                f"actions={list(names)!r} has {len(numbers)} different names; "
+                f"{self._id} has {count} actions: give each one"
             )
         return named, numbers
 
     def _meant(self, command: str) -> str | int | None:
-        """What to step the environment with; None for a command that is not listed."""
+        """Return the action that a command means, or None for a command that is not listed."""
         if self._numbers is None:
             return command
         name = command.strip().lower()
         return self._numbers.get(name) if name in self._allowed else None
 
     def _told(self, info: Mapping[str, Any], won: bool) -> Info:
-        """The facts of a reset or a step, which may be hostile; sets which actions there are, listed or not for want of room."""
+        """Return the facts of a reset or a step, with texts and lists bounded; set which actions are allowed.
+
+        An action that is allowed but left out of the list for lack of room is accepted too.
+        """
         mask, names = info.get("action_mask"), self._names
         if self._numbers is not None and mask is not None:
             names = [name for name, may in zip(names, mask, strict=True) if may]
@@ -182,11 +188,12 @@ class Gymnasium(Adapter):
 
 
 def _worded(text: str) -> str:
-    """Terminal colours as words, `[red S]`: in gymnasium's toy worlds they tell where things are."""
+    """Return `text` with terminal colours as words, `[red S]`: in gymnasium's toy environments they mark positions."""
 
     def word(match: re.Match[str]) -> str:
         codes = [int(code) for code in match[1].split(";") if code]
-        return f"[{' '.join([*(_COLOURS[code % 10] for code in codes if 30 <= code <= 37 or 40 <= code <= 47), match[2]])}]"
+        colours = (_COLOURS[code % 10] for code in codes if 30 <= code <= 37 or 40 <= code <= 47)
+        return f"[{' '.join([*colours, match[2]])}]"
 
     return _COLOURED.sub(word, text)
 

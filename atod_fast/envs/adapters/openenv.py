@@ -3,14 +3,15 @@
     env.name=openenv env.train='{tasks=1000, seed=0}' env.eval='{tasks=200, seed=1000000}'
     env.options='{url="http://127.0.0.1:8000", action={message="{}"}, observation="messages.-1.content"}'
 
-This speaks the messages of the server's WebSocket, as its own client does, and needs no openenv here, nor the package of the
-environment:
+This speaks the messages of the server's WebSocket, as its own client does. Neither openenv nor the environment's
+package has to be installed here:
 
     {"type": "reset", "data": {"seed": 7}}        {"type": "step", "data": {"message": "..."}}        {"type": "close"}
     {"type": "observation", "data": {"observation": {...}, "reward": 1.0, "done": true}}
     {"type": "error", "data": {"code": "VALIDATION_ERROR", "message": "..."}}
 
-They carry no version; they are the same in openenv 0.2.0 to 0.10.0 (core/env_server/types.py, serialization.py).
+The messages carry no version; they are the same in openenv 0.2.0 to 0.10.0 (core/env_server/types.py,
+serialization.py).
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from atod_fast.errors import NotHere, UserError
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
 
-COMMAND = "{}"  # in `action` stands for what the agent said
+COMMAND = "{}"  # placeholder for the command in `action`
 MESSAGE_BYTES = 1 << 22  # longest message of a server
 CLOSING = 5.0  # seconds a server may take to end a session
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 
 
 class ServerError(Exception):
-    """The server answered with an error. `of_value`: it found the action's fields right, and what the agent said in them wrong."""
+    """The server answered with an error.
+
+    of_value: the action has the right fields, but the server rejects what the agent said in them.
+    """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         code, errors = data.get("code"), data.get("errors") or []
@@ -61,16 +65,20 @@ class ServerError(Exception):
 
 
 class OpenEnv(Adapter):
-    """An episode of an OpenEnv server; each has a session of its own, of which the server must allow rollout.concurrency to each engine.
+    """An environment on an OpenEnv server, where each episode has a session of its own.
 
-    url: of the server. action: the data of a step, in which every "{}" becomes the command. observation: the field of the
-      observation that is shown, as a path like "messages.-1.content", or several, joined by line ends; what is absent or null is
-      left out. admissible: the field that lists the actions, where there is one. reset: data of every reset beside the seed.
+    The server must allow rollout.concurrency sessions for each engine.
+
+    url: address of the server. action: data of a step, in which every "{}" becomes the command. observation: path of
+      the observation's field that is shown, such as "messages.-1.content", or several paths, whose texts are joined by
+      line ends; a field that is absent or null is left out. admissible: path of the field that lists the actions.
+      reset: data of every reset beside the seed.
     timeout: seconds a server may take to answer; less than env.step_timeout.
-    tasks, seed, won, instructions, chars: see `Adapter`. OpenEnv tells no end by a time limit apart: all are `terminated`.
+    tasks, seed, won, instructions, chars: see `Adapter`. OpenEnv does not tell a time limit from other ends of an
+      episode: all are `terminated`.
 
-    An action whose value the server finds wrong is an invalid one: the world does not move and says again what it said.
-    Raises UserError where the server does not answer, or its first observation has none of the fields.
+    An action whose value the server rejects is invalid: no step is made, and the last observation is shown again.
+    Raises UserError if the server does not answer, or its first observation has none of the fields.
     """
 
     instant = False
@@ -141,7 +149,7 @@ class OpenEnv(Adapter):
         except ConnectionError:
             if not kept:
                 raise
-            self.close()  # servers end sessions that were idle
+            self.close()  # servers end idle sessions
             self._connect()
             data = self._ask("reset", self._reset | {"seed": start})
         self._text, self._listed = self._read(data, first=True)
@@ -168,9 +176,8 @@ class OpenEnv(Adapter):
             socket, self._socket = self._socket, None
             with self._open, suppress(Exception):  # a server that is gone has no session to end
                 socket.send(json.dumps({"type": "close"}))
-                socket.recv(
-                    timeout=min(CLOSING, self._timeout)
-                )  # it hangs up when the session is over, and has room for another
+                # The server hangs up when the session is over and a new one can start.
+                socket.recv(timeout=min(CLOSING, self._timeout))
 
     def _connect(self) -> None:
         try:
@@ -179,19 +186,21 @@ class OpenEnv(Adapter):
             raise UserError(
                 f"env.name='openenv' needs websockets ({error}); pip install 'atod_fast[openenv]'"
             ) from None
-        proxy = (
-            None if self._host in ("localhost", "127.0.0.1", "::1") else True
-        )  # True: as the environment variables say
+        # True: as the environment variables say.
+        proxy = None if self._host in ("localhost", "127.0.0.1", "::1") else True
         waits = {"open_timeout": self._timeout, "close_timeout": min(CLOSING, self._timeout)}
         self._open = ExitStack()
         self._socket = self._open.enter_context(connect(self._url, max_size=MESSAGE_BYTES, proxy=proxy, **waits))
 
     def _ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
-        """What the server answers to a message; ServerError where that is an error, ConnectionError where it is gone."""
+        """Send a message and return the server's answer.
+
+        Raises ServerError if that is an error, ConnectionError if the server is gone, TimeoutError after `timeout`.
+        """
         from websockets.exceptions import ConnectionClosed
 
         try:
-            with suppress(ConnectionClosed):  # what it said as it hung up is still to be read
+            with suppress(ConnectionClosed):  # its last message can still be read
                 self._socket.send(json.dumps({"type": kind, "data": data}))
             reply = json.loads(self._socket.recv(timeout=self._timeout))
         except ConnectionClosed as error:
@@ -206,7 +215,10 @@ class OpenEnv(Adapter):
         raise ValueError(f"an answer that is no observation: {json.dumps(reply)[:100]}")
 
     def _read(self, data: Mapping[str, Any], first: bool) -> tuple[str, list[str]]:
-        """What is shown of an observation, and the actions it lists. LookupError where the first one has neither."""
+        """Return the text to show of an observation, and the actions it lists.
+
+        Raises LookupError if the first observation lacks all fields to show, or its actions are no list.
+        """
         seen = data["observation"]
         found = [value for field in self._fields if (value := at(seen, field)) is not None]
         if first and not found:
@@ -230,7 +242,7 @@ def _dotted(path: Any) -> str:
 
 
 def filled(template: Any, command: str) -> Any:
-    """`template` with `command` in every place of COMMAND."""
+    """Return `template` with `command` in place of every COMMAND."""
     if isinstance(template, Mapping):
         return {name: filled(value, command) for name, value in template.items()}
     if isinstance(template, list):
@@ -239,7 +251,7 @@ def filled(template: Any, command: str) -> Any:
 
 
 def at(value: Any, path: str) -> Any:
-    """What lies in `value` at `path`, names and places joined by dots; None where nothing does."""
+    """Return the value at `path` in `value`, names and indices joined by dots; None if there is none."""
     for part in path.split("."):
         try:
             value = value[int(part)] if isinstance(value, list) else value[part]

@@ -1,4 +1,4 @@
-"""ALFWorld in few words, and a scripted expert that knows the state of the game."""
+"""ALFWorld's dialect: shortened texts, and a scripted expert that knows the state of the game."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORD = re.compile(r"[a-z]+|\d+")
 _BOILERPLATE = re.compile(r"-= welcome.*?=-|you arrive at .*?\. |looking quickly around you|your (?=task is to)")
 _DROPPED = frozenset("a the you and of it to next in on see is around middle room are from using some".split())
 
-# Task type -> the action its object needs before it is put down, and the fact that tells it is done.
+# Task type -> the action its object needs before it is put down, and the fact that this was done.
 TREATMENT = {
     "pick_and_place_simple": None,
     "pick_clean_then_place_in_recep": ("cleanobject", "isclean"),
@@ -25,12 +25,15 @@ TREATMENT = {
 
 
 def compact(observation: str) -> list[str]:
-    """The words of an observation that tell states apart, lower-cased: letters or digits, so never a control token."""
+    """Return the words of an observation that tell states apart, lower-cased.
+
+    They are letters or digits, so never a control token.
+    """
     return [word for word in _WORD.findall(_BOILERPLATE.sub("", observation.lower())) if word not in _DROPPED]
 
 
 def vocabulary(games: Iterable[Game]) -> list[str]:
-    """Every word that a compacted observation or a command of `games` can hold, sorted."""
+    """Return, sorted, every word that a shortened observation or a command of `games` can hold."""
     words = set(compact(NOTHING_HAPPENS))
     for game in games:
         words.update(compact(FastAlfWorld(game).reset()))
@@ -53,8 +56,8 @@ def vocabulary(games: Iterable[Game]) -> list[str]:
 class Expert:
     """Plays one episode: finds the object, first in places that can hold it, treats it as the task asks, puts it down.
 
-    It opens and looks as a player would, but knows names, kinds and what has been done to an object. It can take over in
-    any state. Raises ValueError for a task type that is not in TREATMENT.
+    It opens and searches places as a player would, but knows names, kinds and what has been done to an object. It can
+    take over in any state. Raises ValueError for a task type that is not in TREATMENT.
     """
 
     def __init__(self, world: FastAlfWorld) -> None:
@@ -70,7 +73,7 @@ class Expert:
         )
 
     def command(self) -> str:
-        """What to do now; called before every turn."""
+        """Return the next command; called before every turn."""
         world = self.world
         self._searched.update(place for place in world.here if world.is_open(place))
         if world.held is None:
@@ -89,7 +92,7 @@ class Expert:
                 if self.game.kind[item] == self.task.object:
                     return self._say("pickupobject", o=item, r=place)
         left = [place for place in self._places if place not in self._searched]
-        if not left:  # something was moved behind its back
+        if not left:  # an object was moved after its place was searched
             self._searched = set(self.world.here)
             left = [place for place in self._places if place not in self._searched]
         return self._say("gotolocation", r=left[0])
@@ -100,7 +103,7 @@ class Expert:
         return self._say(action, o=self.world.held, r=here[0]) if here else self._say("gotolocation", r=min(tools))
 
     def _put(self, places: list[str]) -> str:
-        """Put what is held down at one of `places`, here if possible."""
+        """Put the held object down at one of `places`, here if possible."""
         for place in self.world.here:
             if place in places:
                 return (
@@ -115,7 +118,7 @@ class Expert:
 
 
 def junk(world: FastAlfWorld, rng: Random) -> str:
-    """What a bad player might say: mostly inadmissible, always about things that are in the game."""
+    """Return a bad player's command: mostly inadmissible, always about things that are in the game."""
     if rng.random() < 0.4:
         return rng.choice(world.admissible)
     names = [world.game.names[thing] for thing in sorted(world.game.kind)]

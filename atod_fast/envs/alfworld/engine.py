@@ -1,6 +1,7 @@
-"""ALFWorld's text games played in pure Python: TextWorld's observations, admissible commands and goal check, without its planner.
+"""ALFWorld's text games in pure Python, without TextWorld's planner.
 
-`tests/test_alfworld_textworld.py` compares it with TextWorld step by step.
+Observations, admissible commands and goal check equal TextWorld's: `tests/test_alfworld_textworld.py` compares them
+step by step.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from atod_fast.envs.alfworld.pddl import Row
 
 NOTHING_HAPPENS = "Nothing happens."
 
-# An action with its receptacle and object ("" where it has none); for sliceobject the object is what is cut.
+# Action, receptacle and object ("" if it has none); the object of sliceobject is what is cut.
 Move = tuple[str, str, str]
 
 
 class FastAlfWorld:
-    """One episode of a game. Ids as in `Game`; the attributes below are for reading.
+    """One episode of a game. Ids are those of `Game`; the attributes below are for reading only.
 
     location: where the agent is. held: the object in its hand or None. facts: fluent -> rows that are true now (with
-    `not_inreceptacle`: pairs that were undone). admissible: sorted commands. won: the goal holds.
+    `not_inreceptacle`: pairs that were undone). admissible: sorted commands. won: whether the goal holds.
     """
 
     def __init__(self, game: Game) -> None:
@@ -28,12 +29,12 @@ class FastAlfWorld:
         self._start()
 
     def reset(self) -> str:
-        """Back to the start; the first observation."""
+        """Restart the game and return the first observation."""
         self._start()
         return self.game.texts.derive("intro", {}, self.game.names, self._rows)
 
     def step(self, command: str) -> tuple[str, bool]:
-        """Observation, and whether the command was admissible; an inadmissible one changes nothing."""
+        """Return the observation, and whether the command was admissible; an inadmissible one changes nothing."""
         game = self.game
         command = command.strip()
         move = self._moves.get(command)
@@ -61,15 +62,15 @@ class FastAlfWorld:
         return self.game.at.get(self.location, ())
 
     def contents(self, receptacle: str) -> list[str]:
-        """Objects in or on it, seen or not, sorted by id."""
+        """Return the objects in or on a receptacle, seen or not, sorted by id."""
         return sorted(item for item, place in self.facts["inreceptacle"] if place == receptacle)
 
     def is_open(self, receptacle: str) -> bool:
-        """Its contents can be reached: it is open or cannot be closed."""
+        """Return whether a receptacle's contents can be reached: it is open or cannot be closed."""
         return receptacle not in self.game.properties["openable"] or (receptacle,) in self.facts["opened"]
 
     def true(self, predicate: str, *row: str) -> bool:
-        """Whether a fact holds now, e.g. `true("isclean", mug)`."""
+        """Return whether a fact holds now, e.g. `true("isclean", mug)`."""
         return row in self.facts.get(predicate, self.game.static.get(predicate, ()))
 
     def _start(self) -> None:
@@ -83,7 +84,7 @@ class FastAlfWorld:
         (denials.discard if value else denials.add)(row)
 
     def _look_around(self) -> None:
-        """Everything that follows from the facts."""
+        """Update everything that follows from the facts."""
         ((_, self.location),) = self.facts["atlocation"]
         self.held = next((item for _, item in self.facts["holds"]), None)
         self._moves = self._commands()
@@ -96,9 +97,9 @@ class FastAlfWorld:
         self.won = self.game.goal.holds(self.facts)
 
     def _commands(self) -> dict[str, Move]:
-        """Admissible commands but for travel, after the preconditions in `alfred.pddl`.
+        """Return the admissible commands except travel, after the preconditions in `alfred.pddl`.
 
-        Of its examineObject only the alternative `holds` can ever be true: the other quantifies over a type it misspells.
+        Of its examineObject only the alternative `holds` can ever be true: the other one misspells a type.
         """
         game, held, here = self.game, self.held, self.here
         properties, tools = game.properties, game.tools
@@ -134,7 +135,7 @@ class FastAlfWorld:
         return {words[m[0]].format(r=name(m[1]), o=name(m[2]), co=name(m[2]), ko=name(held)): m for m in moves}
 
     def _rows(self, predicate: str, pattern: tuple[str | None, ...]) -> Iterator[Row]:
-        """Facts of a predicate that fit the known arguments, sorted, as TextWorld enumerates them."""
+        """Return the facts of a predicate that fit the known arguments, sorted as TextWorld enumerates them."""
         rows = self.facts.get(predicate) or self.game.static.get(predicate, frozenset())
         if None not in pattern:
             return iter((pattern,) if pattern in rows else ())

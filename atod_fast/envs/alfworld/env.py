@@ -17,7 +17,7 @@ from atod_fast.envs.options import choice, goes_with, whole
 from atod_fast.envs.protocol import Info, copy_with
 from atod_fast.errors import UserError
 
-CACHED_GAMES = 256  # parsed games kept, 75 to 250 kB each
+CACHED_GAMES = 256  # parsed games in memory, 75 to 250 kB each
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -45,14 +45,14 @@ class AlfWorld:
     """ALFWorld text games.
 
     Where the games come from (exactly one):
-      generate: number of generated games, with seed, scene ("small" | "full") and, for small scenes, the most receptacles
-        and objects. Even and odd seeds share no game.
+      generate: number of generated games, with seed, scene ("small" | "full") and, for small scenes, the most
+        receptacles and objects. Even and odd seeds share no game.
       split: "train", "valid_seen" or "valid_unseen" of the official data below `data` or $ALFWORLD_DATA.
-      games: paths of game files or of folders with such, or a split's name.
-    task_types: only these of the six types; by default all, but in small scenes the four that a kitchen with one thing of
-      each type allows.
+      games: paths of game files, or of folders that contain some, or a split's name.
+    task_types: only these of the six types; by default all, but in small scenes the four that are possible in a kitchen
+      with one thing of each type.
     engine: "fast" (pure Python, the default) or "textworld" (the original; needs `pip install alfworld==0.4.2`).
-    reward: of the step that reaches the goal, after which the episode is over; all others give 0.
+    reward: of the step that reaches the goal and so ends the episode; all other steps give 0.
     """
 
     def __init__(
@@ -90,16 +90,15 @@ class AlfWorld:
             self._games = _generated(Spec(seed, types, scene, receptacles, objects), generate)
         self.instant = engine == "fast"
         self._reward = float(reward)
-        self.engine: Engine | None = (
-            None if self.instant else TextWorldEngine()
-        )  # at once, to fail early where it is missing
+        # TextWorldEngine() is called at once, to fail early if alfworld is not installed.
+        self.engine: Engine | None = None if self.instant else TextWorldEngine()
         self.game: Game | None = None
 
     def __len__(self) -> int:
         return self._games.count
 
     def reset(self, seed: int, task: int) -> tuple[str, Info]:
-        """Start game `task`. ALFWorld has no randomness of its own: `seed` changes nothing."""
+        """Start game `task`. ALFWorld is deterministic: `seed` changes nothing."""
         if not 0 <= task < len(self):
             raise IndexError(f"task {task} of {len(self)} games")
         self.game = self._games.get(task)

@@ -10,15 +10,15 @@ from atod_fast.envs.alfworld import grammar, pddl
 from atod_fast.envs.alfworld.goal import Goal, Task, compile_goal, describe
 from atod_fast.envs.alfworld.pddl import FLUENTS, Domain, GameError, Row
 
-# What the grammar may ask beside true facts: TextWorld adds a denial when an action deletes. Nothing ever deletes istoggled.
+# Denials that the grammar may ask for: TextWorld adds one when an action deletes a fact. Nothing deletes istoggled.
 _DENIALS = {"not_inreceptacle", "not_istoggled"}
-# Changed by actions, but by nothing that texts, goals or preconditions ask for.
+# Predicates that actions change, but that no text, goal or precondition asks for.
 _UNTRACKED = {"checked", "examined", "ison"}
 
 
 @dataclass(frozen=True, eq=False)
 class Game:
-    """Read-only facts of one game. Ids are the PDDL's (lower case); `names` holds what the texts call them ("mug 2").
+    """Read-only facts of one game. Ids are the PDDL's (lower case); `names` holds their names in texts ("mug 2").
 
     Kinds are types without the suffix: "mug", "sinkbasin".
     """
@@ -33,20 +33,19 @@ class Game:
     agent: str
     static: dict[str, frozenset[Row]]  # predicate -> rows that never change
     initial: dict[str, frozenset[Row]]  # fluent -> rows true at the start
-    receptacles: tuple[str, ...]  # that can be gone to, sorted
+    receptacles: tuple[str, ...]  # those that one can go to, sorted
     location: dict[str, str]  # receptacle -> location
     at: dict[str, tuple[str, ...]]  # location -> receptacles there, sorted
     kind: dict[str, str]  # object or receptacle -> kind
     accepts: dict[str, frozenset[str]]  # receptacle -> objects that may be put in or on it
     tools: dict[str, frozenset[str]]  # action -> receptacles (for sliceobject: knives) it works with
-    properties: dict[
-        str, frozenset[str]
-    ]  # openable, pickupable, cleanable, heatable, coolable, toggleable, sliceable -> ids
+    # openable, pickupable, cleanable, heatable, coolable, toggleable, sliceable -> ids
+    properties: dict[str, frozenset[str]]
     travel: dict[str, str]  # "go to ..." command -> receptacle
 
     @classmethod
     def parse(cls, data: Mapping[str, object], task_id: str) -> Game:
-        """Read a game file's content. GameError names what is damaged or not modelled."""
+        """Parse a game file's content. Raise GameError, naming what is damaged or not supported."""
         try:
             return cls._parse(data, task_id)
         except GameError:
@@ -124,7 +123,10 @@ def _sets(rows: list[Row]) -> dict[str, set[str]]:
 
 
 def _names(ids: set[str]) -> dict[str, str]:
-    """Display names after ALFWorld's demangler: per kind, numbers fall as ids rise; ids without coordinates keep a trailing blank."""
+    """Return display names as ALFWorld's demangler gives them: id -> name.
+
+    Within a kind numbers fall as ids rise; ids without coordinates keep a trailing blank.
+    """
     kinds = {name: name.split("_bar_", 1)[0] + ("basin" if "basin" in name else "") for name in ids if "_bar_" in name}
     left = Counter(kinds.values())
     names = {}
@@ -139,7 +141,7 @@ def _names(ids: set[str]) -> dict[str, str]:
 
 
 def _check_predicates(texts: grammar.Grammar, domain: Domain) -> None:
-    """Refuse a grammar that asks for facts the engine does not keep; it would silently read as false."""
+    """Raise GameError if the grammar asks for facts that the engine does not keep: they would read as false."""
     known = (domain.predicates.keys() - _UNTRACKED) | _DENIALS
     for sides in texts.rules.values():
         for side in sides:

@@ -1,11 +1,11 @@
-"""Games made from ALFWorld's tables, so that nothing has to be downloaded: valid, winnable, and not solved at the start.
+"""Generate games from ALFWorld's tables, without a download: valid, winnable, and not solved at the start.
 
-A room is one of ALFRED's 120 floor plans with what its layout leaves out added, and objects put where they may lie.
-`full` keeps the whole room; `small` keeps one receptacle of each type and a handful of objects.
+A room is one of ALFRED's 120 floor plans, plus the furniture that its layout does not list, with objects in places that
+may hold them. `full` keeps the whole room; `small` keeps one receptacle of each type and a handful of objects.
 
-Game i is a pure function of (seed, i, options). What an agent could tell games apart by (task, furniture, what lies where)
-is hashed, and a seed admits only hashes of its own parity: games of an even and of an odd seed never coincide, so that
-training on seed 0 and evaluating on seed 1 is held out by construction.
+Game i is a pure function of (seed, i, options). What tells games apart for an agent (task, furniture, what lies where)
+is hashed, and a seed admits only hashes of its own parity. Games of an even and of an odd seed therefore never
+coincide: after training on seed 0, evaluation on seed 1 is held out by construction.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ TASK_TYPES = (
     "pick_cool_then_place_in_recep",
     "pick_two_obj_and_place",
 )
-# Of small scenes unless asked otherwise: what a kitchen with one thing of each type allows.
+# Default of small scenes: what a kitchen with one thing of each type allows.
 SMALL_TASK_TYPES = tuple(kind for kind in TASK_TYPES if kind not in ("look_at_obj_in_light", "pick_two_obj_and_place"))
-# Rooms of each task type, as in ALFRED; in small scenes kitchens wherever they serve.
+# Rooms of each task type, as in ALFRED; small scenes use kitchens where possible.
 ROOMS = {
     "pick_and_place_simple": ("kitchen", "living room", "bedroom", "bathroom"),
     "look_at_obj_in_light": ("bedroom", "living room"),
@@ -52,7 +52,7 @@ STATION = {
 }
 LAMP, LAMP_SURFACES = "DeskLamp", ("Desk", "SideTable", "Dresser", "Shelf", "CoffeeTable", "DiningTable")
 COPIES = (0, 1, 1, 2, 3)  # of an object type in a full scene, equally likely
-CROWD = 3  # objects on one receptacle of a small scene
+CROWD = 3  # most objects on one receptacle of a small scene
 
 Place = tuple[int, int, int, int]  # x and z in quarter metres, quarter turns, camera horizon in degrees
 
@@ -64,8 +64,8 @@ class Spec:
     seed: int = 0
     task_types: tuple[str, ...] = TASK_TYPES
     scene: str = "small"  # small | full
-    receptacles: int = 6  # most of a small scene
-    objects: int = 6  # most of a small scene
+    receptacles: int = 6  # at most, in a small scene
+    objects: int = 6  # at most, in a small scene
 
 
 class Thing(NamedTuple):
@@ -84,7 +84,7 @@ class Scene:
     toggle: str  # "" for all others
 
     def content(self, task_type: str) -> str:
-        """What a player could tell this game from another by: no coordinates, no numbering, no wording of the task."""
+        """Return what tells this game from others: no coordinates, no numbering, no wording of the task."""
         kinds = sorted(thing.type for thing in self.furniture)
         return repr(
             (
@@ -99,7 +99,7 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def _tables() -> dict:
-    """`data/tables.json`, with each floor plan's receptacles as {Thing: Place}."""
+    """Return `data/tables.json`, with each floor plan's receptacles as {Thing: Place}."""
     tables = json.loads(_data("tables.json"))
     tables["contains"] = {kind: frozenset(items) for kind, items in tables["contains"].items()}
     for plans in tables["rooms"].values():
@@ -118,7 +118,7 @@ def _data(name: str) -> str:
 
 
 def generate(spec: Spec, index: int) -> tuple[str, dict[str, object]]:
-    """Task id and game-file content (as in `game.tw-pddl`, 2.1.2 grammar) of game `index`."""
+    """Return the task id and the game-file content (as in `game.tw-pddl`, 2.1.2 grammar) of game `index`."""
     task_type = spec.task_types[index % len(spec.task_types)]
     rng = Random(f"{spec.scene} {spec.receptacles} {spec.objects} {task_type} {spec.seed} {index}")
     while True:
@@ -138,7 +138,7 @@ def generate(spec: Spec, index: int) -> tuple[str, dict[str, object]]:
 
 
 def _scene(rng: Random, spec: Spec, task_type: str) -> Scene | None:
-    """A scene for the task, or None where the dice left no room for it."""
+    """Return a random scene for the task, or None if what was drawn leaves no room for it."""
     tables, small = _tables(), spec.scene == "small"
     contains, properties = tables["contains"], tables["properties"]
     room = "kitchen" if small and "kitchen" in ROOMS[task_type] else rng.choice(ROOMS[task_type])
@@ -191,7 +191,7 @@ def _scene(rng: Random, spec: Spec, task_type: str) -> Scene | None:
 
 
 def _furnish(rng: Random, layout: dict[Thing, Place], added: tuple[str, ...], one_of_each: bool) -> dict[Thing, Place]:
-    """Receptacles of a floor plan. A small scene gives each a location of its own."""
+    """Return the receptacles of a floor plan. A small scene gives each a location of its own."""
     furniture = dict(layout)
     missing = Counter(added) - Counter(thing.type for thing in furniture)
     for kind in missing.elements():
@@ -217,7 +217,7 @@ def _thing(rng: Random, kind: str) -> Thing:
 
 
 def _problem(rng: Random, scene: Scene, goal: str) -> str:
-    """The PDDL problem, spelled as ALFWorld spells it."""
+    """Return the PDDL problem, spelled as ALFWorld spells it."""
     tables = _tables()
     where = {place: _pddl("loc|{}|{}|{}|{}".format(*at)) for place, at in scene.furniture.items()}
     start = _pddl(f"loc|{rng.randint(-9, 9)}|{rng.randint(-9, 9)}|{rng.randint(0, 3)}|30")
@@ -249,11 +249,14 @@ def _problem(rng: Random, scene: Scene, goal: str) -> str:
     for kind in sorted(receptacle_types):
         facts += [f"(canContain {kind}Type {item}Type)" for item in sorted(tables["contains"][kind] & object_types)]
     lines = "\n        ".join
-    return f"(define (problem generated)\n    (:domain alfred)\n    (:objects\n        {lines(objects)})\n    (:init\n        {lines(facts)})\n    {goal}\n"
+    return (
+        "(define (problem generated)\n    (:domain alfred)\n"
+        f"    (:objects\n        {lines(objects)})\n    (:init\n        {lines(facts)})\n    {goal}\n"
+    )
 
 
 def _pddl(name: str) -> str:
-    """ALFWorld's spelling of an id in PDDL."""
+    """Return an id as ALFWorld spells it in PDDL."""
     for sign, word in (("-", "_minus_"), ("|", "_bar_"), ("+", "_plus_"), (".", "_dot_")):
         name = name.replace(sign, word)
     return name

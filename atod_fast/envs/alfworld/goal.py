@@ -1,5 +1,6 @@
-"""The goal of a game, compiled: existential quantifiers are expanded over the static facts when a game is read, so that
-a step only looks up a few facts that can change.
+"""The goal of a game, compiled so that a step only looks up a few facts that can change.
+
+Existential quantifiers are expanded over the static facts when a game is read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Binding = dict[str, str]
 
 @dataclass(frozen=True)
 class Task:
-    """What the goal asks for, as ALFWorld names it: kinds in lower case, "" where the task has none."""
+    """What the goal asks for, as ALFWorld names it: kinds in lower case, "" if the task has none."""
 
     type: str
     object: str
@@ -34,7 +35,7 @@ class Goal:
 
 
 def compile_goal(problem: Problem) -> Goal:
-    """Ground the problem's goal."""
+    """Compile the problem's goal. Raise GameError if it asks for things that are not in the game."""
     clauses = tuple(tuple(_ground(part, problem)) for part in _parts(problem.goal))
     if not all(clauses):
         raise GameError("the goal asks for things that are not in the game")
@@ -45,7 +46,7 @@ def _ground(part: list, problem: Problem) -> Iterator[tuple[tuple[str, Row], ...
     variables, atoms, different = _flatten(part)
     static = [atom for atom in atoms if atom[0] not in FLUENTS]
     changing = [atom for atom in atoms if atom[0] in FLUENTS]
-    # The atom with the fewest rows first, so that the join below stays small.
+    # Atoms with few rows come first, so that the join below stays small.
     tables = sorted(((atom[1:], _fitting(atom, problem)) for atom in static), key=lambda table: len(table[1]))
     for joined in _join(tables, {}):
         free = [name for name in variables if name not in joined]
@@ -58,7 +59,7 @@ def _ground(part: list, problem: Problem) -> Iterator[tuple[tuple[str, Row], ...
 
 
 def _fitting(atom: Row, problem: Problem) -> list[Row]:
-    """Facts of the atom's predicate that agree with its constants."""
+    """Return the facts of the atom's predicate that agree with its constants."""
     constants = [(at, word) for at, word in enumerate(atom[1:]) if not word.startswith("?")]
     return [row for row in problem.facts.get(atom[0], []) if all(row[at] == word for at, word in constants)]
 
@@ -86,7 +87,7 @@ def _parts(goal: list) -> list[list]:
 
 
 def _flatten(expression: list) -> tuple[dict[str, str], list[Row], list[tuple[str, str]]]:
-    """Variables with types, atoms and inequalities of a positive existential formula."""
+    """Return variables with types, atoms and inequalities of a positive existential formula."""
     variables: dict[str, str] = {}
     atoms: list[Row] = []
     different: list[tuple[str, str]] = []
@@ -121,7 +122,7 @@ _TYPE_OF_CHANGE = {
 
 
 def describe(goal: list) -> Task:
-    """The task a goal stands for; one that is none of ALFWorld's six types is a GameError."""
+    """Return the task that a goal stands for. Raise GameError if it is none of ALFWorld's six types."""
     atoms: list[Row] = []
     different: list[tuple[str, str]] = []
     for part in _parts(goal):

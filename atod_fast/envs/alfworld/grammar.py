@@ -1,8 +1,8 @@
 """The text grammar of a game file (TextWorld's `.twl2`): which sentence follows which action, and how it is filled in.
 
 A rule `name -> [(condition, right-hand side)]` derives to the first side whose condition holds. Sides mix literals,
-`#rule#`, `{var.name}` and lists `[{expression | query}]`. Conditions and queries are conjunctions of atoms; they are
-solved over the current facts by whoever derives (`facts`), starting from the variables bound by the action.
+`#rule#`, `{var.name}` and lists `[{expression | query}]`. Conditions and queries are conjunctions of atoms. `derive`
+solves them over the current facts (`facts`), starting from the variables that the action binds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from atod_fast.envs.alfworld.pddl import GameError
 
 Binding = dict[str, str]  # grammar variable -> object id
 Query = tuple[tuple[str, tuple[str, ...]], ...]  # predicate and its variables, for each atom
-Facts = Callable[
-    [str, tuple[str | None, ...]], Iterator[tuple[str, ...]]
-]  # sorted rows of a predicate that fit a pattern
+# Predicate and pattern -> the rows that fit it, sorted.
+Facts = Callable[[str, tuple[str | None, ...]], Iterator[tuple[str, ...]]]
 
 _TASK = re.compile(r'(?<="rhs": ")Your task is to: (?:[^"\\]|\\.)*(?=")')
 _BLOCK = re.compile(
@@ -58,13 +57,11 @@ class Side:
 @dataclass(frozen=True)
 class Grammar:
     rules: dict[str, tuple[Side, ...]]
-    commands: dict[
-        str, str
-    ]  # action -> its command as a format string over the action's parameters, "take {o} from {r}"
+    commands: dict[str, str]  # action -> format string of its command over its parameters, "take {o} from {r}"
     feedback: dict[str, str]  # action -> rule
 
     def derive(self, rule: str, bound: Binding, names: dict[str, str], facts: Facts) -> str:
-        """The text of `rule`. Of several applicable sides the first is taken, as TextWorld does."""
+        """Return the text of `rule`. Of several applicable sides the first is taken, as TextWorld does."""
         for side in self.rules[rule]:
             if not side.condition or next(solve(side.condition, bound, facts), None) is not None:
                 return "".join(self._text(piece, bound, names, facts) for piece in side.pieces)
@@ -90,7 +87,10 @@ class Grammar:
 
 
 def solve(query: Query, bound: Binding, facts: Facts) -> Iterator[Binding]:
-    """Bindings that extend `bound` and make every atom a fact, in the order of the facts; variables differ from each other."""
+    """Yield the bindings that extend `bound` and make every atom a fact, in the order of the facts.
+
+    Different variables have different values.
+    """
     if not query:
         yield bound
         return
@@ -108,7 +108,7 @@ def solve(query: Query, bound: Binding, facts: Facts) -> Iterator[Binding]:
 
 
 def parse(text: str, actions: Iterable[str]) -> Grammar:
-    """Parse a game's `grammar` as far as `actions` reach; what cannot be derived exactly is a GameError."""
+    """Parse the part of a game's `grammar` that `actions` need. Raise GameError if it cannot be derived exactly."""
     sentence = _TASK.search(text)
     if not sentence:
         raise GameError('the grammar has no "Your task is to: "')
@@ -179,7 +179,7 @@ def _pieces(text: str) -> tuple[Piece, ...]:
 
 
 def _value(expression: str) -> tuple[Piece, ...]:
-    """`o.indefinite + ' ' + o.name`. The indefinite article of every ALFWorld thing is "a"."""
+    """Parse `o.indefinite + ' ' + o.name`. The indefinite article of every ALFWorld thing is "a"."""
     pieces = []
     for term in expression.split("+"):
         found = _VALUE.fullmatch(term)

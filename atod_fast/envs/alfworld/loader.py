@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def split_folder(split: str, data: str | None) -> Path:
-    """Folder of a split below `data` (or $ALFWORLD_DATA): `json_2.1.1/<split>` or `<split>` itself."""
+    """Return the folder of a split below `data` (or $ALFWORLD_DATA): `json_2.1.1/<split>` or `<split>` itself."""
     if split not in SPLITS:
         near = get_close_matches(str(split), SPLITS, n=1)
         raise UserError(
@@ -39,7 +39,7 @@ def split_folder(split: str, data: str | None) -> Path:
 
 
 def find_games(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """Game files named by or lying below `paths`, sorted below each folder."""
+    """Return the game files that `paths` name or contain, sorted within each folder."""
     found: list[Path] = []
     for path in map(Path, paths):
         path = path.expanduser()
@@ -53,9 +53,9 @@ def find_games(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def playable(files: list[Path], task_types: tuple[str, ...] = TASK_TYPES) -> list[Path]:
-    """The files ALFWorld would play: of the task types, no movable receptacle, nothing sliced, solvable.
+    """Return the files that ALFWorld would play: solvable, of the task types, without movable receptacles or slicing.
 
-    A damaged file is logged by name and left out; UserError if nothing is left.
+    A damaged file is logged by name and left out. Raises UserError if nothing is left.
     """
     games: list[Path] = []
     damaged: list[str] = []
@@ -83,7 +83,7 @@ def playable(files: list[Path], task_types: tuple[str, ...] = TASK_TYPES) -> lis
 
 
 def read_file(file: Path) -> dict[str, object]:
-    """A game file's content. GameError if it is no JSON object."""
+    """Return a game file's content. Raise GameError if it is no JSON object."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -94,5 +94,5 @@ def read_file(file: Path) -> dict[str, object]:
 
 
 def task_id(file: Path) -> str:
-    """`pick_and_place_simple-Mug-None-Desk-301/trial_T2019...`: the last two folders of a game file."""
+    """Return the last two folders of a game file: `pick_and_place_simple-Mug-None-Desk-301/trial_T2019...`."""
     return "/".join(file.absolute().parts[-3:-1])

@@ -1,4 +1,4 @@
-"""PDDL as ALFWorld's game files use it: s-expressions, a problem's objects, facts and goal, and what varies in the domain.
+"""Parse PDDL as ALFWorld's game files use it: a problem's objects, facts and goal, and what varies between domains.
 
 Names are lower-cased, as Fast Downward (the planner inside TextWorld) does.
 """
@@ -13,7 +13,7 @@ from importlib import resources
 
 Row = tuple[str, ...]  # the arguments of a fact
 
-# Predicates that a step can change and that texts, goals or preconditions look at.
+# Predicates that a step can change and that texts, goals or preconditions ask for.
 FLUENTS = frozenset(
     "atlocation inreceptacle objectatlocation opened holds holdsany isclean ishot iscool istoggled issliced".split()
 )
@@ -28,11 +28,11 @@ _COMMENT = re.compile(r";[^\n]*")
 
 
 class GameError(ValueError):
-    """A game file that is damaged, or asks for something the fast engine does not model."""
+    """A game file is damaged, or asks for something that the fast engine does not support."""
 
 
 def read(text: str) -> list:
-    """The s-expression in `text` as nested lists of lower-case symbols."""
+    """Return the s-expression in `text` as nested lists of lower-case symbols."""
     stack: list[list] = [[]]
     for token in _TOKEN.findall(_COMMENT.sub("", text).lower()):
         if token == "(":
@@ -50,7 +50,7 @@ def read(text: str) -> list:
 
 
 def typed(symbols: list[str]) -> dict[str, str]:
-    """`a b - t c - u` as {a: t, b: t, c: u}."""
+    """Return `a b - t c - u` as {a: t, b: t, c: u}."""
     types: dict[str, str] = {}
     waiting: list[str] = []
     following = iter(symbols)
@@ -90,16 +90,16 @@ class Action:
 
 @dataclass(frozen=True)
 class Domain:
-    """The actions, and what differs between ALFWorld's domains; the rest is checked against the shipped `alfred.pddl`."""
+    """The actions, and what differs between ALFWorld's domains. The rest must equal the shipped `alfred.pddl`."""
 
     predicates: dict[str, tuple[str, ...]]  # predicate -> types of its arguments
     actions: dict[str, Action]
-    tools: dict[str, frozenset[str]]  # action -> types of which the receptacle (or the knife held) must be one
+    tools: dict[str, frozenset[str]]  # action -> possible types of the receptacle (or of the knife held)
 
 
 @lru_cache(maxsize=16)
 def domain(text: str) -> Domain:
-    """Read a game's `pddl_domain`; an action that is not the one the engine implements is a GameError."""
+    """Parse a game's `pddl_domain`. Raise GameError if an action is not the one that the engine implements."""
     actions, tools = _actions(text)
     known = _actions(resources.files(__package__).joinpath("data/alfred.pddl").read_text(encoding="utf-8"))[0]
     for name in known.keys() | actions.keys():
@@ -111,7 +111,10 @@ def domain(text: str) -> Domain:
 
 
 def _actions(text: str) -> tuple[dict[str, dict], dict[str, frozenset[str]]]:
-    """The domain's actions, each with its alternatives of receptacle or object types taken out of the precondition."""
+    """Return the domain's actions, and for each the types that its precondition admits.
+
+    These alternatives of receptacle or object types are taken out of the precondition.
+    """
     tools: dict[str, frozenset[str]] = {}
 
     def skeleton(expression: list | str, action: str) -> list | str:
@@ -131,7 +134,7 @@ def _actions(text: str) -> tuple[dict[str, dict], dict[str, frozenset[str]]]:
 
 
 def _effects(action: dict[str, list]) -> Action:
-    """Effects on fluents; none of them is conditional."""
+    """Return an action's effects on fluents; none of them is conditional."""
     adds, deletes = [], []
     for effect in action[":effect"][1:]:
         negated = effect[0] == "not"
@@ -142,7 +145,10 @@ def _effects(action: dict[str, list]) -> Action:
 
 
 def problem(text: str, domain: Domain) -> Problem:
-    """Parse a game's `pddl_problem`. Its facts are flat, so they are read by pattern, several times faster than by `read`."""
+    """Parse a game's `pddl_problem`.
+
+    Its facts are flat, so they are read by pattern, several times faster than by `read`.
+    """
     found = _SECTIONS.fullmatch(_COMMENT.sub("", text).lower())
     listed = _FACT.findall(found["init"]) if found else []
     if not found or not len(listed) == found["init"].count("(") == found["init"].count(")"):
@@ -155,7 +161,8 @@ def problem(text: str, domain: Domain) -> Problem:
             continue
         if tuple(map(types.get, row)) != domain.predicates.get(predicate):
             raise GameError(
-                f"the fact ({' '.join(fact.split())}) is not of the form the domain declares, or names what is not declared"
+                f"the fact ({' '.join(fact.split())}) is not of the form the domain declares, "
+                "or names what is not declared"
             )
         facts[predicate].append(tuple(row))
     return Problem(types, dict(facts), read(found["goal"])[1])

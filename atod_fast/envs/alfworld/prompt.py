@@ -30,7 +30,10 @@ _KEPT = 30  # characters of a response without an action that become the command
 
 
 class AlfWorldPrompt:
-    """thinking: ask for, and require, <think> ... </think>. history: turns shown with context `window`."""
+    """verl-agent's messages about ALFWorld.
+
+    thinking: ask for, and require, <think> ... </think>. history: turns shown with context `window`.
+    """
 
     def __init__(self, thinking: bool, history: int) -> None:
         self.thinking, self.history = thinking, history

@@ -1,4 +1,7 @@
-"""The original: the same games in TextWorld's PDDL engine with ALFWorld's naming. A hundred times slower; the fast engine's oracle."""
+"""Play the same games in the original, TextWorld's PDDL engine with ALFWorld's naming.
+
+It is a hundred times slower than the fast engine, which is tested against it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _ALONE = Lock()
 
 
 class TextWorldEngine:
-    """Plays a game as `FastAlfWorld` does, without that one's look behind the scenes. One instance loads many games."""
+    """Plays a game as `FastAlfWorld` does, but does not show its state. One instance loads many games."""
 
     def __init__(self) -> None:
         data = os.environ.get("ALFWORLD_DATA")
@@ -58,7 +61,7 @@ class TextWorldEngine:
             return self._observe(self._env.step(command)[0]), accepted
 
     def close(self) -> None:
-        """Free what the planner holds. Its library stays loaded: to unload a second copy crashes Python on exit."""
+        """Free the planner's memory. Its library stays loaded: unloading a second copy crashes Python on exit."""
         self._env.downward_lib.cleanup()
 
     def _observe(self, state) -> str:

@@ -1,4 +1,7 @@
-"""BM25 in this process: bm25s with Lucene's English analysis and Pyserini's constants (k1 0.9, b 0.4), as Search-R1's BM25 retriever."""
+"""BM25 search in this process, as in Search-R1's BM25 retriever.
+
+It uses bm25s with Lucene's English analysis and Pyserini's constants (k1 0.9, b 0.4).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from atod_fast.envs.bm25 import K1, B
 from atod_fast.envs.searchqa.passages import Passage
 from atod_fast.errors import UserError
 
-INSTANT = 1_000_000  # passages up to which a search, 3.5 ms there, is not worth a thread
+INSTANT = 1_000_000  # passages; up to here a search, at most 3.5 ms, is not worth a thread
 _WORD = re.compile(r"\w+")
 _STEMMING = Lock()  # a PyStemmer object serves one thread at a time
 
@@ -27,14 +30,17 @@ def _analysis():
 
 
 def term(word: str) -> str:
-    """What a lower-case word is searched by: its Porter stem; "" for a stop word of Lucene's."""
+    """Return the Porter stem of a lower-case word, by which it is searched; "" for a stop word of Lucene's."""
     stop_words, stem = _analysis()
     with _STEMMING:
         return "" if word in stop_words else stem(word)
 
 
 class TermIds(dict[str, int]):
-    """Number of each word's term, in order of first appearance; -1 for a stop word. `vocabulary`: of each term."""
+    """Maps each word to its term's number, in order of first appearance; -1 for a stop word.
+
+    vocabulary: term -> number.
+    """
 
     def __init__(self) -> None:
         self.vocabulary: dict[str, int] = {}
@@ -49,14 +55,17 @@ class TermIds(dict[str, int]):
 
 
 class TermLists:
-    """What bm25s indexes: `ids`, term ids of each passage, to be iterated several times, and their vocabulary."""
+    """What bm25s indexes: the passages' term ids and their vocabulary.
+
+    ids: term ids of each passage, iterated several times. vocabulary: term -> number.
+    """
 
     def __init__(self, ids: Iterable[Sequence[int]], vocabulary: dict[str, int]) -> None:
         self.ids, self.vocab = ids, vocabulary
 
 
 def score_matrix(lists: TermLists, show_progress: bool = False):
-    """bm25s' index of these passages. UserError where they hold no word."""
+    """Return bm25s' index of these passages. Raise UserError if they hold no word."""
     if not lists.vocab:
         raise UserError(
             "retriever: the corpus holds no passage with a word to search for; give JSON lines with id and contents"
@@ -75,7 +84,7 @@ class Bm25:
 
     @classmethod
     def of(cls, passages: Sequence[Passage]) -> Bm25:
-        """All in memory: for up to about a hundred thousand passages."""
+        """Index `passages` in memory: for up to about a hundred thousand of them."""
         numbers = TermIds()
         ids = [numbers.of(passage.contents) for passage in passages]
         return cls(score_matrix(TermLists(ids, numbers.vocabulary)), passages)
@@ -87,7 +96,10 @@ class Bm25:
         return [passage for passage, _ in self.scored(query, topk)]
 
     def scored(self, query: str, topk: int) -> list[tuple[Passage, float]]:
-        """At most `topk` passages that share a term with `query`, best first, those of equal score in the corpus's order."""
+        """Return at most `topk` passages that share a term with `query`, with their scores, best first.
+
+        Passages of equal score are in the corpus's order.
+        """
         scores = self._index.get_scores_from_ids(
             self._index.get_tokens_ids([term(word) for word in _WORD.findall(query.lower())])
         )

@@ -1,10 +1,10 @@
-"""Searching by a server of Search-R1's protocol (Apache-2.0, search_r1/search/retrieval_server.py):
+"""Search with a server of Search-R1's protocol (Apache-2.0, search_r1/search/retrieval_server.py):
 
     POST /retrieve {"queries": ["..."], "topk": 3, "return_scores": true}
     {"result": [[{"document": {"id": "17", "contents": "\"Title\"\\ntext"}, "score": 12.3}, ...]]}
 
-What the server says is believed in nothing: its size, its shape and the time it takes are bounded here, its text is cleaned
-where it is shown.
+The server is not trusted: the size, shape and time of its answers are bounded here, and its text is cleaned where it
+is shown.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from atod_fast.envs.searchqa.retriever import BadAnswer, RetrieverError
 from atod_fast.envs.searchqa.text import clean
 from atod_fast.errors import UserError
 
-WINDOW = 0.004  # seconds a query waits for others to share its request with
+WINDOW = 0.004  # seconds a query waits for others to share its request
 BATCH = 64  # most queries in a request
-ANSWER_BYTES = 1 << 20  # of one query's share of an answer
+ANSWER_BYTES = 1 << 20  # most bytes of an answer for each of its queries
 FIRST_WAIT, LONGEST_WAIT = 0.25, 4.0  # seconds before a retry, doubled each time
 
 Outcome = list[Passage] | RetrieverError | BadAnswer
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Batch:
-    """Queries that travel together. Whoever is first in it sends it, the others wait until it is `done`."""
+    """Queries that share a request. The thread of the first one sends it; the others wait until it is `done`."""
 
     topk: int
     queries: list[str] = field(default_factory=list)
@@ -44,11 +44,11 @@ class _Batch:
 class HttpRetriever:
     """A `Retriever` that asks the server at `url`; a URL without a path means /retrieve.
 
-    Queries that several threads ask within a few milliseconds, or while `concurrency` requests are under way, share one.
-    timeout: seconds for an attempt, from connecting to the last byte. retries: after an attempt that found no server, ran
-    out of time or met one that is overloaded or broken (408, 429, 5xx); all together should take less than
-    env.step_timeout. A query that was refused (400, 413, 422, 500) or badly answered in company is asked again alone, so
-    that none suffers for another.
+    Queries that threads ask within a few milliseconds, or while `concurrency` requests are under way, share a request.
+    timeout: seconds for an attempt, from connecting to the last byte. retries: further attempts after one that found no
+    server, ran out of time or met a server that is overloaded or broken (408, 429, 5xx); all together should take less
+    than env.step_timeout. If a query in a shared request was refused (400, 413, 422, 500) or badly answered, it is
+    asked again alone, so that one query cannot spoil the others.
     """
 
     instant = False
@@ -60,7 +60,8 @@ class HttpRetriever:
             self._poster = Poster(url, "/retrieve", timeout)
         except ImportError as error:
             raise UserError(
-                f"retriever={without_secrets(url)!r} needs urllib3 and tenacity ({error}); pip install 'atod_fast[search]'"
+                f"retriever={without_secrets(url)!r} needs urllib3 and tenacity ({error}); "
+                "pip install 'atod_fast[search]'"
             ) from None
         self.url, self._timeout, self._attempts = self._poster.shown, timeout, retries + 1
         self._retrying = tenacity.Retrying(
@@ -84,7 +85,7 @@ class HttpRetriever:
         if isinstance(outcome, BadAnswer):
             self._warn(str(outcome))
         if isinstance(outcome, Exception):
-            raise type(outcome)(*outcome.args)  # one of its own for each thread
+            raise type(outcome)(*outcome.args)  # each thread raises its own copy
         return outcome
 
     def _join(self, query: str, topk: int) -> tuple[_Batch, int]:
@@ -113,20 +114,23 @@ class HttpRetriever:
             batch.done.set()
 
     def _ask(self, queries: list[str], topk: int) -> list[Outcome]:
-        """What became of each query; a failure that concerns them all is told for each."""
+        """Return the outcome of each query; a failure of the whole request is the outcome of all."""
         request = json.dumps({"queries": queries, "topk": topk, "return_scores": True}).encode()
         try:
             answer = self._retrying(self._attempt, request, ANSWER_BYTES * len(queries))
             return read_answer(answer, len(queries), topk)
         except RetrieverError as error:
             attempts = f" in {self._attempts} attempt{'s' * (self._attempts > 1)}" if _passing(error) else ""
-            line = f"retriever {self.url}: {error}{attempts}; see that it runs and speaks the protocol, or correct env.options.retriever"
+            line = (
+                f"retriever {self.url}: {error}{attempts}; "
+                "see that it runs and speaks the protocol, or correct env.options.retriever"
+            )
             return [RetrieverError(line, error.status)] * len(queries)
         except BadAnswer as error:
             return [error] * len(queries)
 
     def _attempt(self, request: bytes, most: int) -> bytes:
-        """The body of the answer to one POST."""
+        """Return the body of the answer to one POST. Raise RetrieverError or BadAnswer if there is none."""
         try:
             status, body = self._poster.post(request, most)
         except TooLong as error:
@@ -140,16 +144,17 @@ class HttpRetriever:
         return body
 
     def _warn(self, reason: str) -> None:
-        """Once for each reason, not for each turn."""
+        """Log a warning once for each reason, not for each turn."""
         if reason not in self._warned and len(self._warned) < 20:
             self._warned.add(reason)
             _log.warning("retriever %s gave %s; a turn that gets such an answer counts as invalid", self.url, reason)
 
 
 def read_answer(body: bytes, queries: int, topk: int) -> list[Outcome]:
-    """The passages of each query; BadAnswer in place of those that are none, and raised where not even that can be told.
+    """Return the passages of each query, with a BadAnswer in place of malformed ones.
 
-    Documents may also come without scores around them, as Search-R1's server sends them where `return_scores` is false.
+    Raises BadAnswer if the whole answer is malformed. Documents may come without scores around them, as Search-R1's
+    server sends them if `return_scores` is false.
     """
     try:
         answer = json.loads(body)
@@ -171,7 +176,7 @@ def _passages(found: Any, topk: int) -> Outcome:
 
 
 def _passage(entry: Any) -> Passage | None:
-    """None where it holds no text. Search-R1's BM25 server tells no id."""
+    """Return a passage, or None if the entry holds no text. Search-R1's BM25 server sends no id."""
     document = entry.get("document", entry) if isinstance(entry, dict) else None
     if not isinstance(document, dict) or not isinstance(document.get("contents", ""), str):
         return None
@@ -183,19 +188,19 @@ def _passage(entry: Any) -> Passage | None:
 
 
 def _spoilt(outcome: Outcome) -> bool:
-    """Whether another query of the same request may be the cause."""
+    """Return whether another query of the same request may be the cause."""
     return isinstance(outcome, BadAnswer) or (
         isinstance(outcome, RetrieverError) and outcome.status in (400, 413, 422, 500)
     )
 
 
 def _passing(error: BaseException) -> bool:
-    """Whether another attempt may succeed."""
+    """Return whether another attempt may succeed."""
     return isinstance(error, RetrieverError) and (
         error.status is None or error.status in (408, 429) or error.status >= 500
     )
 
 
 def _excerpt(body: bytes) -> str:
-    """A line that can be logged."""
+    """Return the beginning of `body` as a line that can be logged."""
     return " ".join(clean(bytes(body[:400]).decode(errors="replace")).split())[:160]

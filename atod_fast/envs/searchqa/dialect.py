@@ -1,4 +1,4 @@
-"""Search-QA in few words, and a scripted expert that knows what to search for."""
+"""Search-QA's dialect: shortened texts, and a scripted expert that knows what to search for."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from atod_fast.envs.searchqa.text import NOTHING_FOUND
 VERBS = ("search", "answer")
 
 _WORD = re.compile(r"[a-z]+")
-# A passage's title stands again in its first sentence.
+# A passage's title is dropped: its first sentence repeats it.
 _TITLE = re.compile(r'doc \d+: "[^"\n]*"')
 _DROPPED = frozenset("information a the of in by as is was it does".split())
 _BLOCK = re.compile(r"<(search|answer)>(.*)</\1>")
 
 
 def compact(observation: str) -> list[str]:
-    """The telling words of a question or of search results, lower-cased; only letters."""
+    """Return the informative words of a question or of search results, lower-cased; only letters."""
     return [word for word in _WORD.findall(_TITLE.sub("", observation.lower())) if word not in _DROPPED]
 
 
 def command(words: Sequence[str]) -> str:
-    """`search red lamp` -> `<search>red lamp</search>`; words that begin with neither verb stay as they are: no command."""
+    """Return the command that words make: `search red lamp` -> `<search>red lamp</search>`.
+
+    Words that begin with neither verb stay as they are; they are no command.
+    """
     verb, *rest = words or [""]
     return f"<{verb}>{' '.join(rest)}</{verb}>" if verb in VERBS else " ".join(words)
 
 
 def spoken(command: str) -> list[str]:
-    """The words of a command; the inverse of `command`."""
+    """Return the words of a command; the inverse of `command`."""
     return _BLOCK.sub(r"\1 \2", command).lower().split()
 
 
 @lru_cache(maxsize=1)
 def vocabulary() -> list[str]:
-    """Every word that a compacted observation or a command can hold, with any seed of `generate`, sorted."""
+    """Return, sorted, every word that a shortened observation or a command can hold, with any seed of `generate`."""
     words = {*VERBS, *compact(NOTHING_FOUND)}
     for world in (generate(0), generate(1)):  # seeds of different parity have different things
         words.update(word for question in world.questions for word in compact(question.text))
@@ -48,7 +51,7 @@ def vocabulary() -> list[str]:
 
 
 def player(env: SearchQA) -> Player:
-    """Searches for what the question needs, one passage after the other, then answers."""
+    """Return a player that searches for what the question needs, one passage after the other, and then answers."""
     question = env.question
 
     def play(steps: Sequence[Step], observation: str) -> str:
@@ -60,7 +63,7 @@ def player(env: SearchQA) -> Player:
 
 
 def junk(env: SearchQA, observation: str, rng: Random) -> str:
-    """Searches that lead nowhere, or words that are no command. No answers: they would end the episode."""
+    """Return a search that leads nowhere, or no command. It is never an answer, which would end the episode."""
     thing = env.question.queries[0].lower()
     name = rng.choice(PEOPLE).lower()
     return rng.choice(

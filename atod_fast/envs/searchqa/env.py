@@ -29,10 +29,10 @@ Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 def parse_command(action: str) -> tuple[str, str] | None:
-    """("search", query) or ("answer", text); None unless the action is exactly one of these blocks.
+    """Return ("search", query) or ("answer", text); None unless the action is exactly one of these blocks.
 
-    verl-agent's projection (agent_system/environments/env_package/search/projection.py, Apache-2.0) leaves a single block
-    or nothing of a response; what has both kinds, one twice, or neither is invalid there and here.
+    verl-agent's projection (agent_system/environments/env_package/search/projection.py, Apache-2.0) reduces a response
+    to a single block or to nothing. A response with both kinds, one kind twice, or neither is invalid there and here.
     """
     block = _COMMAND.fullmatch(action.strip())
     if block is None or _OPENING.search(block[2]):
@@ -43,20 +43,21 @@ def parse_command(action: str) -> tuple[str, str] | None:
 class SearchQA:
     """Questions to be answered with the help of a search engine.
 
-    Commands: `<search>query</search>`, answered by `<information>...</information>`, and `<answer>text</answer>`, which ends
-    the episode; anything else is invalid and answered by nothing. The first observation is the question. A retriever that
-    fails raises RetrieverError; one whose answer holds no passages costs the turn, which counts as invalid. Nothing is
-    truncated here: env.max_turns cuts off, 4 in the preset as in verl-agent.
+    Commands: `<search>query</search>`, answered by `<information>...</information>`, and `<answer>text</answer>`, which
+    ends the episode. Anything else is invalid, and the observation after it is empty. The first observation is the
+    question. A retriever that fails raises RetrieverError; if its answer is malformed, the turn counts as invalid.
+    Nothing is truncated here: env.max_turns cuts off, 4 in the preset as in verl-agent.
 
     What is asked, and where it is looked up (exactly one of the two):
       questions: JSON-lines files {id, question, golden_answers, data_source}, with sources (only these data_source) and
         limit (so many, evenly spaced over the files). retriever: an index folder, a corpus .jsonl of passages {id,
-        contents} to be indexed in memory, or the URL of a server; with a URL timeout (seconds an attempt), retries, and
-        concurrency (requests at a time). bad_lines: malformed lines of a file that are skipped.
+        contents} to be indexed in memory, or the URL of a server; with a URL timeout (seconds for an attempt), retries,
+        and concurrency (simultaneous requests). bad_lines: so many malformed lines are skipped.
       generate: number of questions about a made-up world, with seed and hops (most searches that a question needs, 1 or
         2). Even and odd seeds have no thing in common.
-    topk: passages of a search. passage_chars: a longer passage is cut. results: "text", or "json" for verl-agent's wording.
-    reward: of an answer that matches exactly; all else gives 0. info["score"] is the answer's F1, 0 until there is one.
+    topk: passages of a search. passage_chars: a longer passage is cut. results: "text", or "json" for verl-agent's
+      format.
+    reward: of an answer that matches exactly; all else gives 0. info["score"] is the answer's F1, 0 before it.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class SearchQA:
         return len(self._questions)
 
     def reset(self, seed: int, task: int) -> tuple[str, Info]:
-        """Ask question `task`. There is no chance in this world: `seed` changes nothing."""
+        """Ask question `task`. The environment is deterministic: `seed` changes nothing."""
         if not 0 <= task < len(self):
             raise IndexError(f"task {task} of {len(self)} questions")
         self.question, self._over = self._questions[task], False
@@ -129,7 +130,7 @@ class SearchQA:
         self.question = None
 
     def _search(self, query: str) -> tuple[str, bool]:
-        """What a search shows, and whether it went well."""
+        """Return the observation after a search, and whether the retriever's answer was usable."""
         if not query:
             return enclose(NOTHING_FOUND, self._style), True
         try:
@@ -195,7 +196,7 @@ def _only(source: str, options: dict) -> None:
 
 
 def _texts(name: str, value: Any, what: str) -> list[str | os.PathLike]:
-    """The list `value`, or of it alone."""
+    """Return `value` as a list; a single text becomes a list of one. Raise UserError if it is neither."""
     texts = [value] if isinstance(value, str | os.PathLike) else value
     if not isinstance(texts, Sequence) or not all(isinstance(text, str | os.PathLike) for text in texts):
         raise UserError(f"{name}={value!r} must be {what}")

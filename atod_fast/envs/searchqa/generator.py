@@ -1,11 +1,12 @@
-"""A made-up world to ask about, so that nothing has to be downloaded: things with an owner, a maker and a place, and people
-with a home and a job.
+"""Generate a made-up world to ask about, so that nothing has to be downloaded.
 
-    Who owns the red lamp?                   one search: its passage tells
-    Where does the maker of the red lamp live?   two: the lamp's passage tells the maker, the maker's the home
+Things have an owner, a maker and a place, people a home and a job.
 
-Who owns what, and who lives where, is drawn anew for every seed, and seeds of different parity have no thing in common: an
-answer can be looked up, but not remembered.
+    Who owns the red lamp?                       one search: its passage tells the owner
+    Where does the maker of the red lamp live?   two: the lamp's passage tells the maker, the maker's passage the home
+
+Who owns what, and who lives where, is drawn anew for every seed, and seeds of different parity have no thing in common:
+an answer can be looked up, but not remembered.
 """
 
 from __future__ import annotations
@@ -19,25 +20,26 @@ from atod_fast.envs.searchqa.passages import Passage
 from atod_fast.envs.searchqa.questions import Question
 
 ADJECTIVES = (
-    "amber big black blue brass broken brown carved clay cold copper empty folded gold gray green heavy iron long new old painted pink "
-    "purple red round silver small tall tin white yellow"
+    "amber big black blue brass broken brown carved clay cold copper empty folded gold gray green heavy iron long new "
+    "old painted pink purple red round silver small tall tin white yellow"
 ).split()
 NOUNS = (
-    "ball basket bell boat book bottle bowl box chair clock coat comb cup doll drum flute hat key kite knife lamp map mask mirror pen "
-    "pipe plate ring rope shoe spoon vase"
+    "ball basket bell boat book bottle bowl box chair clock coat comb cup doll drum flute hat key kite knife lamp map "
+    "mask mirror pen pipe plate ring rope shoe spoon vase"
 ).split()
 PEOPLE = (
-    "Ada Amir Anna Boris Carla Chen Clara Dario Elena Emil Felix Greta Hanna Hugo Ines Ivan Jonas Julia Karim Laila Leo Lucia Magnus Maya "
-    "Mira Nadia Nils Olga Omar Paula Petra Rosa Samir Sonja Stella Tomas Vera Viktor Yuki Zara"
+    "Ada Amir Anna Boris Carla Chen Clara Dario Elena Emil Felix Greta Hanna Hugo Ines Ivan Jonas Julia Karim Laila "
+    "Leo Lucia Magnus Maya Mira Nadia Nils Olga Omar Paula Petra Rosa Samir Sonja Stella Tomas Vera Viktor Yuki Zara"
 ).split()
 PLACES = (
-    "Athens Bergen Cairo Dakar Delhi Dublin Geneva Hanoi Kyoto Lagos Lima Lisbon Madrid Milan Oslo Paris Prague Quito Riga Rome Seoul Sofia Tunis Vienna"
+    "Athens Bergen Cairo Dakar Delhi Dublin Geneva Hanoi Kyoto Lagos Lima Lisbon Madrid Milan Oslo Paris Prague Quito "
+    "Riga Rome Seoul Sofia Tunis Vienna"
 ).split()
 JOBS = (
-    "actor baker barber butcher carpenter cook dancer doctor driver farmer fisher gardener guard judge miller nurse painter pilot "
-    "potter sailor singer tailor teacher weaver"
+    "actor baker barber butcher carpenter cook dancer doctor driver farmer fisher gardener guard judge miller nurse "
+    "painter pilot potter sailor singer tailor teacher weaver"
 ).split()
-ASKED = {  # relation -> the question; of the thing, or of a person the thing leads to
+ASKED = {  # relations to follow, from the thing to the answer -> question
     ("owner",): "Who owns the {thing}?",
     ("maker",): "Who made the {thing}?",
     ("place",): "Where is the {thing} kept?",
@@ -57,15 +59,15 @@ TOLD = {
 
 @dataclass(frozen=True)
 class World:
-    """Things and people with what is told of them: name -> relation -> value."""
+    """Things and people with their facts, and the questions and passages about them."""
 
-    facts: dict[str, dict[str, str]]
+    facts: dict[str, dict[str, str]]  # name -> relation -> value
     questions: list[Question]
     passages: list[Passage]
 
 
 def generate(seed: int, hops: int = 2) -> World:
-    """The world of `seed` with every question of at most `hops` (1 or 2) searches that can be asked in it, shuffled."""
+    """Return the world of `seed` with all questions of at most `hops` (1 or 2) searches, shuffled."""
     rng = Random(f"searchqa {seed}")
     things = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
     things = [thing for thing in things if zlib.crc32(thing.encode()) % 2 == seed % 2]
@@ -81,7 +83,7 @@ def generate(seed: int, hops: int = 2) -> World:
 
 
 def _passage(rng: Random, name: str, told: dict[str, str]) -> str:
-    """Sentences in any order, so that where something stands does not tell what it is."""
+    """Return a passage with its sentences in random order, so that the order does not tell what is what."""
     subjects = (name, name) if name in PEOPLE else (f"The {name}", "It", "It")
     relations = rng.sample(list(told), len(told))
     sentences = [

@@ -2,8 +2,9 @@
 
     python -m atod_fast.envs.searchqa.index wiki.jsonl --out wiki-index
 
-The corpus is JSON lines {"id", "contents"} or {"id", "title", "text"}. Give the folder as env.options.retriever, or to the
-server. Reading is streamed; memory is needed for the score matrix, about 40 bytes for each pair of a passage and a term.
+The corpus is JSON lines {"id", "contents"} or {"id", "title", "text"}. Give the folder as env.options.retriever, or to
+the server. Reading is streamed; memory is needed for the score matrix, about 40 bytes for each pair of a passage and a
+term.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from atod_fast.errors import UserError
 
 
 def index(corpus: Sequence[Path], out: Path, *, bad_lines: int) -> int:
-    """Build the index with a progress bar on a terminal; the number of passages."""
+    """Build the index, with a progress bar on a terminal, and return the number of passages."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -39,7 +40,7 @@ def index(corpus: Sequence[Path], out: Path, *, bad_lines: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input, 130 broken off by Ctrl-C."""
+    """Run the command line and return its exit code: 0 done, 2 bad usage or input, 130 interrupted by Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m atod_fast.envs.searchqa.index",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""Reading JSON lines that people made: a malformed one is named and skipped, too many stop the run."""
+"""Read JSON lines that people made: a malformed line is named and skipped, too many raise UserError."""
 
 from __future__ import annotations
 
@@ -11,14 +11,9 @@ from typing import Any, TypeVar
 from atod_fast.errors import NotHere, UserError
 
 T = TypeVar("T")
-PACKED = (
-    b"\xfd7zXZ",
-    b"\x1f\x8b",
-    b"BZh",
-    b"\x28\xb5\x2f\xfd",
-    b"PK",
-)  # how files of xz, gzip, bzip2, zstd and zip begin
-SHOWN = 3  # malformed lines told by name
+# First bytes of xz, gzip, bzip2, zstd and zip files.
+PACKED = (b"\xfd7zXZ", b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"PK")
+SHOWN = 3  # malformed lines named in the log
 _log = logging.getLogger(__name__)
 
 
@@ -30,11 +25,11 @@ def read_jsonl(
     bad_lines: int,
     read: Callable[[int], object] = lambda size: None,
 ) -> Iterator[T]:
-    """What `parse` makes of every line of the files; blank lines count for nothing.
+    """Yield what `parse` makes of every line of the files; blank lines are ignored.
 
-    parse: gets a line's object, its file and its number from 1; raises ValueError with the reason where it is malformed.
-    option: what the user called these files. bad_lines: as many malformed lines are logged by file and number and left
-    out; one more is a UserError. read: told the bytes of each line.
+    parse: gets a line's object, its file and its number from 1; raises ValueError with the reason if it is malformed.
+    option: what the user called these files. bad_lines: so many malformed lines are logged by file and number and left
+    out; one more raises UserError. read: called with the size of each line in bytes.
     """
     bad: list[str] = []
     for path in paths:
@@ -75,7 +70,7 @@ def read_jsonl(
 
 
 def text_of(entry: dict[str, Any], key: str) -> str:
-    """The non-blank string `entry[key]`, a number as its digits. ValueError where it is neither."""
+    """Return the non-blank string `entry[key]`, a number as its digits. Raise ValueError if it is neither."""
     value = entry.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)

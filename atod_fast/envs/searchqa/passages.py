@@ -1,4 +1,4 @@
-"""Passages to search in: from JSON lines, and in a file from which any one can be read.
+"""Passages to search: read from JSON lines, or one at a time from a memory-mapped file.
 
 {"id": "17", "contents": "\"Title\"\nText ..."}      as Search-R1's corpora
 {"id": "17", "title": "Title", "text": "Text ..."}  the same passage in parts
@@ -25,12 +25,12 @@ class Passage:
 
 
 def parse_passage(entry: dict[str, Any]) -> Passage:
-    """ValueError, with the reason, where it is malformed."""
+    """Return the passage of one line. Raise ValueError, with the reason, if it is malformed."""
     return Passage(text_of(entry, "id"), contents_of(entry))
 
 
 def contents_of(entry: dict[str, Any]) -> str:
-    """ValueError, with the reason, where it has none."""
+    """Return a passage's contents, given whole or as title and text. Raise ValueError if it has none."""
     return (
         text_of(entry, "contents")
         if "contents" in entry or "text" not in entry
@@ -41,14 +41,17 @@ def contents_of(entry: dict[str, Any]) -> str:
 def read_passages(
     paths: Sequence[Path], *, option: str, bad_lines: int, read: Callable[[int], object] = lambda size: None
 ) -> Iterator[Passage]:
-    """The passages of the files, one by one; arguments and errors as of `read_jsonl`."""
+    """Yield the passages of the files one by one; arguments and errors are those of `read_jsonl`."""
     return read_jsonl(
         paths, lambda entry, path, number: parse_passage(entry), option=option, bad_lines=bad_lines, read=read
     )
 
 
 class PassageFile(Sequence[Passage]):
-    """Passages on disk, memory-mapped: `lines` holds one a line, `ends` [N] int64 where each ends in it, in bytes."""
+    """Passages on disk, memory-mapped.
+
+    lines: holds one passage a line. ends: [N] int64, the byte at which each line ends.
+    """
 
     def __init__(self, lines: Path, ends: Path) -> None:
         self._ends = np.load(ends, mmap_mode="r")
@@ -66,5 +69,5 @@ class PassageFile(Sequence[Passage]):
 
 
 def as_line(passage: Passage) -> bytes:
-    """How `PassageFile` keeps a passage."""
+    """Return a passage as a line of a `PassageFile`."""
     return json.dumps(asdict(passage)).encode() + b"\n"

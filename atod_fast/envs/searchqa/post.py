@@ -1,4 +1,4 @@
-"""POST requests to one URL that are over in time, whatever the server is at."""
+"""POST requests to one URL that end within a time limit, whatever the server does."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from atod_fast.errors import UserError
 
 
 def without_secrets(url: str) -> str:
-    """`url`, which may be none, without user, password, query and fragment."""
+    """Return `url`, which may be no URL, without user, password, query and fragment."""
     return re.sub("(?<=//)[^?#]*@|[?#].*", "", url, flags=re.DOTALL)
 
 
 class TooLong(Exception):
-    """The server's answer has more bytes than were asked for."""
+    """The server's answer has more bytes than are allowed."""
 
 
 class Poster:
-    """Sends JSON to `url`, over connections that are kept; `path` stands in for a path that `url` lacks.
+    """Sends JSON to `url` over connections that are kept open; `path` is used if `url` has none.
 
-    shown: the URL as it is told in messages, `without_secrets`. timeout: seconds from connecting to the last
-    byte. UserError where `url` is none; ImportError without urllib3.
+    shown: the URL for messages, `without_secrets`. timeout: seconds from connecting to the last byte. Raises UserError
+    if `url` is no URL, ImportError without urllib3.
     """
 
     def __init__(self, url: str, path: str, timeout: float) -> None:
@@ -54,7 +54,10 @@ class Poster:
         self._timeout, self._failures = timeout, (OSError, HTTPException, urllib3.exceptions.HTTPError)
 
     def post(self, body: bytes, most: int) -> tuple[int, bytes]:
-        """Status and body of the answer. TooLong where it has more than `most` bytes, TimeoutError, ConnectionError for any other failure."""
+        """Send `body` and return the status and body of the answer.
+
+        Raises TooLong if the answer has more than `most` bytes, TimeoutError, or ConnectionError for any other failure.
+        """
         try:
             connection = self._idle.get_nowait()
         except queue.Empty:
@@ -75,7 +78,10 @@ class Poster:
 
 
 class _Exchange:
-    """A request and its answer, in a thread of their own: a socket's time limit is for one read, and a drip of bytes never meets it."""
+    """A request and its answer, in a thread of their own.
+
+    A socket's time limit applies to a single read: a server that sends byte by byte would never exceed it.
+    """
 
     def __init__(self, connection: Any) -> None:
         self._connection, self._sockets, self._given_up = connection, list[socket](), Event()
@@ -92,14 +98,14 @@ class _Exchange:
         self._given_up.set()
         for line in self._sockets:
             with suppress(OSError):
-                line.shutdown(SHUT_RDWR)  # which ends a read that waits, as closing does not
+                line.shutdown(SHUT_RDWR)  # ends a waiting read; closing would not
 
     def _exchange(self, target: str, request: bytes, headers: dict[str, str], most: int) -> tuple[int, bytes]:
         connection = self._connection
         if not connection.is_connected:
             connection.close()
             connection.connect()
-        self._sockets.append(connection.sock)  # the connection lets go of it before the body where that is its last
+        self._sockets.append(connection.sock)  # kept: a connection drops its socket before its last answer's body
         if self._given_up.is_set():
             raise TimeoutError
         connection.request("POST", target, body=request, headers=headers, preload_content=False)

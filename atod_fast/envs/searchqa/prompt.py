@@ -11,8 +11,9 @@ _OPENING = (
     "\nYou are an expert agent tasked with answering the given question step-by-step.\nYour question: {question}\n"
 )
 _HISTORY = (
-    "\nPrior to this step, you have already taken {steps} step(s). Below is the interaction history where <search> </search> wrapped your past "
-    "search queries and <information> </information> wrapped the corresponding search results returned by the external search engine. History:\n"
+    "\nPrior to this step, you have already taken {steps} step(s). Below is the interaction history where "
+    "<search> </search> wrapped your past search queries and <information> </information> wrapped the corresponding "
+    "search results returned by the external search engine. History:\n"
     "{history}\n"
 )
 _ASK = "\nNow it's your turn to respond for the current step.\n"
@@ -22,19 +23,22 @@ _THINK = (
 )
 _ACT = "Choose only one of the following actions (do not perform both):\n"
 _ACTIONS = (
-    "(1) If you find you lack some knowledge, you can call a search engine to get more external information using format: "
-    "<search> your query </search>.\n"
-    "(2) If you have enough knowledge to answer the question confidently, provide your final answer within <answer> </answer> tags, "
-    "without detailed illustrations. For example, <answer>Beijing</answer>.\n"
+    "(1) If you find you lack some knowledge, you can call a search engine to get more external information "
+    "using format: <search> your query </search>.\n"
+    "(2) If you have enough knowledge to answer the question confidently, provide your final answer "
+    "within <answer> </answer> tags, without detailed illustrations. For example, <answer>Beijing</answer>.\n"
 )
-_AGAIN = "Your response held no valid action.\n"  # in a growing conversation an empty message would say nothing
+_AGAIN = "Your response held no valid action.\n"  # for an empty observation, as a message has to say something
 _KINDS = ("search", "answer")
 _BLOCKS = [re.compile(rf"<{kind}>(.*?)</{kind}>", re.IGNORECASE | re.DOTALL) for kind in _KINDS]
 _OPENERS = re.compile("<(?:search|answer)>", re.IGNORECASE)
 
 
 class SearchPrompt:
-    """thinking: ask for <think> ... </think>. history: searches shown with context `window`."""
+    """verl-agent's messages about Search-QA.
+
+    thinking: ask for <think> ... </think>. history: searches shown with context `window`.
+    """
 
     def __init__(self, thinking: bool, history: int) -> None:
         self.history = history
@@ -45,7 +49,7 @@ class SearchPrompt:
     ) -> str:
         if not history or not self.history:
             return self.first(task_observation if history else observation, admissible)
-        # What a command was answered is what was observed before the next one.
+        # The answer to a command is the observation of the next turn.
         answers = [*(turn.observation for turn in history[1:]), observation]
         steps = [
             f"Step {n}:{turn.command} {answer}\n"
@@ -61,9 +65,10 @@ class SearchPrompt:
         return observation or _AGAIN
 
     def project(self, text: str) -> tuple[str, bool]:
-        """The first <search> block, else the first <answer> block, else nothing; only the text up to the first closing tag counts.
+        """Return the first <search> block, else the first <answer> block, else ""; and whether the form is right.
 
-        Of the wrong form: no block, both kinds, or one kind twice. As in verl-agent, <think> is asked for but not required.
+        Only the text up to the first closing tag counts. The form is wrong if there is no block, both kinds, or one
+        kind twice. As in verl-agent, <think> is asked for but not required.
         """
         end = next((end for kind in _KINDS if (end := _end(text, f"</{kind}>"))), len(text))
         for kind, block in zip(_KINDS, _BLOCKS, strict=True):
@@ -73,5 +78,5 @@ class SearchPrompt:
 
 
 def _end(text: str, tag: str) -> int:
-    """Where the first `tag` ends; 0 where there is none."""
+    """Return the position after the first `tag`; 0 if there is none."""
     return text.find(tag) + len(tag) if tag in text else 0

@@ -2,7 +2,8 @@
 
     {"id": "nq-17", "question": "who wrote ...", "golden_answers": ["Mary Shelley"], "data_source": "nq"}
 
-NQ, TriviaQA, PopQA, HotpotQA, 2WikiMultihopQA, MuSiQue and Bamboogle are distributed in this form (FlashRAG, Search-R1).
+NQ, TriviaQA, PopQA, HotpotQA, 2WikiMultihopQA, MuSiQue and Bamboogle are distributed in this form (FlashRAG,
+Search-R1).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from atod_fast.envs.searchqa.text import clean
 from atod_fast.envs.text import cut_end
 from atod_fast.errors import UserError
 
-CHARS = 2000  # of a question; a longer one is cut
+CHARS = 2000  # a longer question is cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,14 @@ class Question:
     text: str
     answers: tuple[str, ...]  # any of them is right
     source: str  # the data set it comes from
-    queries: tuple[str, ...] = ()  # searches that find the answer one after the other, where that is known
+    queries: tuple[str, ...] = ()  # searches that find the answer one after the other, if known
 
 
 def parse_question(entry: dict[str, Any], path: Path, number: int) -> Question:
-    """The question of one line. `golden_answers` may be one answer; a number counts as its digits, an empty answer is left
-    out. `data_source` is the file's name where it is missing. Raises ValueError where a part is missing or of another kind.
+    """Return the question of one line. Raise ValueError if a part is missing or of the wrong type.
+
+    `golden_answers` may be one answer; a number counts as its digits, an empty answer is left out. If `data_source` is
+    missing, it is the file's name.
     """
     given = entry.get("golden_answers")
     given = given if isinstance(given, list) else [given]
@@ -52,7 +55,10 @@ def parse_question(entry: dict[str, Any], path: Path, number: int) -> Question:
 def read_questions(
     paths: Iterable[Path], *, sources: Sequence[str] = (), limit: int | None = None, bad_lines: int = 10
 ) -> list[Question]:
-    """The questions of the files in order, of these `sources` only; at most `limit`, evenly spaced. UserError if none is left."""
+    """Return the questions of the files in order. Raise UserError if none is left.
+
+    sources: only questions of these. limit: at most so many, evenly spaced. bad_lines: see `read_jsonl`.
+    """
     paths = list(paths)
     found = list(read_jsonl(paths, parse_question, option="questions", bad_lines=bad_lines))
     known = dict.fromkeys(question.source for question in found)
@@ -63,7 +69,8 @@ def read_questions(
         found = [question for question in found if question.source in sources]
     if not found:
         raise UserError(
-            f"questions={', '.join(map(str, paths))!r}: no question in it; give JSON lines with id, question and golden_answers"
+            f"questions={', '.join(map(str, paths))!r}: no question in it; "
+            "give JSON lines with id, question and golden_answers"
         )
     if limit is None or limit >= len(found):
         return found

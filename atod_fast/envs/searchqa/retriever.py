@@ -1,4 +1,4 @@
-"""What finds passages for a query: an index in this process, or a server of Search-R1's protocol."""
+"""Find passages for a query: with an index in this process, or a server of Search-R1's protocol."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atod_fast.errors import NotHere
 
 
 class RetrieverError(Exception):
-    """There is no searching: the retriever is down, or refuses. `status`: of its HTTP answer, None where it gave none."""
+    """The retriever is down, or refuses to search. `status`: of its HTTP answer, None if it gave none."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -22,16 +22,16 @@ class RetrieverError(Exception):
 
 
 class BadAnswer(Exception):
-    """The retriever answered this query, but with something that holds no passages."""
+    """The retriever's answer to this query is malformed or too long."""
 
 
 class Retriever(Protocol):
     """Finds passages. Shared by all episodes, which may call it from several threads."""
 
-    instant: bool  # as an `Environment`'s
+    instant: bool  # as for an `Environment`
 
     def search(self, query: str, topk: int) -> list[Passage]:
-        """At most `topk` passages, best first. Raises RetrieverError or BadAnswer."""
+        """Return at most `topk` passages, best first. Raise RetrieverError or BadAnswer."""
 
 
 def is_url(retriever: str) -> bool:
@@ -39,17 +39,18 @@ def is_url(retriever: str) -> bool:
 
 
 def local_path(retriever: str) -> Path:
-    """Where an index folder or a corpus is. UserError where nothing is."""
+    """Return the path of an index folder or a corpus. Raise NotHere if nothing is there."""
     path = Path(retriever).expanduser()
     if not path.is_dir() and not path.is_file():
         raise NotHere(
-            f"retriever={without_secrets(retriever)!r} is no index folder, no corpus .jsonl and no http(s) URL; give one of these"
+            f"retriever={without_secrets(retriever)!r} is no index folder, no corpus .jsonl and no http(s) URL; "
+            "give one of these"
         )
     return path
 
 
 def open_local(path: Path, bad_lines: int) -> Bm25:
-    """The index in a folder, or one made here and now of a corpus. Equal arguments give the same object."""
+    """Return the index in a folder, or index a corpus in memory. Equal arguments give the same object."""
     if path.is_dir():
         return load(path)
     return _indexed(path.resolve(), path.stat().st_mtime_ns, bad_lines)

@@ -1,6 +1,7 @@
-"""Exact match and F1 of short answers, with the normalisation of SQuAD (Rajpurkar et al. 2016), as Search-R1 and verl-agent score.
+"""Exact match and F1 of short answers, as in Search-R1 and verl-agent.
 
-Only ASCII punctuation and English articles are dropped: that is what the published numbers were computed with.
+Answers are normalised as in SQuAD (Rajpurkar et al. 2016). Only ASCII punctuation and English articles are dropped:
+that is what the published numbers were computed with.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without punctuation, then without articles; words one blank apart. "The U.S." becomes "us"."""
+    """Return `answer` in lower case, without punctuation and articles, words one blank apart: "The U.S." -> "us"."""
     return " ".join(_ARTICLE.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, gold: Iterable[str]) -> bool:
-    """Whether `answer` equals any of the `gold` answers after normalisation."""
+    """Return whether `answer` equals any of the `gold` answers after normalisation."""
     said = normalise(answer)
     return any(said == normalise(right) for right in gold)
 
 
 def f1(answer: str, gold: Iterable[str]) -> float:
-    """The best harmonic mean of word precision and recall against a gold answer, 0 to 1; 0 where there is no gold answer."""
+    """Return the F1 of `answer`, 0 to 1: the best harmonic mean of word precision and recall against a gold answer.
+
+    It is 0 if there is no gold answer.
+    """
     return max((_f1(normalise(answer).split(), normalise(right).split()) for right in gold), default=0.0)
 
 

@@ -24,7 +24,7 @@ IDLE = 60.0  # seconds a connection may be silent
 
 
 def answer(retriever: Bm25, body: bytes) -> dict[str, Any]:
-    """The answer to a request's body. ValueError, with the reason, where it is not of the protocol."""
+    """Return the answer to a request's body. Raise ValueError, with the reason, if it does not follow the protocol."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
@@ -52,12 +52,15 @@ def answer(retriever: Bm25, body: bytes) -> dict[str, Any]:
 
 
 def make_server(retriever: Bm25, host: str, port: int) -> ThreadingHTTPServer:
-    """Ready for `serve_forever`; `server_address` tells the port that 0 became. OSError where the address cannot be had."""
+    """Return a server that is ready for `serve_forever`. Raise OSError if the address is not available.
+
+    port: 0 takes a free one, which `server_address` tells.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = IDLE
-        wbufsize = -1  # head and body leave together
+        wbufsize = -1  # head and body are sent together
 
         def do_GET(self) -> None:
             self.send_error(405, "POST /retrieve is all there is")
@@ -80,7 +83,7 @@ def make_server(retriever: Bm25, host: str, port: int) -> ThreadingHTTPServer:
                     self._reply(200, content)
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            self.close_connection = True  # a body may be unread
+            self.close_connection = True  # the request's body may be unread
             self._reply(code, {"error": message or self.responses[code][0]})
 
         def _reply(self, status: int, content: dict[str, Any]) -> None:
@@ -94,22 +97,25 @@ def make_server(retriever: Bm25, host: str, port: int) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Silent: a line for each request would be thousands a step."""
+            """Log nothing: a line for each request would be thousands a step."""
 
     return _Server((host, port), Handler)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # connections that wait to be taken: a rollout's come all at once
+    request_queue_size = 128  # connections waiting to be accepted: a rollout's come all at once
 
     def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(sys.exception(), OSError):  # a client that hung up is no error of ours
+        if not isinstance(sys.exception(), OSError):  # a client that hung up is no error here
             super().handle_error(request, client_address)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 stopped by Ctrl-C, 2 bad usage or input, 130 broken off by Ctrl-C before it serves."""
+    """Run the command line and return its exit code.
+
+    It is 0 if ended by Ctrl-C, 2 for bad usage or input, 130 if interrupted by Ctrl-C before it serves.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m atod_fast.envs.searchqa.server",
         description=__doc__,

@@ -25,7 +25,7 @@ FORMAT = {"format": 1, "analysis": "lower case, Lucene English stop words, Porte
 
 
 class _Lists:
-    """Term ids of each passage out of one flat file, as plain lists."""
+    """Term ids of each passage, read from one flat file as plain lists."""
 
     def __init__(self, flat: np.ndarray, ends: np.ndarray) -> None:
         self._flat, self._ends = flat, ends
@@ -41,11 +41,11 @@ class _Lists:
 
 
 def build(passages: Iterable[Passage], folder: Path, *, show_progress: bool = False) -> int:
-    """Index `passages` into the new `folder`; their number.
+    """Index `passages` into the new `folder`; return their number.
 
     Neither passages nor their term lists are held in memory: the peak is bm25s' construction of the score matrix, about
-    40 bytes for each pair of a passage and a term in it. UserError where `folder` exists or the passages hold no word, OSError
-    where it cannot be written; an unfinished folder is removed.
+    40 bytes for each pair of a passage and a term in it. Raises UserError if `folder` exists or the passages hold no
+    word, OSError if it cannot be written; an unfinished folder is removed.
     """
     if folder.exists():
         raise UserError(f"--out {str(folder)!r} exists; give a folder that does not")
@@ -83,11 +83,15 @@ def _build(passages: Iterable[Passage], folder: Path, show_progress: bool) -> in
 
 
 def load(folder: Path) -> Bm25:
-    """The index in `folder`, memory-mapped but for its vocabulary; one object for all who open it. UserError if it is none."""
+    """Return the index in `folder`, memory-mapped except for its vocabulary. Raise UserError if it holds no index.
+
+    All callers get the same object.
+    """
     mark = folder / MARK
     if not mark.is_file():
         raise UserError(
-            f"retriever={str(folder)!r} holds no index; build one: python -m atod_fast.envs.searchqa.index CORPUS.jsonl --out FOLDER"
+            f"retriever={str(folder)!r} holds no index; "
+            "build one: python -m atod_fast.envs.searchqa.index CORPUS.jsonl --out FOLDER"
         )
     return _load(folder.resolve(), mark.stat().st_mtime_ns)
 

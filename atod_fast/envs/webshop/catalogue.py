@@ -1,9 +1,9 @@
 """The products of a shop, read from WebShop's files and cleaned as WebShop cleans them.
 
-After princeton-nlp/WebShop (MIT, web_agent_site/engine/engine.py: load_products, generate_product_prices). Two things are
-ours. Text is made safe: `[SEP]`, which parts a page's pieces, is spelt `[sep]` where a product says it, control characters
-and invisible ones give way to spaces, and what exceeds the sizes below is cut. And an entry that WebShop would fail on is
-left out. None of this touches a character of the 1,000-product set.
+After princeton-nlp/WebShop (MIT, web_agent_site/engine/engine.py: load_products, generate_product_prices), with two
+differences. Text is made safe: `[SEP]`, which separates the pieces of a page, becomes `[sep]` in a product's text,
+control characters and invisible ones become spaces, and text beyond the sizes below is cut. And entries that WebShop
+would fail on are left out. Neither changes a character of the 1,000-product set.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LONGEST_LINE = 1_000  # characters of a title, an option or an attribute; 232 in
 LONGEST_TEXT = 20_000  # characters of a description or a bullet point; 15,481 in that set
 MOST_VALUES = 500  # options with their values, bullet points or attributes of one product; 52 in that set
 LONGEST_ASIN = 10  # WebShop leaves out products with longer ones
-NO_PRICE = 100.0  # dollars, of a product without a price
+NO_PRICE = 100.0  # dollars, for a product without a price
 
-# Soft hyphens and zero-width spaces stay: that set has five.
+# Soft hyphens and zero-width spaces stay: the 1,000-product set has five.
 _UNSEEN = re.compile(f"(?![\xad\u200b])(?:{INVISIBLE.pattern})")
 _UNSEEN_OR_BREAK = re.compile(f"{_UNSEEN.pattern}|[\t\n]")
 
@@ -53,16 +53,16 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What is asked for with a product."""
+    """What a goal for a product asks for."""
 
     text: str
     attributes: tuple[str, ...]
-    options: tuple[str, ...] = ()  # values, where people wrote the instruction
+    options: tuple[str, ...] = ()  # values, if people wrote the instruction
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the attribute file says of a product."""
+    """What the attribute file says about a product."""
 
     attributes: tuple[str, ...] = ("DUMMY_ATTR",)  # WebShop's stand-in
     instruction: Instruction | None = None
@@ -71,8 +71,8 @@ class Facts:
 class Catalogue:
     """All products, each once, with their prices and instructions. Shared, read-only, by all episodes.
 
-    prices: dollars by row. Of a range one is drawn, by `random` in the order of the rows, as in WebShop.
-    instructions: by identifier, of the products that the attribute file asks for.
+    prices: dollars by row. Within a range the price is drawn by `random`, in the order of the rows, as in WebShop.
+    instructions: by identifier, for the products that have one in the attribute file.
     """
 
     def __init__(self, products: Iterable[Product], facts: Mapping[str, Facts], random: Random) -> None:
@@ -95,10 +95,10 @@ def load(
     num_products: int | None = None,
     malformed: int = 100,
 ) -> Catalogue:
-    """The catalogue in WebShop's files `items_shuffle*.json` and `items_ins_v2*.json`.
+    """Return the catalogue of WebShop's files `items_shuffle*.json` and `items_ins_v2*.json`.
 
-    num_products: only so many entries, the first. malformed: entries of a file that may be left out as such.
-    UserError where a file cannot be read, has more malformed entries, or leaves no product.
+    num_products: only the first so many entries. malformed: so many malformed entries of a file are left out. Raises
+    UserError if a file cannot be read, has more malformed entries, or leaves no product.
     """
     facts = dict(read("attributes", attributes, malformed, parse_facts))
     entries = read("products", products, malformed, lambda entry: parse_product(entry, facts))
@@ -109,7 +109,7 @@ def load(
 
 
 def parse_facts(entry: Any) -> tuple[str, Facts]:
-    """A pair of the attribute file: a product's identifier, and the facts."""
+    """Return a product's identifier and facts from an entry of the attribute file. Raise Malformed if it is none."""
     asin, facts = entry if isinstance(entry, tuple) else ("", None)
     if not isinstance(facts, dict):
         raise Malformed("not an identifier with an object")
@@ -123,7 +123,7 @@ def parse_facts(entry: Any) -> tuple[str, Facts]:
 
 
 def parse_product(entry: Any, facts: Mapping[str, Facts]) -> Product:
-    """An element of the product file."""
+    """Return the product that an element of the product file describes. Raise Malformed if it is none."""
     if not isinstance(entry, dict):
         raise Malformed("not an object")
     asin = string(entry, "asin")
@@ -166,13 +166,14 @@ def _options(groups: Any) -> dict[str, tuple[str, ...]]:
     texts = [text for name, values in options.items() for text in (name, *values)]
     if len(texts) > MOST_VALUES or sum(map(len, texts)) > LONGEST_TEXT:
         raise Malformed(
-            f"{len(texts)} options and values of {sum(map(len, texts))} characters, {MOST_VALUES} of {LONGEST_TEXT} are the most"
+            f"{len(texts)} options and values of {sum(map(len, texts))} characters, "
+            f"{MOST_VALUES} of {LONGEST_TEXT} are the most"
         )
     return options
 
 
 def _prices(pricing: Any) -> tuple[float, ...]:
-    """Of "$19.99", "$10.00$25.00" (as found) or [10.0, 25.0] (as WebShop itself turns it into)."""
+    """Return the prices of "$19.99", "$10.00$25.00" (as found) or [10.0, 25.0] (as WebShop converts it)."""
     if not pricing:
         return (NO_PRICE,)
     try:
@@ -190,14 +191,14 @@ def _prices(pricing: Any) -> tuple[float, ...]:
 
 
 def string(entry: Mapping[str, Any], key: str) -> str:
-    """The string `key`; Malformed where it is none."""
+    """Return the string `entry[key]`. Raise Malformed if it is none."""
     if not isinstance(entry.get(key), str):
         raise Malformed(f"{key} is missing or no string")
     return entry[key]
 
 
 def strings(entry: Mapping[str, Any], key: str) -> list[str]:
-    """The list of strings `key`; Malformed where it is none, or too long."""
+    """Return the list of strings `entry[key]`. Raise Malformed if it is none, or too long."""
     values = entry.get(key)
     if not isinstance(values, list) or len(values) > MOST_VALUES or not all(isinstance(value, str) for value in values):
         raise Malformed(f"{key} is missing or no list of at most {MOST_VALUES} strings")
@@ -209,12 +210,12 @@ def lines(entry: Mapping[str, Any], key: str) -> list[str]:
 
 
 def line(value: str) -> str:
-    """`value` as it may stand on a page as one piece: on one line, of bounded length, without `[SEP]`."""
+    """Return `value` as one piece of a page: on one line, of bounded length, without `[SEP]`."""
     return _safe(value, LONGEST_LINE, _UNSEEN_OR_BREAK)
 
 
 def text(value: str) -> str:
-    """The same for running text, whose line breaks stay."""
+    """Return `value` made safe like `line`, but with its line breaks and a longer bound."""
     return _safe(value, LONGEST_TEXT, _UNSEEN)
 
 

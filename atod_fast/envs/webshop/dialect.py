@@ -1,4 +1,4 @@
-"""WebShop in few words, one for a phrase of the generated catalogues, and a scripted expert that knows the goal."""
+"""WebShop's dialect: a word for each phrase of the generated catalogues, and a scripted expert that knows the goal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from atod_fast.envs.webshop.goals import STEPS, Goal
 from atod_fast.envs.webshop.pages import BACK, BUY, NEXT, PREVIOUS, SEPARATOR, SUB_PAGES
 
 VERBS = ("search", "click")
-BUTTONS = {"buy": BUY, "back": BACK, "prev": PREVIOUS, "next": NEXT} | {
-    name: name for name in SUB_PAGES
-}  # said without a verb
+# Clicked without a verb.
+BUTTONS = {"buy": BUY, "back": BACK, "prev": PREVIOUS, "next": NEXT} | {name: name for name in SUB_PAGES}
 
-HIGHEST_LIMIT = 170  # dollars, that a goal of the small catalogues names
+HIGHEST_LIMIT = 170  # dollars, of a price limit in the small catalogues
 
 
 def _word(phrase: str) -> str:
@@ -34,7 +33,7 @@ _TEXTS = {_word(text): text.lower() for kind in KINDS for text in (*kind.attribu
 _TEXTS |= {_word(value): _shown(value) for values in VALUES.values() for value in values}
 _WORDS = {text: word for word, text in _TEXTS.items()} | {kind.query: _word(kind.noun) for kind in KINDS}
 _KINDS = frozenset(_word(kind.noun) for kind in KINDS)
-# Of phrases that begin alike the longest is meant.
+# The longest first: of phrases that begin alike the longest is meant.
 _PHRASE = "|".join(map(re.escape, sorted(_WORDS, key=len, reverse=True)))
 _PRICE = r"\$?(?P<price>[0-9]{1,6}\.[0-9]+)(?: to \$[0-9.]+)?"
 _READ = re.compile(
@@ -44,10 +43,11 @@ _COMMAND = re.compile(r"(search|click)\[(.*)\]")
 
 
 def compact(page: str) -> list[str]:
-    """The telling phrases of a page, a word each: attributes, option values, products, prices, and `buy` if it is offered.
+    """Return the informative phrases of a page, a word each.
 
-    The instruction, and with it the kind of product, is read on the first page only. Prices are rounded up to tens of
-    dollars, as price limits are; of a range the lower end counts.
+    They are attributes, option values, products, prices, and `buy` if it is offered. The instruction, and with it the
+    kind of product, is read on the first page only. Prices are rounded up to tens of dollars, as price limits are; of a
+    range the lower end counts.
     """
     text = page.lower()
     _, inside, rest = text.partition(BACK)
@@ -65,12 +65,16 @@ def _read(found: re.Match[str]) -> str:
 
 
 def _text(word: str) -> str:
-    """What a word stands for."""
+    """Return the text that a word stands for."""
     return f"b{int(word[1:]):09d}" if re.fullmatch(r"b\d{1,9}", word) else _TEXTS.get(word, word)
 
 
 def command(words: Sequence[str]) -> str:
-    """`search tea-tree shampoo` -> `search[tea tree shampoo]`, `click b7` -> `click[b000000007]`, `buy` -> `click[buy now]`."""
+    """Return the command that words make.
+
+    `search tea-tree shampoo` -> `search[tea tree shampoo]`, `click b7` -> `click[b000000007]`,
+    `buy` -> `click[buy now]`.
+    """
     if len(words) == 1 and words[0] in BUTTONS:
         return f"click[{BUTTONS[words[0]]}]"
     verb, *rest = words or [""]
@@ -78,7 +82,7 @@ def command(words: Sequence[str]) -> str:
 
 
 def spoken(command: str) -> list[str]:
-    """The words of a command; the inverse of `command`."""
+    """Return the words of a command; the inverse of `command`."""
     block = _COMMAND.fullmatch(command)
     if block is None:
         return command.split()
@@ -87,9 +91,9 @@ def spoken(command: str) -> list[str]:
 
 
 def vocabulary(env: WebShop, count: int) -> list[str]:
-    """Every word that a compacted page or a command can hold, in any catalogue of this size, sorted.
+    """Return, sorted, every word that a shortened page or a command can hold, in any catalogue of this size.
 
-    Numbers of pages after the sixth are unknown words.
+    Page numbers above six are unknown words.
     """
     products = (f"b{int(product.asin[1:])}" for product in env.shop.catalogue.products)
     prices = (f"${int(step)}" for step in STEPS if step <= HIGHEST_LIMIT)
@@ -97,7 +101,7 @@ def vocabulary(env: WebShop, count: int) -> list[str]:
 
 
 def fulfils(goal: Goal, product: Product, price: float) -> bool:
-    """Whether `product`, with the options that are asked for, is what the goal asks for."""
+    """Return whether `product`, with the goal's options and at `price` dollars, is what the goal asks for."""
     alike = product.query == goal.product.query and set(goal.attributes) <= set(product.attributes)
     return (
         alike
@@ -107,7 +111,10 @@ def fulfils(goal: Goal, product: Product, price: float) -> bool:
 
 
 def player(env: WebShop) -> Player:
-    """Searches for all that is asked for, opens the first product that will do, chooses its options and buys it."""
+    """Return a player that searches for all that is asked for, opens the first product that fulfils it, and buys it.
+
+    It chooses the options before it buys.
+    """
     goal, catalogue = env.goal, env.shop.catalogue
     products = {product.asin.lower(): product for product in catalogue.products}
     good = {
@@ -126,9 +133,8 @@ def player(env: WebShop) -> Player:
             if asin is not None:
                 return f"click[{asin}]"
             asked = next((step.command for step in reversed(steps) if step.command.startswith("search[")), "")
-            turn_page = asked == search and any(
-                piece in products for piece in pieces
-            )  # there are no products behind an empty page
+            # After an empty page there are no more products.
+            turn_page = asked == search and any(piece in products for piece in pieces)
             return f"click[{NEXT}]" if turn_page else search
         at = max(
             n
@@ -157,7 +163,10 @@ def _clicked(step: Step) -> str:
 
 
 def junk(env: WebShop, observation: str, rng: Random) -> str:
-    """A detour, a click on what is no button, half a search, or no command. No purchase: it would end the episode."""
+    """Return a bad command: a detour, a click on what is no button, half a search, or no command.
+
+    It is never a purchase, which would end the episode.
+    """
     shown = [word for word in compact(observation) if word not in BUTTONS and not word.startswith(("$", "page"))] or [
         _WORDS[env.goal.product.query]
     ]

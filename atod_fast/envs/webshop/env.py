@@ -1,4 +1,4 @@
-"""WebShop as an `Environment`: its official files or a made-up catalogue, the rules of its text mode, rewards after verl-agent."""
+"""WebShop as an `Environment`: official files or a made-up catalogue, text-mode rules, rewards after verl-agent."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ class WebShop:
     """WebShop in its text mode.
 
     Where the products come from (exactly one):
-      products: WebShop's `items_shuffle*.json`, with attributes, its `items_ins_v2*.json`; also as JSON lines, .gz or .xz.
-        num_products takes only so many, the first; up to `malformed` entries of a file are left out as such.
-      generate: number of made-up products, with seed and scale ("small" | "full": short pages, or as long as real ones).
-    human_goals: WebShop's `items_human_ins.json`, to ask for what people wrote instead of for every combination of options.
-    split: "test" has the first 500 of the goals, shuffled with WebShop's seed, or the first half where there are fewer than
-      1,000; "train" has the others, "all" both. "dev" has 1,000 of train's (of fewer than 2,000 half), "rest"
-      those of train's that are not in dev: to choose on dev, train on rest.
-    nouns: what finds nouns for the score: "spacy", "heuristic", or "auto", spaCy where it is installed. The attribute `nouns`
-      says which is active.
+      products: WebShop's `items_shuffle*.json`, with attributes, its `items_ins_v2*.json`; also as JSON lines, .gz or
+        .xz. With num_products only the first so many; up to `malformed` malformed entries of a file are left out.
+      generate: number of made-up products, with seed and scale ("small": short pages; "full": as long as real ones).
+    human_goals: WebShop's `items_human_ins.json`, to use instructions that people wrote instead of one for every
+      combination of options.
+    split: of the goals, shuffled with WebShop's seed, "test" has the first 500 (half if there are fewer than 1,000),
+      "train" the others, "all" both. Of train's goals "dev" has the first 1,000 (half if there are fewer than 2,000),
+      "rest" the others: to choose on dev, train on rest.
+    nouns: what finds nouns for the score: "spacy", "heuristic", or "auto", which is spaCy if it is installed. The
+      attribute `nouns` says which one is active.
 
-    An episode ends with a purchase; its reward is 10 for the score 1, else 0 (verl-agent). `info["score"]` is the score.
-    Actions are `search[words]`, on any page, and `click[what]`; those listed are accepted, and so is any search. The `seed` of
-    an episode matters to WebShop's search `<r>` alone.
+    An episode ends with a purchase, whose reward is 10 if the score is 1, else 0 (verl-agent). `info["score"]` is the
+    score. Actions are `search[words]`, on any page, and `click[what]`, for what is listed; others are not accepted. An
+    episode's `seed` matters to WebShop's search `<r>` alone.
     """
 
     instant = True
@@ -59,7 +60,8 @@ class WebShop:
     ) -> None:
         if (generate is None) == (products is None):
             raise UserError(
-                "webshop takes exactly one of products=<items_shuffle.json>, with attributes=<items_ins_v2.json>, and generate=N"
+                "webshop takes exactly one of products=<items_shuffle.json>, with attributes=<items_ins_v2.json>, "
+                "and generate=N"
             )
         for name, value, known in (("scale", scale, SCALES), ("split", split, SPLITS), ("nouns", nouns, TAGGERS)):
             choice(name, value, known)
@@ -91,7 +93,8 @@ class WebShop:
         if not self._places:
             count, goals = len(self.shop.catalogue.products), len(self.shop.goals)
             raise UserError(
-                f"split={split!r} is empty: {count} products make {goals} goals; give more products, or attributes that belong to them"
+                f"split={split!r} is empty: {count} products make {goals} goals; "
+                "give more products, or attributes that belong to them"
             )
         self._visit: Visit | None = None
 

@@ -1,7 +1,8 @@
-"""Catalogues made up in WebShop's file formats, so that nothing has to be downloaded: for the demo, for tests, for trying out.
+"""Generate catalogues in WebShop's file formats, so that nothing has to be downloaded: for the demo and for tests.
 
-Every product belongs to one of twelve kinds that share attributes and options within a kind, so that a search finds several
-products alike and the goal's attributes, options and price tell them apart. A catalogue is a pure function of its arguments.
+Every product belongs to one of twelve kinds, whose products share attributes and options: a search finds several
+similar products, and the goal's attributes, options and price tell them apart. A catalogue is a pure function of its
+arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 SCALES = ("small", "full")
-ASKED_FOR = 0.9  # of the products, the share with an instruction
+ASKED_FOR = 0.9  # share of the products that have an instruction
 
 
 class Kind(NamedTuple):
@@ -154,7 +155,7 @@ class Files:
     human: dict[str, list[dict[str, Any]]]
 
     def write(self, folder: str | Path) -> tuple[Path, Path, Path]:
-        """Paths of the files written: products, attributes and human goals, under WebShop's names."""
+        """Write the files into `folder`, under WebShop's names; return their paths in the order of the fields."""
         paths = tuple(
             Path(folder) / name for name in ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json")
         )
@@ -164,9 +165,10 @@ class Files:
 
 
 def generate_files(count: int, seed: int, scale: str = "small") -> Files:
-    """A catalogue of `count` products.
+    """Return a catalogue of `count` products.
 
-    scale: "small" has short titles, one bullet point and two or three values an option; "full" has pages as long as real ones.
+    scale: "small" has short titles, one bullet point and two or three values per option; "full" has pages as long as
+    real ones.
     """
     files = Files([], {}, {})
     for number in range(count):
@@ -196,7 +198,7 @@ def generate_files(count: int, seed: int, scale: str = "small") -> Files:
 
 
 def _product(random: Random, kind: Kind, asin: str, scale: str) -> tuple[dict[str, Any], list[str]]:
-    """An element of the product file, and its attributes."""
+    """Return a random element of the product file, and its attributes."""
     small = scale == "small"
     attributes = random.sample(kind.attributes, 2 if small else 4)
     brand = "".join(random.sample(SYLLABLES, 2)).title()

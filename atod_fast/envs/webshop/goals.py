@@ -1,8 +1,9 @@
 """What a shopper is asked to buy: WebShop's goals, made from its files in its order.
 
-After princeton-nlp/WebShop (MIT, web_agent_site/engine/goal.py: get_synthetic_goals, get_human_goals, and the shuffle in
-envs/web_agent_text_env.py). Where people wrote instructions each is a goal; elsewhere each combination of options of a
-product with an instruction is one. The 1,000-product set makes 6,910, the whole set millions, so that only their sources are held.
+After princeton-nlp/WebShop (MIT, web_agent_site/engine/goal.py: get_synthetic_goals, get_human_goals, and the shuffle
+in envs/web_agent_text_env.py). Each instruction that people wrote is a goal. Without these, each combination of options
+of a product that has an instruction is one. The 1,000-product set makes 6,910 goals, the whole set millions, so only
+their sources are held.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from atod_fast.envs.webshop.reading import Malformed, read
 from atod_fast.errors import UserError
 
 SHUFFLE_SEED = 233  # WebShop's
-TEST_GOALS = 500  # WebShop's and verl-agent's: of the shuffled goals the first
-DEV_GOALS = 1000  # the next, by which WebShop's own training chooses
+TEST_GOALS = 500  # the first of the shuffled goals, as in WebShop and verl-agent
+DEV_GOALS = 1000  # the next, on which WebShop's own training chooses
 SPLITS = ("all", "train", "test", "dev", "rest")
-STEPS = [10.0 * step for step in range(1, 100)]  # dollars that a limit may be
+STEPS = [10.0 * step for step in range(1, 100)]  # possible price limits, dollars
 NO_LIMIT = 1_000_000.0  # dollars
-MOST_COMBINATIONS = 100_000  # of one product's options that become goals
+MOST_COMBINATIONS = 100_000  # of a product's options; no goal asks for a product with more
 
 _log = logging.getLogger(__name__)
 
@@ -38,13 +39,13 @@ class Goal:
     product: Product  # one that fulfils it
     instruction: str
     attributes: tuple[str, ...]
-    options: Mapping[str, str] | tuple[str, ...]  # by name, or only values where people wrote the instruction
+    options: Mapping[str, str] | tuple[str, ...]  # by name, or only values if people wrote the instruction
     price_upper: float  # dollars
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A product with an instruction: one goal, or one a combination of options."""
+    """A product with an instruction: one goal, or one for each combination of options."""
 
     product: Product
     instruction: Instruction
@@ -73,9 +74,9 @@ class _Source:
 
 
 class Goals:
-    """A catalogue's goals, shuffled; each is made when asked for.
+    """A catalogue's goals, shuffled; each is made when it is read.
 
-    human: instructions by product identifier, in place of the catalogue's own. random: draws the price limits.
+    human: instructions by product identifier, used in place of the catalogue's own. random: draws the price limits.
     """
 
     def __init__(
@@ -109,9 +110,11 @@ class Goals:
         return len(self._order)
 
     def split(self, name: str) -> range:
-        """Places of the shuffled goals: "test" has the first 500, or the first half where there are fewer than 1,000, "train"
-        the others (verl-agent's split), "all" both. Of the others "dev" has the first 1,000, or the first half where there
-        are fewer than 2,000, "rest" those that remain: WebShop's own splits.
+        """Return the places in the shuffled goals that belong to the split `name`.
+
+        "test" has the first 500, or half of them if there are fewer than 1,000; "train" the others (verl-agent's
+        split); "all" both. Of the others "dev" has the first 1,000, or half of them if there are fewer than 2,000, and
+        "rest" those that remain: WebShop's own splits.
         """
         total = len(self._order)
         test = min(TEST_GOALS, total // 2)
@@ -126,13 +129,19 @@ class Goals:
 
 
 def _limit(price: float, random: Random) -> float:
-    """The larger of two of the next four steps above `price`; none where fewer than two are left."""
+    """Return a random price limit: the larger of two of the next four steps above `price`.
+
+    It is NO_LIMIT if fewer than two steps are left.
+    """
     steps = [step for step in STEPS if step > price][:4]
     return max(random.sample(steps, 2)) if len(steps) >= 2 else NO_LIMIT
 
 
 def load_human(path: str | Path, malformed: int) -> dict[str, tuple[Instruction, ...]]:
-    """Instructions that people wrote, by product, of WebShop's `items_human_ins.json`. UserError as of `reading.read`, and for none."""
+    """Return the instructions that people wrote, by product, from WebShop's `items_human_ins.json`.
+
+    Raises UserError as `reading.read` does, and if there are none.
+    """
     human = dict(read("human_goals", path, malformed, parse_human))
     if not human:
         raise UserError(f"human_goals={str(path)!r} holds no instruction; give WebShop's items_human_ins.json")
@@ -140,7 +149,10 @@ def load_human(path: str | Path, malformed: int) -> dict[str, tuple[Instruction,
 
 
 def parse_human(entry: Any) -> tuple[str, tuple[Instruction, ...]]:
-    """A pair of that file. Instructions without attributes are no goals, as in WebShop."""
+    """Return a product's identifier and instructions from an entry of that file. Raise Malformed if it is none.
+
+    Instructions without attributes are left out, as in WebShop.
+    """
     asin, written = entry if isinstance(entry, tuple) else ("", None)
     if not isinstance(written, list) or not all(isinstance(one, dict) for one in written):
         raise Malformed("not an identifier with a list of objects")

@@ -1,9 +1,9 @@
 """Nouns of a product title, for the part of the reward that compares what two products are.
 
-WebShop tags titles with spaCy's en_core_web_sm. Where that is not installed a heuristic stands in: titles are strings of
-nouns, so every word counts that begins with a letter and is no function word. On the 1,000-product set it has 94% precision
-and 96% recall of spaCy's nouns, and gives 98% of random pairs of products (95% of pairs of the same query) the same type reward
-(bench/webshop_fidelity.py).
+WebShop tags titles with spaCy's en_core_web_sm. If that is not installed, a heuristic replaces it: titles are strings
+of nouns, so every word counts that begins with a letter and is no function word. On the 1,000-product set it has 94%
+precision and 96% recall of spaCy's nouns, and gives 98% of random pairs of products (95% of pairs of the same query)
+the same type reward (bench/webshop_fidelity.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ CACHED_TITLES = 1 << 16
 _WORD = re.compile(r"(?<![\w.])[^\W\d_]\w*")
 _POSSESSIVE = re.compile(r"['’]s\b", re.IGNORECASE)
 _FUNCTION_WORDS = frozenset(
-    """a about after against all also am an and any are as at be been before below between both but by can could designed
-    did do does down each either etc ever every few for from full get had has have he her him his how i if in included
-    includes including into is it its just large made make makes may me more most my neither no nor not of off on only onto
-    or other our out over own per she should so some such than that the their them then there these they this those through
-    to too under until up upon us used very via was we were what when where which while who why will with within without x
-    you your one two three four five six seven eight nine ten""".split()
+    """
+    a about after against all also am an and any are as at be been before below between both but by can could
+    designed did do does down each either etc ever every few for from full get had has have he her him his how i if
+    in included includes including into is it its just large made make makes may me more most my neither no nor not
+    of off on only onto or other our out over own per she should so some such than that the their them then there
+    these they this those through to too under until up upon us used very via was we were what when where which
+    while who why will with within without x you your one two three four five six seven eight nine ten
+    """.split()
 )
 _log = logging.getLogger(__name__)
 
@@ -36,10 +38,10 @@ Nouns = Callable[[str], tuple[str, ...]]
 
 @lru_cache
 def tagger(choice: str) -> tuple[str, Nouns]:
-    """Which tagger is active, "spacy" or "heuristic", and the tagger: title -> its nouns in lower case, repeats included.
+    """Return the active tagger's name, "spacy" or "heuristic", and the tagger: title -> its nouns, lower-cased.
 
-    "auto" takes spaCy where it and its model are installed, and elsewhere warns once that scores differ. UserError for "spacy" where
-    they are not.
+    Nouns are repeated if the title repeats them. "auto" takes spaCy if it and its model are installed, and otherwise
+    the heuristic, with one warning that scores differ. "spacy" raises UserError if they are not installed.
     """
     if choice == "heuristic":
         return "heuristic", heuristic
@@ -48,10 +50,12 @@ def tagger(choice: str) -> tuple[str, Nouns]:
     except ImportError as error:
         if choice == "spacy":
             raise UserError(
-                f"nouns='spacy' needs spaCy and its model ({error}); pip install spacy, python -m spacy download {MODEL}, or use heuristic"
+                f"nouns='spacy' needs spaCy and its model ({error}); "
+                f"pip install spacy, python -m spacy download {MODEL}, or use heuristic"
             ) from error
         _log.warning(
-            'WebShop\'s scores take nouns by heuristic, not by spaCy (%s): some differ; nouns="heuristic" says that this is meant',
+            "WebShop's scores take nouns by heuristic, not by spaCy (%s): some differ; "
+            'nouns="heuristic" says that this is meant',
             error,
         )
         return "heuristic", heuristic

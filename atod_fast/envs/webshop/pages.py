@@ -1,7 +1,8 @@
-"""What a visitor of the shop reads, and what can be clicked there, character for character WebShop's text mode.
+"""The pages of the shop, with their text and what can be clicked, character for character as in WebShop's text mode.
 
-After princeton-nlp/WebShop (MIT, web_agent_site/templates/*.html as envs/web_agent_text_env.py reads them: the visible strings,
-stripped, joined by ` [SEP] `). Chosen options do not show, and the last page tells what WebShop tells on it, hidden or not.
+After princeton-nlp/WebShop (MIT, web_agent_site/templates/*.html as envs/web_agent_text_env.py reads them: the visible
+strings, stripped, joined by ` [SEP] `). Chosen options are not shown, and the last page has all of WebShop's text, also
+what its web site hides.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"
 SUB_PAGES = ("description", "features", "reviews")
 SEARCH_BAR = "search"  # the button beside it, which does nothing
 A_PAGE = 10  # products on a page of results
-LONGEST_PAGE = 25_000  # characters; of a longer page the middle is left out
+LONGEST_PAGE = 25_000  # characters; a longer page loses its middle
 
 _ASCII_SPACE = " \t\n\x0c\r"
 
@@ -40,7 +41,7 @@ def search_page(instruction: str) -> Page:
 
 
 def results_page(instruction: str, products: Sequence[Product], page: int, total: int) -> Page:
-    """`products`: those on this page, the `page`-th from 1, of `total` found."""
+    """Return page number `page`, from 1, of `total` results. products: those on this page."""
     pieces = [*_head(instruction), f"Page {page} (Total results: {total})", *(["< Prev"] if page > 1 else []), "Next >"]
     for product in products:
         pieces += [product.asin, *_string(product.title), product.price_tag]
@@ -69,7 +70,7 @@ def item_page(instruction: str, product: Product) -> Page:
 
 
 def sub_page(instruction: str, product: Product, name: str) -> Page:
-    """`name`: one of `SUB_PAGES`. Reviews are always empty, as WebShop loads none."""
+    """Return the page `name`, one of `SUB_PAGES`, of a product. Reviews are empty, as WebShop loads none."""
     pieces = [*_head(instruction), "< Prev"]
     if name == "description":
         pieces += _string(product.description)
@@ -83,7 +84,7 @@ def done_page(product: Product, options: Mapping[str, str], score: float) -> Pag
     chosen = json.dumps(options, sort_keys=True)
     for character in "<>&'":  # as Flask writes JSON into a page
         chosen = chosen.replace(character, f"\\u{ord(character):04x}")
-    nothing = "None"  # of what WebShop leaves out here
+    nothing = "None"  # in place of what WebShop leaves out here
     return _page(
         ["Thank you for shopping with us!", "Your code:", nothing, "(Paste it in your MTurk interface.)"]
         + [
@@ -124,7 +125,10 @@ def _head(instruction: str) -> list[str]:
 
 
 def _string(text: str) -> list[str]:
-    """The visible string that WebShop's parser makes of `text` between two tags, if any: none of nothing and of bare line breaks."""
+    """Return the visible string, if any, that WebShop's parser makes of `text` between two tags.
+
+    Empty text and bare line breaks make none.
+    """
     bare = not text.strip(_ASCII_SPACE)
     return [] if bare and (not text or "\n" in text) else [text.strip()]
 

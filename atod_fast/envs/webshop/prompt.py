@@ -8,8 +8,11 @@ from atod_fast.envs.prompt import past_turns, project_action
 from atod_fast.envs.webshop.pages import SEPARATOR
 from atod_fast.records import Turn
 
-# verl-agent's two templates differ in a blank at the end of this line; the hyphen is one that does not break.
-_OPENING = "\nYou are an expert autonomous agent operating in the WebShop e\u2011commerce environment.{blank}\nYour task is to: {task}.\n"
+# verl-agent's two templates differ in a blank at the end of the first line; the hyphen is a non-breaking one.
+_OPENING = (
+    "\nYou are an expert autonomous agent operating in the WebShop e\u2011commerce environment.{blank}\n"
+    "Your task is to: {task}.\n"
+)
 _HISTORY = (
     "Prior to this step, you have already taken {steps} step(s). Below are the most recent {shown} observations "
     "and the corresponding actions you took: {history}\n"
@@ -19,19 +22,23 @@ _NOW = " current observation is: {observation}."
 _ADMISSIBLE = "\nYour admissible actions of the current situation are: \n[\n{admissible}\n]."
 _ASK = "\n\nNow it's your turn to take one action for the current step.\n"
 _THINK = (
-    "You should first reason step-by-step about the current situation, then think carefully which admissible action best advances "
-    "the shopping goal. This reasoning process MUST be enclosed within <think> </think> tags. \n"
+    "You should first reason step-by-step about the current situation, "
+    "then think carefully which admissible action best advances the shopping goal. "
+    "This reasoning process MUST be enclosed within <think> </think> tags. \n"
     "Once you've finished your reasoning, you should choose an admissible action for current step "
     "and present it within <action> </action> tags.\n"
 )
 _ACT = "You should choose an admissible action for current step and present it within <action> </action> tags.\n"
-_MARK = "Instruction:"  # the piece of a page before the one that tells the task
-_LONGEST = 13_000  # characters of a message; a longer one does without history
+_MARK = "Instruction:"  # the piece of a page before the task
+_LONGEST = 13_000  # characters of a message; a longer one leaves out the history
 _KEPT = 20  # characters of a response without an action that become the command
 
 
 class WebShopPrompt:
-    """thinking: ask for, and require, <think> ... </think>. history: turns shown with context `window`."""
+    """verl-agent's messages about WebShop.
+
+    thinking: ask for, and require, <think> ... </think>. history: turns shown with context `window`.
+    """
 
     def __init__(self, thinking: bool, history: int) -> None:
         self.thinking, self.history = thinking, history
@@ -70,7 +77,7 @@ class WebShopPrompt:
 
 
 def _parted(observation: str) -> tuple[str, str]:
-    """Returns (task, the page's pieces after it, quoted), or ("", page) if the page states no task."""
+    """Return (task, the page's pieces after it, quoted), or ("", page) if the page states no task."""
     pieces = observation.split(SEPARATOR)
     if _MARK not in pieces[:-1]:
         return "", observation

@@ -1,7 +1,7 @@
-"""WebShop's data files, entry by entry: JSON arrays, JSON objects and JSON lines, plain or compressed (.gz, .xz).
+"""Read WebShop's data files entry by entry: JSON arrays, JSON objects and JSON lines, plain or compressed (.gz, .xz).
 
-The official product file is one array of 5 GB: entries are decoded one at a time and never all held. What an entry should
-be is for `parse` to say; one that is not is named, counted and left out, up to a limit.
+The official product file is one array of 5 GB: entries are decoded one at a time and never all held. `parse` decides
+what an entry should be; a malformed one is named, counted and left out, up to a limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK = 1 << 20  # characters read at a time
 LONGEST_ENTRY = 1 << 26  # characters; beyond, a bracket was never closed
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 LINES = frozenset((".jsonl", ".ndjson"))
-AFTER = frozenset(",:]} \t\r\n")  # what ends a value
+AFTER = frozenset(",:]} \t\r\n")  # characters that end a value
 SHOWN = 3  # malformed entries named in the log
 
 T = TypeVar("T")
@@ -35,10 +35,10 @@ class Malformed(Exception):
 
 
 def read(option: str, path: str | Path, limit: int, parse: Callable[[Any], T]) -> Iterator[T]:
-    """`parse` of each entry of the file at `path`: of an array's elements, of an object's (key, value) pairs, or of lines.
+    """Yield `parse` of each entry of the file at `path`: array elements, an object's (key, value) pairs, or lines.
 
-    Entries for which `parse` raises Malformed, and lines that are no JSON, are left out, counted and logged. UserError,
-    naming `option`, for more than `limit` of them, and for a file that cannot be read or breaks off as JSON.
+    Entries for which `parse` raises Malformed, and lines that are no JSON, are left out, counted and logged. Raises
+    UserError, naming `option`, for more than `limit` of them, and if a file cannot be read or its JSON breaks off.
     """
     path = Path(path).expanduser()
     bad: list[str] = []
@@ -51,7 +51,8 @@ def read(option: str, path: str | Path, limit: int, parse: Callable[[Any], T]) -
                     bad.append(f"{where}: {error}")
                     if len(bad) > limit:
                         raise UserError(
-                            f"{option}={str(path)!r} has more than malformed={limit} malformed entries, the first {bad[0]}; mend the file or raise malformed"
+                            f"{option}={str(path)!r} has more than malformed={limit} malformed entries, "
+                            f"the first {bad[0]}; mend the file or raise malformed"
                         ) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, Malformed) as error:
         kind = NotHere if isinstance(error, FileNotFoundError) else UserError
@@ -84,7 +85,7 @@ def _lines(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def _entries(file: TextIO) -> Iterator[tuple[str, Any]]:
-    """Elements of the one array, or pairs of the one object, in `file`."""
+    """Yield the elements of the one array, or the pairs of the one object, in `file`."""
     text = _Text(file)
     kind = text.next_character()
     if kind not in ("[", "{"):
@@ -106,13 +107,13 @@ def _entries(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 class _Text:
-    """A file's characters from a moving position on, of which no more is held than one entry needs."""
+    """A file's characters from a moving position on. No more of them is held than one entry needs."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._held, self._at, self._passed = file, "", 0, 0
 
     def next_character(self) -> str:
-        """The next one that is no white space, which becomes the position; "" at the end."""
+        """Move to the next character that is no white space and return it; "" at the end."""
         while True:
             rest = self._held[self._at : self._at + 1]
             if rest and not rest.isspace():
@@ -131,7 +132,7 @@ class _Text:
         self.skip()
 
     def value(self) -> Any:
-        """The JSON value at the position, which moves behind it."""
+        """Return the JSON value at the position, and move behind it."""
         self.next_character()
         while True:
             try:
@@ -142,13 +143,13 @@ class _Text:
                         f"no JSON at character {self._passed + self._at} ({getattr(error, 'msg', error)})"
                     ) from None
             else:
-                # Behind anything else a number could go on.
+                # Before any other character more of a number may follow.
                 if self._held[end : end + 1] in AFTER or not self._more():
                     self._at = end
                     return value
 
     def _more(self) -> bool:
-        """Read on, as much again as is held; False at the end of the file, when nothing changes."""
+        """Read as much again as is held; return False at the end of the file, where nothing changes."""
         chunk = self._file.read(max(CHUNK, len(self._held) - self._at))
         if chunk:
             self._held, self._passed, self._at = self._held[self._at :] + chunk, self._passed + self._at, 0

@@ -2,8 +2,8 @@
 
     score = r_type * (attributes met + options met + [price <= limit]) / (|attributes| + |options| + 1)
 
-After princeton-nlp/WebShop (MIT, web_agent_site/engine/goal.py: get_reward; engine/normalize.py: COLOR_SET), and thefuzz 0.19,
-which it compares strings with: rapidfuzz's ratio of the same preparation and rounding.
+After princeton-nlp/WebShop (MIT, web_agent_site/engine/goal.py: get_reward; engine/normalize.py: COLOR_SET), and
+thefuzz 0.19, with which it compares strings: rapidfuzz's ratio after the same preparation and rounding.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from atod_fast.envs.webshop.goals import Goal
 from atod_fast.envs.webshop.nouns import Nouns
 from atod_fast.errors import UserError
 
-ALIKE = 85  # above this many percent strings mean the same
+ALIKE = 85  # percent; strings that are more similar mean the same
 COLOURS = tuple(
-    """alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel
-    champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim eggplant
-    elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki lavender lemon leopard
-    light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom mustard natural navy nude olive orange peach
-    pewter pink plum purple rainbow red rose royal rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan
-    taupe teal tiger turquoise violet walnut wheat white wine yellow""".split()
+    """
+    alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo
+    caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream
+    crystal dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather
+    indigo ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha
+    multicolor mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal
+    rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise
+    violet walnut wheat white wine yellow
+    """.split()
 )
 
 _LATIN_1 = dict.fromkeys(range(128, 256))
@@ -31,7 +34,10 @@ _SYMBOLS = re.compile(r"\W")
 
 
 def matcher() -> Callable[[object, object], bool]:
-    """Whether two strings mean the same: thefuzz's token_set_ratio, rounded, above `ALIKE`. UserError without rapidfuzz."""
+    """Return a function that tells whether two strings mean the same. Raise UserError without rapidfuzz.
+
+    They do if thefuzz's token_set_ratio, rounded, is above `ALIKE`.
+    """
     try:
         from rapidfuzz.fuzz import token_set_ratio
     except ImportError as error:
@@ -51,9 +57,9 @@ def score(
     nouns: Nouns,
     alike: Callable[[object, object], bool],
 ) -> float:
-    """WebShop's score of `goal` for buying `bought` at `price` dollars with the chosen `options`; in [0, 1].
+    """Return WebShop's score of `goal` for buying `bought` at `price` dollars with the chosen `options`; in [0, 1].
 
-    nouns: see nouns.py. alike: of `matcher`.
+    nouns: from `nouns.tagger`. alike: from `matcher`.
     """
     met = (
         attributes_met(goal.attributes, bought, alike)
@@ -64,9 +70,9 @@ def score(
 
 
 def type_reward(wanted: Product, bought: Product, nouns: Nouns) -> float:
-    """1 for products of a kind, 0.5, 0.1 or 0 where queries, categories and titles say otherwise."""
+    """Return 1 for products of the same kind; 0.5, 0.1 or 0 if queries, categories and titles say otherwise."""
     wanted_nouns = nouns(wanted.title)
-    # Of the nouns of the goal with repeats, as in WebShop.
+    # A share of the goal's nouns, repeats included, as in WebShop.
     shared = len(set(wanted_nouns) & set(nouns(bought.title))) / len(wanted_nouns) if wanted_nouns else 0.2
     if shared == 0:
         return 0.0
@@ -77,7 +83,7 @@ def type_reward(wanted: Product, bought: Product, nouns: Nouns) -> float:
 
 
 def attributes_met(wanted: Collection[str], bought: Product, alike: Callable[[object, object], bool]) -> int:
-    """Of the `wanted`, how many are like an attribute of the product or stand in its text."""
+    """Return how many of the `wanted` are like an attribute of the product or occur in its text."""
     texts = (bought.title.lower(), " ".join(bought.bullets).lower(), bought.description.lower())
     return sum(
         any(alike(has, want) for has in bought.attributes) or any(want in text for text in texts) for want in wanted
@@ -87,8 +93,9 @@ def attributes_met(wanted: Collection[str], bought: Product, alike: Callable[[ob
 def options_met(
     wanted: Mapping[str, str] | Collection[str], chosen: Collection[str], alike: Callable[[object, object], bool]
 ) -> int:
-    """Of the `wanted`, how many are like a chosen value, colours taken for their base colour."""
-    # WebShop compares (name, value) pairs as printed, where names are known: their base colour is found only in a value that is one.
+    """Return how many of the `wanted` are like a chosen value; colours are replaced by their base colour."""
+    # If names are known, WebShop compares (name, value) pairs as printed, and finds a base colour only where the value
+    # is just that.
     pairs = wanted.items() if isinstance(wanted, Mapping) else wanted
     values = [_base_colour(value) for value in chosen]
     return sum(any(alike(value, want) for value in values) for want in map(_base_colour, pairs))

@@ -1,11 +1,11 @@
 """WebShop's search engine: BM25 over title, description, first bullet point and options.
 
-The original asks Lucene 8 through Pyserini 0.17 (its defaults: k1 0.9, b 0.4, Porter stems, Lucene's English stop words).
-Here bm25s scores with Lucene's formula, words are cut as Lucene's StandardTokenizer cuts them, and equal scores are ordered by
-identifier as Anserini does. What still differs: Lucene rounds document lengths to four significant bits, stems -logy and -bly one
-step further, and takes emoji and Chinese characters for words. Measured against it on the 1,000-product set
-(bench/webshop_fidelity.py): the same first hit in 98.5% of 3,303 queries, on average 98.6% of the first ten hits and 99.2% of
-the first fifty.
+The original uses Lucene 8 through Pyserini 0.17 (its defaults: k1 0.9, b 0.4, Porter stems, Lucene's English stop
+words). Here bm25s scores with Lucene's formula, words are split as by Lucene's StandardTokenizer, and equal scores are
+ordered by identifier as in Anserini. What still differs: Lucene rounds document lengths to four significant bits, stems
+-logy and -bly one step further, and takes emoji and Chinese characters for words. Measured against it on the
+1,000-product set (bench/webshop_fidelity.py): the same first hit in 98.5% of 3,303 queries, on average 98.6% of the
+first ten hits and 99.2% of the first fifty.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ import numpy as np
 from atod_fast.envs.bm25 import K1, B, best, libraries
 from atod_fast.envs.webshop.catalogue import Product
 
-HITS = 50  # most of a search
-MARKS = ("<a>", "<c>", "<q>")  # ahead of an attribute, a category, a query: find all that have it
+HITS = 50  # most results of a search
+MARKS = ("<a>", "<c>", "<q>")  # before an attribute, category or query: find all products that have it
 STOP_WORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with".split()
+    "a an and are as at be but by for if in into is it no not of on or such that the "
+    "their then there these they this to was will with".split()
 )
 CACHED_QUERIES = 4096
 CACHED_WORDS = 1 << 16
 
-# Letters go on over an apostrophe, full stop or colon between letters, digits over one of .,;' between digits.
+# A word goes on over an apostrophe, full stop or colon between letters, and over one of .,;' between digits.
 _WORD = re.compile(r"\w+(?:(?:(?<=[^\W\d_])['’.:·](?=[^\W\d_])|(?<=\d)['’.,;](?=\d))\w+)*")
 
 
 class SearchEngine:
-    """Finds products. Shared, read-only, by all episodes. UserError without bm25s and PyStemmer."""
+    """Finds products. Shared, read-only, by all episodes. Raises UserError without bm25s and PyStemmer."""
 
     def __init__(self, products: list[Product]) -> None:
         bm25s, stemmer = libraries("env.name='webshop'")
@@ -60,13 +61,13 @@ class SearchEngine:
         self._ranked = lru_cache(maxsize=CACHED_QUERIES)(self._rank)
 
     def words(self, text: str) -> list[str]:
-        """Stems of `text` without stop words."""
+        """Return the stems of the words of `text`, without stop words."""
         return [stem for word in _WORD.findall(text.lower()) if (stem := self._stem(word))]
 
     def search(self, keywords: str, random: Random) -> tuple[int, ...]:
-        """Rows of the catalogue that `keywords` find, the best first, at most 50.
+        """Return the rows of the catalogue that `keywords` find, the best first, at most 50.
 
-        As in WebShop `<r>` finds 50 by chance, and a mark finds all that have what follows it.
+        As in WebShop `<r>` finds 50 at random, and a mark finds all products that have what follows it.
         """
         mark, *words = keywords.split(" ")
         if mark == "<r>":
@@ -95,6 +96,6 @@ class SearchEngine:
 
 
 def document(product: Product) -> str:
-    """What the index holds of a product (search_engine/convert_product_file_format.py)."""
+    """Return the text that the index holds of a product (search_engine/convert_product_file_format.py)."""
     options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options.items())
     return " ".join([product.title, product.description, *product.bullets[:1], options])

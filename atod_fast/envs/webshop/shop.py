@@ -1,7 +1,7 @@
 """A shop: catalogue, goals and search engine, loaded once and shared by all episodes, splits and clones of a process.
 
-Loading takes about 0.4 ms and 6.4 kB a product: half a second for the 1,000-product set, and for the whole set of 1.18 million
-about 8 minutes and 8 GB in each process.
+Loading takes about 0.4 ms and 6.4 kB a product: half a second for the 1,000-product set, and for the whole set of 1.18
+million about 8 minutes and 8 GB in each process.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from atod_fast.envs.webshop.generator import generate_files
 from atod_fast.envs.webshop.goals import Goals, load_human
 from atod_fast.envs.webshop.search import SearchEngine
 
-# Of what WebShop leaves to chance: prices within ranges, and price limits. The same draws in the same order as WebShop's
-# after random.seed(PRICE_SEED).
+# Seed of the prices within ranges and of the price limits. The draws and their order are WebShop's after
+# random.seed(PRICE_SEED).
 PRICE_SEED = 233
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shop:
-    """Read-only."""
+    """A loaded shop; read-only."""
 
     catalogue: Catalogue
     goals: Goals
@@ -44,7 +44,7 @@ class Source:
     malformed: int
 
     def open(self) -> Shop:
-        """UserError where a file cannot be used. Files that have not changed since are not read again."""
+        """Load the shop, or return it if its files have not changed. Raise UserError if a file cannot be used."""
         files = [file for file in (self.products, self.attributes, self.human_goals) if file is not None]
         return _open(self, tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files))
 
@@ -68,7 +68,7 @@ def _open(source: Source, versions: tuple[int, ...]) -> Shop:
 
 @lru_cache(maxsize=2)
 def generated(count: int, seed: int, scale: str) -> Shop:
-    """A made-up shop; see generator.py."""
+    """Return a made-up shop; see generator.py."""
     files, random = generate_files(count, seed, scale), Random(PRICE_SEED)
     facts = dict(map(parse_facts, files.attributes.items()))
     catalogue = Catalogue((parse_product(entry, facts) for entry in files.products), facts, random)

@@ -1,8 +1,9 @@
-"""One way through the shop, from the search page to a purchase: which page an action leads to.
+"""A visit of the shop, from the search page to a purchase: which page an action leads to.
 
-After princeton-nlp/WebShop (MIT, web_agent_site/envs/web_agent_text_env.py: WebAgentTextEnv.step, SimServer.receive), but for
-where it trips over itself: an option called "attributes" is an option and no hidden page, `< Prev` works also where the search
-words name a page of its site, an option with brackets can be clicked, and the search `<a>` finds products as on its web site.
+After princeton-nlp/WebShop (MIT, web_agent_site/envs/web_agent_text_env.py: WebAgentTextEnv.step, SimServer.receive),
+without its mistakes: an option called "attributes" is an option and no hidden page, `< Prev` works also if the search
+words name a page of its site, an option with brackets can be clicked, and the search `<a>` finds products as on its web
+site.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from random import Random
 from atod_fast.envs.webshop import pages
 from atod_fast.envs.webshop.shop import Shop
 
-_ACTION = re.compile(r"(.+)\[(.+)\]")  # matched at the beginning only: what follows the last bracket does not count
+_ACTION = re.compile(r"(.+)\[(.+)\]")  # matched at the beginning: what follows the last bracket is ignored
 
 
 def _parse(action: str) -> tuple[str, str]:
-    """Name and argument, in lower case. WebShop cannot click what has a bracket in it; here whatever is listed can be."""
+    """Return name and argument of an action, in lower case.
+
+    WebShop cannot click a name with a bracket in it; here everything that is listed can be clicked.
+    """
     if action.startswith("click[") and action.endswith("]"):
         return "click", action[6:-1].lower()
     match = _ACTION.match(action)
@@ -25,9 +29,9 @@ def _parse(action: str) -> tuple[str, str]:
 
 
 class Visit:
-    """A visit of `shop` for `instruction`. random: of the search `<r>`.
+    """A visit of `shop` for `instruction`. random: draws the results of the search `<r>`.
 
-    page: what is shown. options: chosen so far, value by name. bought: row in the catalogue, once something is.
+    page: the current page. options: chosen so far, name -> value. bought: row of what was bought, or None.
     """
 
     def __init__(self, shop: Shop, instruction: str, random: Random) -> None:
@@ -36,7 +40,10 @@ class Visit:
         self._back_to_search()
 
     def act(self, action: str) -> bool:
-        """Follow `search[words]`, from any page, or `click[what]`; False, and nothing happens, where it is neither or cannot be clicked."""
+        """Follow `search[words]`, or `click[name]` for a name that is listed; return whether the action was followed.
+
+        Words can be searched from any page. Other actions, and all after a purchase, change nothing.
+        """
         name, argument = _parse(action)
         if self.bought is not None:
             return False
@@ -70,7 +77,7 @@ class Visit:
             self._place = "sub"
             self.page = pages.sub_page(self._instruction, self._shop.catalogue.products[self._row], name)
         else:
-            # Where two groups of options have a value in common it belongs to the later one, as in WebShop.
+            # A value that two groups of options share belongs to the later one, as in WebShop.
             groups = self._shop.catalogue.products[self._row].options.items()
             self.options[[group for group, values in groups if name in values][-1]] = name
 
@@ -79,7 +86,10 @@ class Visit:
         self.page = pages.search_page(self._instruction)
 
     def _results(self, keywords: str, number: int) -> None:
-        """Page `number` of what `keywords` find. Turning a page searches anew and forgets options, as in WebShop."""
+        """Show page `number` of what `keywords` find.
+
+        Turning a page searches anew and forgets options, as in WebShop.
+        """
         self._place, self.options = "results", {}
         self._keywords, self._number = keywords, number
         found = self._shop.engine.search(keywords, self._random)
