@@ -1,4 +1,4 @@
-"""Checkpoints by name: what is loaded from where, in which precision. Shared by the trainer and the rollout engines."""
+"""Loads checkpoints and what is known of them, for the trainer and the rollout engines."""
 
 from __future__ import annotations
 
@@ -37,12 +37,17 @@ DEMO_WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
 
 
 def resolve(path: str) -> str:
-    """Model folder of a `student.path` or `teacher.path`: `demo:NAME` is a shipped model, others are left as they are."""
+    """Return the model folder of a `student.path` or `teacher.path`.
+
+    `demo:NAME` is a shipped model; other paths stay as they are. Raises UserError for a path that holds no model, and
+    NotHere for one that does not exist.
+    """
     if path.startswith("demo:"):
         folder = DEMO_WEIGHTS / path.removeprefix("demo:")
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"model path {path!r} names no shipped model; use demo:student, demo:teacher, or another world's, as demo:searchqa/student"
+                f"model path {path!r} names no shipped model; use demo:student, demo:teacher, or another world's, "
+                "as demo:searchqa/student"
             )
         return str(folder)
     local = (
@@ -71,7 +76,7 @@ def resolve(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """A checkpoint, and how its model is computed."""
+    """A checkpoint, and the dtype and attention in which its model is computed."""
 
     path: str  # as student.path or teacher.path
     dtype: torch.dtype
@@ -79,7 +84,7 @@ class Compute:
 
 
 def is_here(path: str, *names: str) -> bool:
-    """Whether one of these files of a model is on this machine, in its folder or in the Hugging Face cache."""
+    """Return whether a model has one of these files on this machine, in its folder or the Hugging Face cache."""
     folder = resolve(path)
     if Path(folder).is_dir():
         return any((Path(folder) / name).is_file() for name in names)
@@ -87,14 +92,15 @@ def is_here(path: str, *names: str) -> bool:
 
 
 class Reach(NamedTuple):
-    """Which tokens before its own, and itself, a token of a layer sees."""
+    """How far back a token sees in a layer's attention."""
 
-    kind: str  # as transformers names it: full_attention, sliding_attention, chunked_attention, or what is no such attention
+    # As transformers names it: full_attention, sliding_attention, chunked_attention; or a layer that is none of them.
+    kind: str
     size: int | None = None  # of the window or the chunks
 
 
 def reaches(config) -> list[Reach]:
-    """Of every decoder layer of a transformers configuration, by the rule of transformers' caches."""
+    """Return the reach of every decoder layer of a transformers configuration, by the rule of transformers' caches."""
     text = config.get_text_config(decoder=True)
     sizes = {
         "sliding_attention": getattr(text, "sliding_window", None),
@@ -106,7 +112,7 @@ def reaches(config) -> list[Reach]:
 
 
 def _from_pretrained(loader, path: str, **options):
-    """`loader.from_pretrained` of a model path. Raises UserError, in one line, where it cannot be loaded."""
+    """Return `loader.from_pretrained` of a model path. Raises UserError, in one line, if it cannot be loaded."""
     try:
         return loader.from_pretrained(resolve(path), **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -117,11 +123,12 @@ def _from_pretrained(loader, path: str, **options):
 
 
 def load_tokenizer(path: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's tokenizer. Raises UserError if it cannot be loaded."""
     return _from_pretrained(AutoTokenizer, path, local_files_only=offline)
 
 
 def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """The checkpoint's CausalLM on the CPU, every weight in `dtype`, without dropout.
+    """Load the checkpoint's CausalLM on the CPU, with every weight in `dtype` and without dropout.
 
     Raises:
         UserError: the model cannot be loaded, is quantised, or its checkpoint lacks a weight.
@@ -133,7 +140,7 @@ def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTra
 
 
 def _without_dropout(config: PretrainedConfig) -> None:
-    """Set every probability of dropout in `config` to 0, in nested configurations too."""
+    """Set every dropout probability in `config` to 0, in nested configurations too."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             _without_dropout(value)
@@ -142,20 +149,24 @@ def _without_dropout(config: PretrainedConfig) -> None:
 
 
 def check_weights(path: str) -> None:
-    """Raise UserError where the checkpoint lacks a weight, for an engine that loads it by itself and might not say so."""
-    by_name = importlib.util.find_spec("accelerate") is not None  # with it names and shapes are read alone
+    """Raise UserError if the checkpoint lacks a weight.
+
+    For an engine that loads weights itself and might not report it.
+    """
+    by_name = importlib.util.find_spec("accelerate") is not None  # with it only names and shapes are read
     _load_whole(path, config=load_config(path), device_map="meta" if by_name else None)
 
 
 def _load_whole(path: str, config: PretrainedConfig, **options) -> PreTrainedModel:
-    """The checkpoint's CausalLM. Raises UserError where a weight is missing; logs the names of weights that have no place."""
-    with _transformers_errors_only():  # it prints its own report of what is told here
+    """Load the checkpoint's CausalLM. Raises UserError if a weight is missing; logs weights that have no place."""
+    with _transformers_errors_only():  # it prints its own report of what is reported here
         model, found = _from_pretrained(AutoModelForCausalLM, path, config=config, output_loading_info=True, **options)
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
         holds = f", and holds {_some(unexpected)}, which the model has no place for" if unexpected else ""
         raise UserError(
-            f"model path {path!r} lacks {_some(missing)}{holds}; give a folder whose weights have the names of transformers' {config.model_type}"
+            f"model path {path!r} lacks {_some(missing)}{holds}; "
+            f"give a folder whose weights have the names of transformers' {config.model_type}"
         )
     if unexpected:
         logger.warning("model path %r holds %s, which the model has no place for: left out", path, _some(unexpected))
@@ -163,23 +174,24 @@ def _load_whole(path: str, config: PretrainedConfig, **options) -> PreTrainedMod
 
 
 def check_quantised(path: str, config) -> None:
-    """UserError where a transformers configuration says that the weights are quantised."""
+    """Raise UserError if a transformers configuration says that the weights are quantised."""
     if quantised := getattr(config, "quantization_config", None):
         method = (
             quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else type(quantised).__name__
         )
         raise UserError(
-            f"model path {path!r} holds quantised weights ({method}); give a folder of its weights in bf16, fp16 or fp32"
+            f"model path {path!r} holds quantised weights ({method}); "
+            "give a folder of its weights in bf16, fp16 or fp32"
         )
 
 
 def recurrent(model: PreTrainedModel) -> bool:
-    """Whether it keeps anything but keys and values of tokens: a state that cannot be cut back, and that runs on."""
+    """Return whether a model keeps more than tokens' keys and values: a state that cannot be cut back to a prefix."""
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     return model._is_stateful or not {reach.kind for reach in reaches(model.config)} <= attention
 
 
-_DROPOUT = re.compile("drop")  # names of a configuration's probabilities of dropout
+_DROPOUT = re.compile("drop")  # names of dropout probabilities in a configuration
 
 
 def _some(names: Sequence[str]) -> str:
@@ -202,15 +214,15 @@ def _transformers_errors_only() -> Iterator[None]:
 
 
 def load_config(path: str, *, offline: bool = False):
-    """The checkpoint's transformers configuration."""
+    """Load the checkpoint's transformers configuration. Raises UserError if it cannot be loaded."""
     return _from_pretrained(AutoConfig, path, local_files_only=offline)
 
 
 def generation_config(path: str, *, offline: bool = False) -> dict[str, Any]:
-    """What the checkpoint's generation_config.json holds, as it stands there; empty where there is none.
+    """Return the contents of the checkpoint's generation_config.json; empty without one.
 
     Raises:
-        UserError: the file is no JSON object.
+        UserError: the file is not a JSON object.
     """
     folder = resolve(path)
     name = "generation_config.json"
@@ -231,7 +243,7 @@ def generation_config(path: str, *, offline: bool = False) -> dict[str, Any]:
 
 
 def stop_ids(path: str, *, offline: bool = False) -> list[int]:
-    """Tokens at which the checkpoint's generation_config.json ends a text. Raises UserError for what is no id."""
+    """Return the end-of-text tokens of the checkpoint's generation_config.json. Raises UserError for an invalid id."""
     found = generation_config(path, offline=offline).get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
@@ -242,10 +254,10 @@ def stop_ids(path: str, *, offline: bool = False) -> list[int]:
 
 
 def skeleton(config, path: str = "", attention: str = "eager") -> PreTrainedModel:
-    """The CausalLM of a transformers configuration, on the meta device: names and shapes, no memory.
+    """Make the CausalLM of a transformers configuration on the meta device: names and shapes, no memory.
 
     Raises:
-        UserError: it is none, or has no such attention on this machine. `path` is named then.
+        UserError: it is not a CausalLM, or this machine lacks the attention. The message names `path`.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
@@ -257,24 +269,25 @@ def skeleton(config, path: str = "", attention: str = "eager") -> PreTrainedMode
     except (ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"student.attention: {attention} is not to be had for model path {path!r} ({reason}); set student.attention=auto"
+            f"student.attention: {attention} is not to be had for model path {path!r} ({reason}); "
+            "set student.attention=auto"
         ) from None
 
 
 def weight_shapes(config) -> dict[str, torch.Size]:
-    """Shape of every weight by its name in the checkpoint, a tied head included."""
+    """Return the shape of every weight by its name in the checkpoint, a tied head included."""
     return {name: parameter.shape for name, parameter in skeleton(config).named_parameters(remove_duplicate=False)}
 
 
 def saved_buffers(model: PreTrainedModel) -> list[str]:
-    """Names of what its checkpoint holds that is no weight: no gradient changes it, no stream of weights holds it."""
+    """Return the names of a checkpoint's buffers, which have no gradient and are not in a stream of weights."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     return [name for name in model.state_dict() if name not in weights]
 
 
 @torch.no_grad()
 def round_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round the checkpoint's buffers of an fp32 model to what `load_model` in `dtype` makes of them, which a replica computes with."""
+    """Round an fp32 model's checkpoint buffers to the values that `load_model` in `dtype` gives a replica."""
     kept = model._keep_in_fp32_modules_strict or ()
     for name in saved_buffers(model):
         buffer = model.get_buffer(name)
@@ -283,20 +296,23 @@ def round_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def as_saved(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of `model`, which may be a skeleton, as its checkpoint holds them: transformers renames some, and keeps a layer's
-    experts in one tensor. One weight may become several, and needs no other for it."""
+    """Return weights of `model`, which may be a skeleton, with the names and shapes of its checkpoint.
+
+    transformers loads some under other names, and merges a layer's experts into one tensor. One weight may become
+    several, each made from it alone.
+    """
     return revert_weight_conversion(model, weights)
 
 
 def one_as_saved(model: PreTrainedModel) -> Callable[[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """`as_saved` of one weight at a time, at no cost for those that a checkpoint holds as the model does."""
+    """Return `as_saved` for one weight at a time; weights that a checkpoint holds as the model does cost nothing."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     changed = {name for name, weight in weights.items() if as_saved(model, {name: weight}).get(name) is not weight}
     return lambda name, weight: as_saved(model, {name: weight}) if name in changed else {name: weight}
 
 
 class Attention(NamedTuple):
-    """What decides how large a key/value cache is, and over how many ranks heads can be shared."""
+    """The sizes that determine a key/value cache, and over how many ranks heads can be shared."""
 
     layers: int
     heads: int  # of queries
@@ -305,9 +321,9 @@ class Attention(NamedTuple):
 
 
 def attention_shape(config) -> Attention:
-    """Of a transformers configuration's decoder."""
+    """Return the attention sizes of a transformers configuration's decoder."""
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None) or 1  # a model without attention has no such cache
+    heads = getattr(text, "num_attention_heads", None) or 1  # a model without attention has no key/value cache
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Attention(text.num_hidden_layers, heads, getattr(text, "num_key_value_heads", None) or heads, width)
 
@@ -315,7 +331,7 @@ def attention_shape(config) -> Attention:
 def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raise UserError unless every token of the student, special ones included, has the same id in the teacher.
 
-    The teacher may know added tokens besides: it is shown the student's ids, which never name them.
+    The teacher may have further added tokens: it gets the student's ids, which never include them.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     added = {token.content for token in teacher.added_tokens_decoder.values()}

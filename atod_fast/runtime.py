@@ -1,6 +1,6 @@
-"""What the settings mean here: device, ranks, precisions, attention, engine. Resolved once at set-up, and passed on.
+"""Resolves settings on this machine, once: device, ranks, precisions, attention, rollout engine.
 
-Nothing else in the package looks at a setting that may be `auto`.
+Nothing else in the package reads a setting that may be `auto`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atod_fast.rollout.engines import ENGINES
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How this rank computes. A model that is not used, or in a dry run not known, is None."""
+    """How this rank computes. A model that is not used, or is unknown in a dry run, is None."""
 
     device: torch.device
     rank: int
@@ -31,9 +31,9 @@ class Runtime:
     student_dtype: torch.dtype  # of forward and backward passes, and of every rollout; masters are fp32
     teacher_dtype: torch.dtype  # of scoring
     liger: bool  # the student computes with liger-kernel's modules
-    student: Compute | None  # as it learns and, with its weights in the rollout engine, plays
-    teacher: Compute | None  # as it scores
-    playing_teacher: Compute | None  # as it is evaluated
+    student: Compute | None  # for training, and for rollouts in the rollout engine
+    teacher: Compute | None  # for scoring
+    playing_teacher: Compute | None  # for its evaluation
 
     @staticmethod
     def of(
@@ -45,12 +45,12 @@ class Runtime:
         rank: int = 0,
         ranks: int = 1,
     ) -> Runtime:
-        """Returns what `config` means on `device`.
+        """Return what `config` means on `device`.
 
-        shapes: the models' transformers configurations by role. Those that are not given are read.
+        shapes: the models' transformers configurations by role; None reads them.
 
         Raises:
-            UserError: a model cannot be read, has no such attention, or liger-kernel cannot be used here.
+            UserError: a model cannot be read or lacks the attention, or liger-kernel cannot be used here.
         """
         if shapes is None:
             shapes = {role: load_config(path) for role, path in used_models(config).items()}
@@ -78,7 +78,7 @@ class Runtime:
 
 
 def used_models(config: Config) -> dict[str, str]:
-    """Returns the paths of the models that a run loads, by role."""
+    """Return the paths of the models that a run loads, by role."""
     used = {"student": config.student.path}
     if config.teacher_scores or config.teacher_plays:
         used["teacher"] = config.teacher.path
@@ -86,17 +86,18 @@ def used_models(config: Config) -> dict[str, str]:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype of a `compute_dtype`: auto is bf16 on an accelerator and fp32 on a CPU, where bf16 is slower."""
+    """Return the dtype of a `compute_dtype`. auto: bf16 on an accelerator, fp32 on a CPU, where bf16 is slower."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) -> str:
-    """Returns the attention that a model of the transformers configuration `config` computes with.
+    """Return the attention implementation for a model of the transformers configuration `config`.
 
-    `auto` is flash-attn where it is installed and can run, on CUDA in 16 bits; else sdpa; else, and where sdpa would leave
-    out a softcap of the attention's scores, eager. Flash attention has neither ALiBi nor every model's sinks.
+    `auto` is flash-attn if it is installed and can run (on CUDA, in 16 bits), else sdpa, else eager. Eager also
+    replaces sdpa if attention scores have a softcap, which sdpa would leave out. Flash attention supports neither ALiBi
+    nor every model's sinks.
 
     Raises:
         UserError: `name` is sdpa for a model whose scores have a softcap.
@@ -118,12 +119,12 @@ def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) ->
 
 
 def engine_of(name: str, device: torch.device) -> str:
-    """Returns the name of the engine that `rollout.engine` means on this device: auto is the first that suits it."""
+    """Return the name of the rollout engine on this device; auto is the first that suits it."""
     return name if name != "auto" else next(name for name, kind in ENGINES.items() if kind.suits(device))
 
 
 def uses_liger(mode: str, device: torch.device) -> bool:
-    """Returns whether `student.liger` means yes on this device; UserError for `on` where it cannot be."""
+    """Return whether to use liger-kernel on this device. Raises UserError for `on` where it cannot be used."""
     present = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     if mode == "on" and not present:
         remedy = "pip install 'atod_fast[cuda]' or set student.liger=auto"

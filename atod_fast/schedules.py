@@ -1,13 +1,13 @@
-"""Values that change over the steps of a run: kappa (imitation), rho (reward) and the learning rate. All have one shape.
+"""Values that change over a run's steps: kappa (imitation), rho (reward) and the learning rate.
 
 Paper, with first step s = 1:
 
     p = min(s / T, 1);   kappa = kappa_0 + (kappa_min - kappa_0) p;   rho = rho_0 + (rho_max - rho_0) p
 
-with kappa 1 -> 0.1, rho 1 -> 2 and T = 80, hence kappa(1) = 0.98875, kappa(80) = 0.1, rho(80) = 2, then held.
+with kappa 1 -> 0.1, rho 1 -> 2 and T = 80, hence kappa(1) = 0.98875, kappa(80) = 0.1, rho(80) = 2, constant after that.
 `Slide.hold` delays the slide: p = clip((s - hold) / horizon, 0, 1).
 
-A new shape is one more name in `Shape` or `RateShape`, and its case beside it.
+A new shape is a name in `Shape` or `RateShape` and a case in `Annealed` or `LearningRate`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ WINDOW = 5  # evaluations in the lagged mean of AdaptiveKappa
 
 
 class Schedule(Protocol):
-    """A number for every step."""
+    """A value for every step of a run."""
 
     def value(self, step: int) -> float:
-        """The value at `step`, counted from 1."""
+        """Return the value at `step`, counted from 1."""
 
     def observe(self, success: float) -> None:
-        """Take in the student's success, in [0, 1], in one evaluation on env.dev."""
+        """Record the student's success rate, in [0, 1], in one evaluation on env.dev."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in JSON types; empty for what depends on the step alone."""
+        """Return what a resumed run needs, in JSON types; empty if the value depends on the step alone."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 class _OfStep:
@@ -56,9 +56,9 @@ class _OfStep:
 
 
 class Annealed(_OfStep):
-    """From `slide.start` to `slide.end`, in the shape `slide.kind`.
+    """A value that moves from `slide.start` to `slide.end` in the shape `slide.kind`.
 
-    An exponential can neither reach 0 nor leave it: `config.Schedule` refuses one that would have to.
+    An exponential can neither reach 0 nor leave it; `config.Schedule` rejects one that would have to.
     """
 
     def __init__(self, slide: Slide):
@@ -82,17 +82,18 @@ class Annealed(_OfStep):
 
 
 class AdaptiveKappa:
-    """kappa = start * max(1 - S / S_T, 0), never rising again: a teacher is followed as far as it is ahead.
+    """kappa = start * max(1 - S / S_T, 0), never rising again: imitate as far as the teacher is ahead.
 
-    S is the mean success of the student's last five evaluations on env.dev, S_T the teacher's there. Until the
-    first evaluation, and for the first `hold` steps, it is `start`. `end` and `horizon` have no part in it.
+    S is the student's mean success in its last five evaluations on env.dev, S_T the teacher's success there. kappa is
+    `start` until the first evaluation and for the first `hold` steps. `end` and `horizon` are not used.
     """
 
     def __init__(self, slide: Slide, teacher_success: float):
-        """UserError for a teacher that never succeeds."""
+        """Raise UserError for a teacher that never succeeds."""
         if teacher_success <= 0:
             raise UserError(
-                f"schedule.kappa.kind=adaptive measures the student against the teacher, whose success is {teacher_success:g}: "
+                "schedule.kappa.kind=adaptive measures the student against the teacher, "
+                f"whose success is {teacher_success:g}: "
                 "choose another teacher or another kind"
             )
         self.slide = slide
@@ -117,9 +118,9 @@ class AdaptiveKappa:
 
 
 class LearningRate(_OfStep):
-    """train.learning_rate times a linear warm-up over train.warmup_steps, times the share that train.schedule leaves.
+    """The learning rate: train.learning_rate * linear warm-up over train.warmup_steps * decay by train.schedule.
 
-    With p = step / train.steps and f = train.final_learning_rate, which the last step reaches:
+    With p = step / train.steps and f = train.final_learning_rate, which the last step reaches, the decay is
 
         constant  1
         linear    1 - (1 - f) p
@@ -146,5 +147,5 @@ class LearningRate(_OfStep):
 
 
 def make(slide: Slide, teacher_success: float = 0.0) -> Schedule:
-    """Returns the schedule of `slide`. teacher_success: on env.dev, which `adaptive` alone reads."""
+    """Return the schedule of `slide`. teacher_success: on env.dev; only `adaptive` reads it."""
     return AdaptiveKappa(slide, teacher_success) if slide.kind == "adaptive" else Annealed(slide)

@@ -1,8 +1,7 @@
-"""What a step's turns are worth: trajectories in, per-token weight streams and an algorithm-blind loss out.
+"""The objective: turns in, per-token weight streams and a loss that knows nothing of the algorithm out.
 
-`turns` the T-DUR turn weights · `advantage` the group advantages · `streams` the paper's equation · `loss` what a token
-costs. How much imitation and reward there is (kappa, rho) comes from outside. Nothing here knows models or process
-groups.
+`turns` the T-DUR turn weights · `advantage` the group advantages · `streams` the paper's equation · `loss` the loss per
+token. The amounts of imitation and reward (kappa, rho) come from outside. Nothing here knows models or process groups.
 """
 
 from .advantage import Advantages, rl_advantages

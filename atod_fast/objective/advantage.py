@@ -1,7 +1,7 @@
-"""Reinforcement-learning advantages: what a turn's reward is worth against those of its group.
+"""Reinforcement-learning advantages: a turn's reward compared with those of its group.
 
 A turn (verl-agent: a row) earns its trajectory's reward less a penalty if its action is invalid,
-r_k = R_n - penalty * invalid_k; what is invalid `objective.invalid` says. The group's statistics are taken over
+r_k = R_n - penalty * invalid_k; `objective.invalid` defines invalid. The group's statistics are taken over
 
     rows        the r_k of all its turns, so a long trajectory counts more often (verl-agent's default)
     trajectory  the R_n of its trajectories, each once and without penalty
@@ -12,8 +12,8 @@ r_k = R_n - penalty * invalid_k; what is invalid `objective.invalid` says. The g
             saw the same observation (arXiv 2505.10978, eq. 3 and 5 to 8; verl-agent gigpo/core_gigpo.py)
 
 std is the unbiased one (n - 1), torch.std's default, as in verl's and verl-agent's GRPO and GiGPO. Two differences from
-them, both where nothing can be compared: a group of one keeps its raw reward there and is its own mean here, and a
-z-score in a group without variance is 0 here, where there a penalised row may be divided by eps alone.
+them, where nothing can be compared: a group of one keeps its raw reward there and is its own mean here; in a group
+without variance a z-score is 0 here, while they may divide a penalised row by eps alone.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from atod_fast.config import Objective
 
 @dataclass(frozen=True, slots=True)
 class Advantages:
+    """The advantages of a step's turns."""
+
     turn: Tensor  # [K] fp32, A_RL of the turn's tokens
-    flat_groups: float  # share of the groups whose rewards have no variance: nothing in them was better than the rest
+    flat_groups: float  # share of groups whose rewards have no variance, where no trajectory was better than the rest
 
 
 def rl_advantages(table: TurnTable, objective: Objective) -> Advantages:
-    """A_RL of every turn of the step. Turns without action tokens are no rows and enter no statistics."""
+    """Return A_RL of every turn of the step. Turns without action tokens are no rows and enter no statistics."""
     trajectory = torch.repeat_interleave(torch.arange(len(table.reward)), table.offsets.diff())  # [K]
     group = torch.unique(table.group, return_inverse=True)[1]  # [N]
     turn_group = group[trajectory]  # [K]
@@ -62,7 +64,7 @@ def rl_advantages(table: TurnTable, objective: Objective) -> Advantages:
 
 
 def discounted_returns(turn_reward: Tensor, offsets: Tensor, gamma: float) -> Tensor:
-    """sum_{j >= k} gamma^(j-k) r_j within each trajectory (GiGPO, eq. 5). [K], [N+1] -> [K] fp64."""
+    """Return sum_{j >= k} gamma^(j-k) r_j within each trajectory (GiGPO, eq. 5). [K], [N+1] -> [K] fp64."""
     returns = turn_reward.tolist()
     for start, end in pairwise(offsets.tolist()):
         for k in range(end - 2, start - 1, -1):
@@ -80,7 +82,7 @@ class _Groups:
 
     @staticmethod
     def of(value: Tensor, group: Tensor, size: int) -> _Groups:
-        """value [M], group [M] in 0..size-1; a number that does not occur is a group of none."""
+        """Return the statistics of value [M] by group [M] in 0..size-1; a number that is absent is an empty group."""
         count = torch.bincount(group, minlength=size)
         mean = torch.bincount(group, value, minlength=size) / count.clamp(min=1)
         square = torch.bincount(group, (value - mean[group]) ** 2, minlength=size)
@@ -88,22 +90,23 @@ class _Groups:
 
     @property
     def flat(self) -> Tensor:
-        """[G] bool. Rewards are fp32 sums: what is below their resolution is rounding, not variance."""
+        """Which groups have no variance, [G] bool. Rewards are fp32 sums: less than their resolution is rounding."""
         return self.std <= 1e-6 * self.mean.abs()
 
     def flat_share(self) -> float:
+        """Return the share of non-empty groups that are flat."""
         present = self.count > 0
         return (self.flat & present).sum().item() / max(present.sum().item(), 1)
 
     def score(self, value: Tensor, group: Tensor, objective: Objective) -> Tensor:
-        """Centred, and divided by the std if the objective says so. value [M], group [M] -> [M]."""
+        """Return value [M] centred in its group [M], and divided by the std if the objective says so."""
         centred = value - self.mean[group]
         if not objective.normalise_std:
             return centred
         return torch.where(self.flat[group], 0.0, centred / (self.std[group] + objective.std_epsilon))
 
     def mean_of_others(self, value: Tensor, group: Tensor) -> Tensor:
-        """Mean of the group without `value`, its own member; `value` itself in a group of one. [M], [M] -> [M]."""
+        """Return the group's mean without its member `value`; `value` itself in a group of one. [M], [M] -> [M]."""
         count = self.count[group]
         others = (self.mean[group] * count - value) / (count - 1).clamp(min=1)
         return torch.where(count > 1, others, value)

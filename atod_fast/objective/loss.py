@@ -1,10 +1,10 @@
-"""What one token costs, given its statistics and its streams. Knows neither turns nor rewards.
+"""The loss of one token, given its statistics and streams; it knows neither turns nor rewards.
 
     ratio = pi / pi_old = exp(logp - old_logp)
     policy = -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A),  and for A < 0 at most -dual_clip A  (arXiv 1912.09729)
     loss = weight * (policy_weight * policy + divergence_weight * D - entropy_weight * entropy)
 
-The surrogate is verl's (core_algos.compute_policy_loss), its clamp of the log-ratio to [-20, 20] included.
+The surrogate is that of verl (core_algos.compute_policy_loss), with its clamp of the log-ratio to [-20, 20].
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from atod_fast.config import Objective
 
 from .streams import FULL_VOCABULARY, Streams
 
-LOG_RATIO_BOUND = 20.0  # exp() beyond it is no number to learn from, and 0 * inf would be NaN
+LOG_RATIO_BOUND = 20.0  # exp() beyond it gives no useful gradient, and 0 * inf would be NaN
 
 Statistics = TokenDivergence | TokenLogprob  # the student's; without a teacher there is no divergence
 
 
 def token_loss(stats: Statistics, streams: Streams, objective: Objective) -> Tensor:
-    """Loss of each token, aggregation weight included: their sum over the mini-batch is the loss. [A] -> [A].
+    """Return the loss of each token [A], aggregation weight included: their sum over the mini-batch is the loss.
 
-    Of the statistics logp, entropy and, for a full-vocabulary objective.divergence, divergence are read and may be
-    differentiable; of the objective clip, dual_clip (0 = off) and divergence. No token sees another.
+    It reads the statistics logp, entropy and, for a full-vocabulary objective.divergence, divergence, which may be
+    differentiable; of the objective it reads clip, dual_clip (0 = off) and divergence. No token affects another.
     """
     _, bounded = _ratios(stats, streams, objective)
     loss = -streams.policy_weight * streams.advantage * bounded - streams.entropy_weight * stats.entropy
@@ -38,18 +38,17 @@ def token_loss(stats: Statistics, streams: Streams, objective: Objective) -> Ten
 
 
 def loss_function(objective: Objective) -> Callable[..., Tensor]:
-    """`token_loss` in the form `atod_kernels.linear_token_loss` takes: (statistics, **streams.tensors()) -> [C]."""
+    """Return `token_loss` as `atod_kernels.linear_token_loss` takes it: (statistics, **streams.tensors()) -> [C]."""
     return lambda stats, **inputs: token_loss(stats, Streams(**inputs), objective)
 
 
 @torch.no_grad()
 def diagnostics(stats: Statistics, streams: Streams, objective: Objective) -> dict[str, Tensor]:
-    """Scalars that, like the loss, add up over micro-batches and ranks to the mini-batch's mean.
+    """Return scalars that, like the loss, add up over micro-batches and ranks to the mini-batch's mean.
 
-    clip_fraction: tokens whose gradient a clip stopped. approx_kl: KL(old || current) by its k3 estimate, never negative.
-    importance: mean truncated importance weight, 1 where the rollout engine computes as the trainer does.
-    opd and rl: mean size of the imitation and the reward term; their quotient is the balance to log. Where imitation is a
-    loss, its size is that of the loss term.
+    clip_fraction: tokens whose gradient a clip stopped. approx_kl: k3 estimate of KL(old || current), never negative.
+    importance: mean truncated importance weight, 1 if the rollout engine computes as the trainer does. opd and rl: mean
+    size of the imitation term (or loss) and of the reward term; their quotient shows the balance.
     """
     ratio, bounded = _ratios(stats, streams, objective)
     opd = (streams.advantage - streams.reward_advantage).abs()
@@ -67,16 +66,21 @@ def diagnostics(stats: Statistics, streams: Streams, objective: Objective) -> di
 
 
 def _ratios(stats: Statistics, streams: Streams, objective: Objective) -> tuple[Tensor, Tensor]:
-    """pi / pi_old [A], and within its bounds: max(-r A, -clip(r) A) bounds it above where A > 0 and below where A < 0, dual
-    clip above there. Where a bound decides it has no gradient."""
+    """Return pi / pi_old [A], and the same within its bounds; where a bound applies it has no gradient.
+
+    max(-r A, -clip(r) A) bounds the ratio above where A > 0 and below where A < 0; dual clip bounds it above there.
+    """
     ratio = (stats.logp - streams.old_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     good, bad = ratio.clamp(max=1 + objective.clip), ratio.clamp(1 - objective.clip, objective.dual_clip or None)
     return ratio, torch.where(streams.advantage < 0, bad, good)
 
 
 def _divergence(stats: Statistics, streams: Streams, objective: Objective) -> Tensor:
-    """D_t [A]. Sampled: k2 = (log pi - log pi_T)^2 / 2, whose on-policy expected gradient is the reverse KL's, and
-    k3 = r - log r - 1 with r = pi_T / pi, whose on-policy expected gradient is the forward KL's."""
+    """Return D_t [A]: the full-vocabulary divergence, or a sampled estimate.
+
+    k2 = (log pi - log pi_T)^2 / 2, whose on-policy expected gradient is the reverse KL's, and k3 = r - log r - 1 with
+    r = pi_T / pi, whose on-policy expected gradient is the forward KL's.
+    """
     if objective.divergence in FULL_VOCABULARY:
         return stats.divergence
     log_ratio = streams.teacher_logp - stats.logp

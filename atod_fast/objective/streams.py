@@ -1,9 +1,10 @@
-"""The paper's equation, token by token, as streams that the loss reads without knowing what they mean.
+"""The paper's equation as per-token streams, which the loss reads without knowing their meaning.
 
     A_t = kappa(s) * w_k(t) * [log pi_T(a_t) - log pi_old(a_t)]  +  rho(s) * A_RL
 
-The bracket is the sampled-token estimate of the reverse KL (k1), used as an advantage and so without gradient: as a loss
-it would teach nothing of the teacher. T-DUR weights w touch this term alone. The other divergences are losses D:
+The bracket is the sampled-token estimate of the reverse KL (k1), used as an advantage and so without gradient: as a
+loss its gradient would not depend on the teacher. The T-DUR weights w scale this term alone. The other
+divergences are losses D:
 
     L = rho * L_clip(A_RL)  +  kappa * sum_t m_t w_k(t) D_t / sum_t m_t
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from atod_fast.batches import TurnTable
 from atod_fast.config import Objective
 
-# These need the teacher's whole distribution at each token; k1, k2 and k3 the log-prob of the sampled one.
+# These need the teacher's whole distribution at each token; k1, k2 and k3 need the log-prob of the sampled one.
 FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 
 
@@ -31,25 +32,25 @@ class Streams:
 
     advantage: Tensor  # the hybrid A_t (k1), or rho * A_RL
     reward_advantage: Tensor  # rho * A_RL, the part of `advantage` that is not imitation; only diagnostics read it
-    entropy_weight: Tensor  # coefficient of the entropy bonus
+    entropy_weight: Tensor  # coefficient of the entropy bonus (objective.entropy_bonus)
     old_logp: Tensor  # log-probs before the step's first update
-    policy_weight: Tensor  # truncated importance weight of trainer against rollout engine, on the policy term only
-    weight: Tensor  # aggregation: the loss is the plain sum over the mini-batch's tokens of weight * token loss
-    divergence_weight: Tensor | None = None  # kappa * w; None where the divergence is no loss (k1) or kappa is 0
+    policy_weight: Tensor  # truncated importance weight of trainer against rollout engine; scales the policy term only
+    weight: Tensor  # aggregation: the loss is the sum over the mini-batch's tokens of weight * token loss
+    divergence_weight: Tensor | None = None  # kappa * w; None if the divergence is not a loss (k1) or kappa is 0
     teacher_logp: Tensor | None = None  # for k2 and k3
 
     def tensors(self) -> dict[str, Tensor]:
-        """The streams in use by name: the `inputs` of `atod_kernels.linear_token_loss`; `Streams(**tensors)` restores."""
+        """Return the streams in use, by name: the `inputs` of `linear_token_loss`. `Streams(**tensors)` inverts it."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What is known of the A action tokens of a micro-batch before its update."""
+    """The A action tokens of a micro-batch before its update."""
 
-    turn: Tensor  # [A] int64, number in the TurnTable
+    turn: Tensor  # [A] int64, the turn's number in the TurnTable
     old_logp: Tensor  # [A] fp32, the trainer's log-probs before the step's first update
-    teacher_logp: Tensor | None  # [A] fp32; None in a step that does without the teacher
+    teacher_logp: Tensor | None  # [A] fp32; None in a step without the teacher
     rollout_logp: Tensor  # [A] fp32, the rollout engine's log-probs
 
 
@@ -64,10 +65,10 @@ def step_streams(
     turn_weight: Tensor,
     rl_advantage: Tensor,
 ) -> list[list[Streams]]:
-    """Streams of every micro-batch of a step: the hybrid advantage and what else the loss reads.
+    """Return the streams of every micro-batch of a step: the hybrid advantage and all else that the loss reads.
 
-    minibatches: [mini-batch][micro-batch] of this rank. minibatch_turns: the turns [M] of each whole mini-batch, over all
-    ranks, whose tokens its loss is a mean over. table: of all turns. turn_weight, rl_advantage [K].
+    minibatches: [mini-batch][micro-batch] of this rank. minibatch_turns: each whole mini-batch's turns [M] over all
+    ranks; its loss is a mean over their tokens. table: of all turns. turn_weight, rl_advantage [K].
     """
     return [
         [
@@ -90,7 +91,7 @@ def step_streams(
 
 
 def needs_teacher(kappa: float) -> bool:
-    """Whether a step at this kappa looks at the teacher at all; at 0 its forward pass is skipped."""
+    """Return whether a step at this kappa uses the teacher; at 0 its forward pass is skipped."""
     return kappa > 0
 
 
@@ -107,17 +108,19 @@ def make_streams(
     rl_advantage: Tensor,
     token_weight: Tensor,
 ) -> Streams:
-    """Streams of A action tokens, in the dtype and on the device of `old_logp`.
+    """Return the streams of A action tokens, in the dtype and on the device of `old_logp`.
 
-    turn [A] int64 (number in the TurnTable); old_logp, rollout_logp, token_weight [A]; turn_weight, rl_advantage [K], on
-    any device. teacher_logp [A] is needed for k1, k2 and k3 while kappa > 0. ValueError for log-probs below fp32.
+    turn [A] int64 (number in the TurnTable); old_logp, rollout_logp, token_weight [A]; turn_weight, rl_advantage [K],
+    on any device. teacher_logp [A] is needed for k1, k2 and k3 while kappa > 0. Raises ValueError for log-probs below
+    fp32.
     """
     if old_logp.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"old_logp is {old_logp.dtype}: ratios of log-probs need fp32, score in fp32")
     imitate = needs_teacher(kappa)
     if imitate and objective.divergence not in FULL_VOCABULARY and teacher_logp is None:
         raise ValueError(
-            f"teacher_logp is None, but objective.divergence={objective.divergence} reads it while kappa > 0 (kappa={kappa:g})"
+            f"teacher_logp is None, but objective.divergence={objective.divergence} reads it while kappa > 0 "
+            f"(kappa={kappa:g})"
         )
 
     reward_advantage = rho * rl_advantage.to(old_logp)[turn]
@@ -148,15 +151,15 @@ def make_streams(
 
 
 def token_weights(aggregation: str, turn: Tensor, table: TurnTable, minibatch_turns: Tensor) -> Tensor:
-    """What each action token counts, so that a plain sum over a mini-batch's tokens is its mean. [A] fp32, on turn's device.
+    """Return each action token's weight in the loss, [A] fp32, on turn's device: a plain sum becomes the mean.
 
     token       1 / tokens of the mini-batch
     turn        1 / (turns * tokens of the token's turn)
-    trajectory  1 / (trajectories * tokens of the token's trajectory), as far as they are in the mini-batch: with
+    trajectory  1 / (trajectories * tokens of the token's trajectory), within the mini-batch: with
                 rollout.context=window it may hold only some of a trajectory's turns
 
-    turn [A] are this rank's tokens, minibatch_turns [M] the turns of the whole mini-batch over all ranks and
-    micro-batches: the weights of all of them sum to 1. A token whose turn is not among them weighs 0.
+    turn [A]: this rank's tokens; minibatch_turns [M]: the turns of the whole mini-batch, over all ranks and
+    micro-batches; the weights of all their tokens sum to 1. A token whose turn is not among them has weight 0.
     """
     length = torch.zeros(len(table.length), dtype=torch.float64)  # tokens of each turn that are in the mini-batch
     minibatch_turns = minibatch_turns.cpu()

@@ -1,4 +1,4 @@
-"""What ends most attempts, said while it happens: three steps in a row that cannot teach, each with cause and remedy."""
+"""Warns of a run that cannot learn: three such steps in a row give one line with cause and remedy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 from atod_fast.config import Config
 from atod_fast.records import Trajectory
 
-STEPS = 3  # in a row; one step may be chance
-INVALID = (
-    0.9  # share of actions: what is left cannot carry a group's comparison, and a warm start brings the share far below
-)
-CUT_OFF = 0.5  # share of responses: the usual one never says what it does
-SAME = 0.9  # share of actions that are one and the same text: what is left to learn from is chance
+STEPS = 3  # in a row; a single step may be chance
+# Share of actions: the remaining ones are too few to compare within a group; a warm start brings it far below this.
+INVALID = 0.9
+CUT_OFF = 0.5  # share of responses: most never reach their action
+SAME = 0.9  # share of actions with one and the same text: differences that remain are chance
 
 Metrics = Mapping[str, Any]
 
 
 class Advice:
-    """Asked after each step; says each thing once."""
+    """Gives advice after each step; each piece only once."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -29,7 +28,7 @@ class Advice:
         self.said: set[str] = set()
 
     def after(self, metrics: Metrics, trajectories: Sequence[Trajectory]) -> list[str]:
-        """The lines that this step's metrics are the first to deserve; an example comes from its trajectories."""
+        """Return the new lines of advice after a step; an example comes from the step's trajectories."""
         if self.first is None and not isnan(metrics["rollout/same_action"]):
             self.first = metrics
         self.recent = [*self.recent, metrics][-STEPS:]
@@ -43,12 +42,12 @@ class Advice:
 
 
 def advise(steps: Sequence[Metrics], config: Config, example: str, first: Metrics | None) -> Iterator[tuple[str, str]]:
-    """(cause, line) of what is true of each of `steps`; `example` is a response whose action is invalid, `first` the metrics
-    of the first step with enough actions to tell a collapse from.
+    """Yield (cause, line) for each problem that all `steps` have.
 
-    Responses that are cut off have no valid form either: then only their own line comes. Responses without a form may all
-    be read as the same empty action: that is no collapse. Where one action is right, or the
-    only one, a model may say little else: that is no collapse as long as it did so from the start, or succeeds more often.
+    `example` is a response whose action is invalid; `first` the metrics of the first step with enough actions to detect
+    a collapse by comparison. Responses that are cut off are invalid too: only the line on cutting comes. Responses
+    without a valid form may all be read as the same empty action, which is no collapse. Nor is it one if a model
+    repeats an action from the start, or succeeds more often: that action may be right, or the only one.
     """
 
     def lowest(key: str) -> float:
@@ -56,28 +55,31 @@ def advise(steps: Sequence[Metrics], config: Config, example: str, first: Metric
 
     last = steps[-1]
     success = sum(step["train/success"] for step in steps) / len(steps)
-    same = all(step["rollout/same_action"] > SAME for step in steps)  # NaN is not
+    same = all(step["rollout/same_action"] > SAME for step in steps)  # False for NaN
     if lowest("rollout/cut_off") > CUT_OFF:
         share, limit = last["rollout/cut_off"], config.rollout.response_tokens
         thinking = ", or set rollout.thinking=false" if config.rollout.thinking else ""
         yield (
             "cut off",
-            f"{share:.0%} of responses are cut off at rollout.response_tokens={limit} before their end; raise it{thinking}",
+            f"{share:.0%} of responses are cut off at rollout.response_tokens={limit} before their end; "
+            f"raise it{thinking}",
         )
     elif lowest("rollout/invalid_actions") > INVALID:
         shown = f" (it said {example!r})" if example else ""
         where = "; trajectories/ holds prompts and responses" if config.observe.trajectories_every else ""
         yield (
             "invalid",
-            f"{last['rollout/invalid_actions']:.0%} of actions are invalid: the model does not keep the response's form, or the environment "
-            f"knows no such action{shown}; take a model that was trained to answer so, or say in the prompt how to{where}",
+            f"{last['rollout/invalid_actions']:.0%} of actions are invalid: "
+            "the model does not keep the response's form, or the environment knows no such action"
+            f"{shown}; take a model that was trained to answer so, or say in the prompt how to{where}",
         )
     elif same and first and first["rollout/same_action"] <= SAME and success <= first["train/success"]:
         yield (
             "collapse",
             f"{last['rollout/same_action']:.0%} of actions are one and the same, {first['rollout/same_action']:.0%} at "
-            f"first, and success has not risen ({first['train/success']:.0%}, now {success:.0%}): the model has come down "
-            f"to one answer; begin anew with a lower train.learning_rate={config.train.learning_rate:g} or a higher "
+            f"first, and success has not risen ({first['train/success']:.0%}, now {success:.0%}): "
+            "the model has come down to one answer; "
+            f"begin anew with a lower train.learning_rate={config.train.learning_rate:g} or a higher "
             f"objective.entropy_bonus={config.objective.entropy_bonus:g}",
         )
     if lowest("turns/flat_groups") == 1 and lowest("schedule/rho") > 0:
@@ -88,7 +90,8 @@ def advise(steps: Sequence[Metrics], config: Config, example: str, first: Metric
         )
         yield (
             "flat",
-            f"no group of trajectories differed in reward in {len(steps)} steps (success {success:.0%}): reward gives no signal, {teaches}; "
+            f"no group of trajectories differed in reward in {len(steps)} steps (success {success:.0%}): "
+            f"reward gives no signal, {teaches}; "
             f"{remedy}, or raise train.group_size={config.train.group_size}",
         )
     longest, least = max(len(step["profile/weight"]) for step in steps), config.turns.min_turns
@@ -100,12 +103,13 @@ def advise(steps: Sequence[Metrics], config: Config, example: str, first: Metric
         )
         yield (
             "unweighted",
-            f"turns.min_turns={least} leaves every trajectory unweighted, as episodes have {last['rollout/turns']:.1f} turns: T-DUR does nothing; "
+            f"turns.min_turns={least} leaves every trajectory unweighted, "
+            f"as episodes have {last['rollout/turns']:.1f} turns: T-DUR does nothing; "
             f"set {remedy}, or turns.fuse=uniform to say so",
         )
 
 
 def invalid_response(trajectories: Sequence[Trajectory], longest: int = 120) -> str:
-    """The beginning of the first response whose action is invalid; "" without one."""
+    """Return the beginning of the first response whose action is invalid; "" without one."""
     text = next((turn.text for t in trajectories for turn in t.turns if not turn.valid), "")
     return text if len(text) <= longest else text[:longest] + "..."

@@ -1,4 +1,4 @@
-"""What a person sees: one line a step, a progress bar while the agents act. Rank 0 speaks, the others are silent."""
+"""Terminal output: one line per step, and a progress bar during rollouts. Only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -29,25 +29,28 @@ COLUMNS = (  # heading, metric, format
 
 
 class Console:
+    """Prints steps, messages and progress; silent unless `speaks`."""
+
     def __init__(self, speaks: bool):
         self.rich = RichConsole(quiet=not speaks, highlight=False, emoji=False)
         self.speaks = speaks
         self.lines = 0
 
     def say(self, text: str, style: str | None = None) -> None:
+        """Print a line, unwrapped."""
         self.rich.print(text, style=style, markup=False, soft_wrap=True)
 
     def step(self, metrics: dict[str, float]) -> None:
-        """The step's line, under a heading every 20 lines."""
+        """Print a step's line, with a heading every 20 lines."""
         if self.lines % 20 == 0:
             self.say(" ".join(heading.rjust(_width(form)) for heading, _, form in COLUMNS), style="dim")
         self.lines += 1
-        # What was not measured is missing (held-out success) or not a number (d where no teacher looks on).
+        # A value that was not measured is missing (held-out success) or NaN (d in a step without the teacher).
         self.say(" ".join(_cell(metrics.get(key, math.nan), form) for _, key, form in COLUMNS))
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[int, int, int, int], None]]:
-        """A bar that vanishes when done; yields `update(finished, total, turns, tokens)`. Only on a terminal."""
+        """Show a bar that vanishes when done, on a terminal only; yields `update(finished, total, turns, tokens)`."""
         if not (self.speaks and self.rich.is_terminal):
             yield lambda finished, total, turns, tokens: None
             return

@@ -1,4 +1,4 @@
-"""The run's curves as one PNG: success, schedule, turn signals, policy."""
+"""Draws a run's curves into one PNG: success, schedule, turn signals, policy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    """Draw the objects of metrics.jsonl, `lines`, into the PNG file `path`."""
-    # Matplotlib reads it when it is imported. A notebook hands its own to the commands it starts, where it may not exist.
+    """Draw `lines`, the objects of metrics.jsonl, into the PNG file `path`."""
+    # Matplotlib reads it on import. A notebook passes its own backend to commands it starts, where it may not exist.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure  # its canvas draws files and needs no display

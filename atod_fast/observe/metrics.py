@@ -1,4 +1,4 @@
-"""One JSON object a step in `metrics.jsonl`, and the clock that times a step's phases."""
+"""The metrics log, one JSON object per step in `metrics.jsonl`, and a clock for a step's phases."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from pathlib import Path
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`."""
+    """Writes and reads `metrics.jsonl`."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Keys sorted after `step`; a value that is not finite is written as null, which JSON has."""
+        """Append a step's metrics, keys sorted after `step`; a value that is not finite becomes null."""
         clean = {"step": metrics["step"]} | {k: _clean(v) for k, v in sorted(metrics.items()) if k != "step"}
         with self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
 
     def read(self) -> list[dict]:
+        """Return the metrics of all steps so far."""
         return read_lines(self.path)
 
 
 def read_lines(path: Path) -> list[dict]:
-    """All whole lines; a last line cut off by a crash is left out."""
+    """Return the objects of a JSONL file up to the first damaged line, as a crash may cut off the last one."""
     out = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -46,7 +47,7 @@ def _clean(value):
 
 
 class Clock:
-    """Seconds by phase of one step, as `time/<phase>`; `begin` is told each phase."""
+    """Measures the seconds of each phase of a step, as `time/<phase>`; `begin` is called with each phase."""
 
     def __init__(self, begin: Callable[[str], object] = lambda phase: None):
         self.seconds: dict[str, float] = {}
@@ -54,6 +55,7 @@ class Clock:
 
     @property
     def total(self) -> float:
+        """Seconds of all phases."""
         return sum(self.seconds.values())
 
     @contextmanager

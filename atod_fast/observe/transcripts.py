@@ -1,4 +1,4 @@
-"""Trajectories as JSONL, one object each: what was seen and said, turn by turn."""
+"""Writes trajectories as JSONL, one object each: what the model saw and said, turn by turn."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def write(
     tokenizer: PreTrainedTokenizerBase | None = None,
     signals: Mapping[str, Tensor] = NONE,
 ) -> None:
-    """Write `path`, which appears when it is whole.
+    """Write `trajectories` to `path`, which appears only when complete.
 
-    With a `tokenizer`, each turn holds its `prompt` as the model saw it, special tokens included: in context `window` all
-    of it, in context `full` what was added since the previous action. `signals` are numbers of the turns, [K] by name. A
-    trajectory whose environment failed has no part in them; its turns stand without.
+    With a `tokenizer`, each turn holds its `prompt` as the model saw it, special tokens included: in context `window`
+    all of it, in context `full` what was added since the previous action. `signals` are per-turn values, [K] by name;
+    failed trajectories are not counted in K and get none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {name: signal.tolist() for name, signal in signals.items()}
     number = 0
     unfinished = path.with_suffix(".unfinished")
-    # Half a surrogate pair, which UTF-8 does not have, becomes JSON's own escape.
+    # Half a surrogate pair, which UTF-8 cannot hold, becomes JSON's own escape.
     with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for trajectory in trajectories:
             turns = []

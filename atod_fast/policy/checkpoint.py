@@ -1,6 +1,6 @@
-"""Saving and resuming with torch.distributed.checkpoint.
+"""Saves and loads checkpoints with torch.distributed.checkpoint.
 
-`checkpoints/best.json` names the step of the best success on env.dev, where it is kept, and that success.
+`checkpoints/best.json` names the step with the best success on env.dev, whose checkpoint is kept, and that success.
 """
 
 from __future__ import annotations
@@ -23,33 +23,35 @@ from atod_fast.policy.model import CausalPolicy
 
 
 class Best(NamedTuple):
-    """The step of the best success on env.dev so far; of equal ones the first."""
+    """The step with the best success on env.dev so far; among equal ones the first."""
 
     step: int
     success: float
 
 
 def folder(run_dir: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint."""
     return run_dir / "checkpoints" / f"step_{step:06d}"
 
 
 def is_complete(path: Path) -> bool:
+    """Return whether a checkpoint was written to its end."""
     return (path / "state.json").is_file()
 
 
 def placed(path: Path) -> Path:
-    """`path`, made absolute where it does not show by itself in which folder it lies."""
+    """Return `path`, made absolute unless it shows that it lies in a folder `checkpoints`."""
     return path if path.parent.name == "checkpoints" else Path(os.path.abspath(path))
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that the checkpoint at `path` lies in; None for one that was copied elsewhere."""
+    """Return the run folder of the checkpoint at `path`; None for one that was copied elsewhere."""
     path = placed(path)
     return path.parent.parent if path.parent.name == "checkpoints" else None
 
 
 def _numbered(run_dir: Path) -> dict[int, Path]:
-    """Folders of checkpoints by step, in order."""
+    """Return the checkpoints' folders by step, in ascending order."""
     found = {
         int(match[1]): path
         for path in (run_dir / "checkpoints").glob("step_*")
@@ -59,19 +61,19 @@ def _numbered(run_dir: Path) -> dict[int, Path]:
 
 
 def latest(run_dir: Path, most: float = float("inf")) -> Path | None:
-    """The newest complete checkpoint of a run, of step `most` at most."""
+    """Return the newest complete checkpoint of a run, of at most step `most`; None without one."""
     return next(
         (path for step, path in reversed(_numbered(run_dir).items()) if step <= most and is_complete(path)), None
     )
 
 
 def newest_step(run_dir: Path) -> int | None:
-    """The step of `latest`, by its name: whether it can be read does not matter."""
+    """Return the step of `latest`, from its name: whether it can be loaded does not matter."""
     return max((step for step, path in _numbered(run_dir).items() if is_complete(path)), default=None)
 
 
 def best(run_dir: Path) -> Best | None:
-    """What best.json names, where its checkpoint is there. Raises UserError where best.json is damaged."""
+    """Return what best.json names, if its checkpoint exists. Raises UserError if best.json is damaged."""
     found = _read_best(run_dir)
     return found if found and is_complete(folder(run_dir, found.step)) else None
 
@@ -80,7 +82,7 @@ def _read_best(run_dir: Path) -> Best | None:
     file = _best_file(run_dir)
     try:
         facts = json.loads(file.read_text())
-        key = "dev/success" if "dev/success" in facts else "eval/success"  # of a run whose held-out tasks chose
+        key = "dev/success" if "dev/success" in facts else "eval/success"  # of a run that chose by its held-out tasks
         return Best(int(facts["step"]), float(facts[key]))
     except FileNotFoundError:
         return None
@@ -89,7 +91,7 @@ def _read_best(run_dir: Path) -> Best | None:
 
 
 def name_best(run_dir: Path, found: Best | None) -> None:
-    """Write best.json, or take it away where there is none."""
+    """Write best.json, or delete it if `found` is None."""
     file = _best_file(run_dir)
     if found is None:
         file.unlink(missing_ok=True)
@@ -98,9 +100,9 @@ def name_best(run_dir: Path, found: Best | None) -> None:
 
 
 def agreed_best(run_dir: Path, told: list | None) -> Best | None:
-    """The best step that a resumed checkpoint names, as `told`, if that step's own checkpoint is still there.
+    """Return the best step that a resumed checkpoint names (`told`), if that step's checkpoint still exists.
 
-    best.json is made to say so. Returns the same on every rank. Collective.
+    best.json is rewritten to match. Returns the same on every rank. Collective.
     """
     found = Best(*told) if told else None
     if ranks.rank() == 0:
@@ -116,7 +118,10 @@ def _best_file(run_dir: Path) -> Path:
 
 
 def beyond(run_dir: Path, step: int) -> list[Path]:
-    """What of a run's checkpoints is no past of one that goes on from `step`: later ones, half written ones, a later best.json."""
+    """Return the files that a run continued from `step` must not keep.
+
+    They are later checkpoints, half-written ones, and a best.json that names a later step.
+    """
     file, named = _best_file(run_dir), _read_best(run_dir)
     later = [file] if named and named.step > step else []
     half = [
@@ -135,9 +140,10 @@ def save(
     keep: int,
     best: Best | None = None,
 ) -> Path:
-    """Write step's checkpoint beside its final name and rename it when whole; then drop the oldest beyond `keep`, but not the best.
+    """Write a step's checkpoint, then delete the oldest beyond `keep`, except the best.
 
-    `state` is JSON-serialisable. Collective; what fails on one rank is raised on all, a GuardError where it is the disk.
+    It is written beside its final name and renamed when complete. `state` is JSON-serialisable. Collective; an error on
+    one rank is raised on all, as a GuardError if it comes from the disk.
     """
     final = folder(run_dir, step)
     partial = final.with_name(final.name + ".partial")
@@ -166,7 +172,7 @@ def save(
             raise GuardError(f"{final} could not be written ({reason(error)})") from None
         _by_the_first(final, finish)
     except BaseException:
-        if ranks.rank() == 0:  # half a checkpoint is of no use, and takes room that may be lacking
+        if ranks.rank() == 0:  # half a checkpoint is useless, and takes space that may be lacking
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
@@ -182,7 +188,7 @@ def _by_the_first(final: Path, write: Callable[[], None]) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line: of what several ranks did together, on the first where it did."""
+    """Return an error in one line; if several ranks failed together, the error of the first that did."""
     where = ""
     if isinstance(error, dcp.api.CheckpointException):
         number, (error, _) = next(iter(error.failures.items()))
@@ -192,7 +198,7 @@ def reason(error: BaseException) -> str:
 
 
 def read_state(path: Path) -> dict:
-    """What `save` was given as `state`, and the step. Raises UserError where it cannot be read."""
+    """Return the `state` given to `save`, and the step. Raises UserError if it cannot be read."""
     try:
         state = json.loads((path / "state.json").read_text())
         if isinstance(state["step"], int) and isinstance(state["before"], dict):
@@ -200,19 +206,24 @@ def read_state(path: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"{path} is no whole checkpoint (state.json is missing or damaged); give another folder checkpoints/step_NNNNNN of a run"
+        f"{path} is no whole checkpoint (state.json is missing or damaged); "
+        "give another folder checkpoints/step_NNNNNN of a run"
     )
 
 
 def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
-    """Fill policy and optimiser in place; returns the saved `state`. Collective."""
+    """Load a checkpoint into policy and optimiser, in place; return its `state`. Collective.
+
+    Raises UserError if it does not fit the model or is damaged.
+    """
     state = read_state(path)
     model, optim = get_state_dict(policy, optimizer)
     try:
         dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
     except (dcp.api.CheckpointException, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"--resume {path} does not fit student.path or is damaged ({reason(error)}); resume with the run's own config.toml, or another checkpoint"
+            f"--resume {path} does not fit student.path or is damaged ({reason(error)}); "
+            "resume with the run's own config.toml, or another checkpoint"
         ) from None
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
     return state

@@ -1,4 +1,4 @@
-"""A folder that transformers loads: weights, configuration, tokenizer, generation configuration."""
+"""Writes a folder that transformers loads: weights, configuration, tokenizer, generation configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atod_fast.policy.model import CausalPolicy
 def export(
     path: Path, policy: CausalPolicy, source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] | None
 ) -> list[str]:
-    """`write` the policy's weights on rank 0; what it returns. Collective."""
+    """Gather the policy's weights and `write` them on rank 0; return its lines there. Collective."""
     whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     lines: list[str] = []
     with ranks.together():
@@ -38,10 +38,10 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Iterable[int] | None,
 ) -> list[str]:
-    """Weights in the dtype of the model at `source`, that model's configuration, and `stop_ids` as its ends of text (None: its own).
+    """Write `weights`, in the dtype of the model at `source`, with that model's configuration and `tokenizer`.
 
-    Weights come first. Of what cannot be written after them a line each is returned.
-    Raises UserError where the weights are not those of such a model.
+    `stop_ids` become the end-of-text ids (None: the model's own). The weights are written first; for each file after
+    them that cannot be written, a line is returned. Raises UserError if the weights are not those of such a model.
     """
     config = load_config(source)
     dtype = config.dtype or torch.float32
@@ -52,7 +52,8 @@ def write(
         wanted.pop(f"{layout.head}.weight", None)
     if odd := [name for name, shape in wanted.items() if name not in weights or weights[name].shape != shape]:
         raise UserError(
-            f"the weights are not those of student.path={source!r}: {odd[0]} is missing or of another shape; name the model that was trained"
+            f"the weights are not those of student.path={source!r}: {odd[0]} is missing or of another shape; "
+            "name the model that was trained"
         )
     path.mkdir(parents=True, exist_ok=True)
     # Copies: a gathered tensor may be a view of a padded buffer, which safetensors refuses. A buffer may hold integers.
@@ -67,7 +68,7 @@ def write(
         model.config.save_pretrained(path)
 
     def write_generation_config() -> None:
-        # As JSON: what transformers reads there it need not agree to write.
+        # As plain JSON: transformers may refuse to write what it reads.
         facts = generation_config(source) or model.generation_config.to_diff_dict()
         if stop_ids is not None:
             facts["eos_token_id"] = sorted(stop_ids)
@@ -85,6 +86,7 @@ def write(
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
             lines.append(
-                f"{name} of {path} could not be written ({type(error).__name__}: {reason}); the weights are there: copy it from {source}"
+                f"{name} of {path} could not be written ({type(error).__name__}: {reason}); the weights are there: "
+                f"copy it from {source}"
             )
     return lines

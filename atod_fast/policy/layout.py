@@ -1,7 +1,7 @@
-"""Where the parts of a transformers causal language model are: its backbone, decoder blocks, embedding and head.
+"""Finds the parts of a transformers causal language model: backbone, decoder blocks, embedding, head and logits.
 
-Everything that treats these parts apart (the fused head, sharding, weight streams, the memory plan) finds them here, by
-what transformers says of a model and not by the names one family gives them.
+All code that treats these parts apart (the fused head, sharding, weight streams, the memory plan) finds them here, by
+what transformers says of a model and not by one family's names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from atod_fast.errors import UserError
 
-# Attributes of a configuration that scale logits; some families divide by theirs, some multiply.
+# Configuration attributes that scale logits; some families divide by theirs, some multiply.
 SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -32,28 +32,29 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """Where the parts of a model are: names of modules, as `get_submodule` takes them."""
+    """Names of a model's parts, as `get_submodule` takes them."""
 
-    backbone: str  # its forward ends in the last hidden states, after the last norm
-    blocks: str  # a ModuleList, one entry a layer
+    backbone: str  # its forward returns the last hidden states, after the last norm
+    blocks: str  # a ModuleList with one entry per layer
     embedding: str
     head: str  # a linear layer
     tied: bool  # the head's weight is the embedding's
 
     def parts(self, model: nn.Module) -> Parts:
-        """Returns the modules themselves, in `model` or what has its names."""
+        """Return the modules themselves, of `model` or of a module with the same names."""
         return Parts(*map(model.get_submodule, (self.backbone, self.blocks, self.embedding, self.head)))
 
 
 def refuse(config, what: str) -> NoReturn:
+    """Raise UserError: a model of this configuration's type `what`."""
     raise UserError(f"a model of type {config.model_type!r} {what}; use another model")
 
 
 def find_layout(model: PreTrainedModel) -> ModelLayout:
-    """Returns the layout of a decoder-only causal language model, of real weights or on the meta device.
+    """Return the layout of a decoder-only causal language model, with real weights or on the meta device.
 
     Raises:
-        UserError: a part is missing, is not of the expected kind, or lies in a model that is more than a text decoder.
+        UserError: a part is missing or not of the expected kind, or the model is more than a text decoder.
     """
     config = model.config
     if config.is_encoder_decoder:
@@ -85,7 +86,7 @@ def find_layout(model: PreTrainedModel) -> ModelLayout:
 
 
 class _Hidden:
-    """A backbone's output of which nothing but the last hidden states is known."""
+    """A stand-in for a backbone's output that holds the last hidden states alone."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -106,11 +107,12 @@ class Logits(NamedTuple):
 
 @torch.no_grad()
 def find_logits(model: PreTrainedModel, layout: ModelLayout) -> Logits:
-    """Returns the softcap and the scale, 1 or what one of `SCALES` says, with which the head gives what the model's own forward
-    makes of some hidden states; 1 and none on the meta device, where there are no values.
+    """Return the scale (1, or as one of `SCALES` says) and softcap with which the head gives the model's own logits.
+
+    They are found by comparison on random hidden states; on the meta device, without values, they are 1 and None.
 
     Raises:
-        UserError: it makes something else of them.
+        UserError: no scale and softcap give the model's logits.
     """
     config, head, backbone = model.config, model.get_output_embeddings(), model.get_submodule(layout.backbone)
     softcap = next((value for key in SOFTCAPS if (value := getattr(config, key, None)) is not None), None)
@@ -118,17 +120,17 @@ def find_logits(model: PreTrainedModel, layout: ModelLayout) -> Logits:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 3, head.in_features, generator=generator) * torch.tensor([1.0, 10.0, 100.0])[:, None]
     hidden = hidden.to(head.weight)
-    backbone.forward = lambda *args, **kwargs: _Hidden(hidden)  # an instance's attribute goes before its class's method
+    backbone.forward = lambda *args, **kwargs: _Hidden(hidden)  # an instance's attribute precedes its class's method
     try:
         logits = model.forward(input_ids=torch.zeros(1, 3, dtype=torch.int64, device=hidden.device)).logits[0].float()
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
-        logits = hidden.new_empty(0)  # it does not take hidden states alone
+        logits = hidden.new_empty(0)  # it needs more than the last hidden states
     finally:
         del backbone.forward
     raw = head(hidden)[0].float()
     if raw.is_meta:
         return Logits()
-    near: list[tuple[float, float]] = []  # mean error and scale: in 16 bits several may be near
+    near: list[tuple[float, float]] = []  # (mean error, scale): in 16 bits several may be near
     for scale in (1.0, *told, *(1 / value for value in told)):
         expected = raw * scale
         if softcap is not None:

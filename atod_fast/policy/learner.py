@@ -1,8 +1,8 @@
-"""Scoring and learning over a step's rows: tokens and weight streams, nothing of turns, rewards or schedules.
+"""Scores and learns from a step's rows: tokens and weight streams, without turns, rewards or schedules.
 
-A step's rows are partitioned once into mini-batches and micro-batches. The same micro-batches are scored by the teacher,
-scored by the student and then learnt from, so what scoring keeps lies beside the tokens it belongs to. FSDP gathers a
-unit whenever any rank uses it, so every rank runs the same number of micro-batches, empty ones included.
+A step's rows are partitioned once into mini-batches and micro-batches. The teacher scores them, the student scores them
+and then learns from them, so scores stay beside the tokens they belong to. FSDP gathers a unit whenever any rank uses
+it, so every rank runs the same number of micro-batches, empty ones included.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Scored:
-    """A micro-batch and what the frozen passes found out about its A action tokens; fp32."""
+    """A micro-batch and the fp32 scores of its A action tokens under the frozen student and teacher."""
 
     batch: Batch
     logp: Tensor | None = None  # [A] log pi_old, the trainer's own
     entropy: Tensor | None = None  # [A] of pi_old
-    teacher_logp: Tensor | None = None  # [A]; None: this step does without the teacher
+    teacher_logp: Tensor | None = None  # [A]; None: no teacher in this step
     divergence: Tensor | None = None  # [A] full-vocabulary divergence between pi_old and the teacher
-    teacher_hidden: Tensor | None = None  # [A, H_t], where the whole distribution of the teacher is needed
+    teacher_hidden: Tensor | None = None  # [A, H_t], if the teacher's whole distribution is needed
 
     @property
     def tokens(self) -> Tokens:
-        """What `objective.step_streams` reads of the action tokens."""
+        """The action tokens as `objective.step_streams` takes them."""
         return Tokens(self.batch.turn, self.logp, self.teacher_logp, self.batch.rollout_logp)
 
 
@@ -53,7 +53,7 @@ MiniBatches = list[list[Scored]]  # [mini-batch][micro-batch] of this rank
 
 
 class Learner:
-    """The student, its frozen teacher (None where no step of the schedule looks at one) and the optimiser over the mesh.
+    """The student, its optimiser and its frozen teacher (None if no step of the schedule uses one) over the mesh.
 
     valid_columns: bool [V], of the student's head; False columns hold no token and are left out of every softmax.
     """
@@ -67,7 +67,7 @@ class Learner:
         self.teacher: Teacher | None = None
         if config.teacher_scores:
             self.teacher = LocalTeacher(runtime.teacher, runtime.mesh, offload=config.teacher.offload)
-        # Fused: torch's default steps DTensors one by one, five times as long for a small model.
+        # Fused: torch's default updates DTensors one by one, five times slower for a small model.
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(),
             lr=config.train.learning_rate,
@@ -75,19 +75,19 @@ class Learner:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
-        self.updates = 0  # of the weights, so far; one that has begun counts
+        self.updates = 0  # of the weights so far, with one that has begun
         columns = self.student.parts.head.weight.shape[0]
         if valid_columns is None and self.teacher and columns != self.teacher.columns:
             valid_columns = torch.ones(columns, dtype=torch.bool)
         self.valid_columns = None if valid_columns is None else valid_columns.to(runtime.device)
-        # sdpa would compute the attention of all rows to all others; a recurrent layer's state would leak from row to row.
+        # sdpa would attend from all rows to all others; a recurrent layer would carry state from row to row.
         self.packed = self.student.packs and (self.teacher is None or self.teacher.packs)
-        # The loss, or only the turn signal, may need the teacher's whole distribution; the signal is the reverse KL then.
+        # The loss or the turn signal may need the teacher's whole distribution; the signal is then the reverse KL.
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
 
     def partition(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[Tensor]]:
-        """Returns this rank's micro-batches, and the turns [M] of each whole mini-batch, over all ranks."""
+        """Return this rank's micro-batches, and each whole mini-batch's turns [M] over all ranks."""
         train = self.config.train
         rng = np.random.default_rng([train.seed, step])
         whole = partition(
@@ -121,7 +121,7 @@ class Learner:
         )
 
     def score_teacher(self, minibatches: MiniBatches) -> None:
-        """The teacher's backbone once a step. What is kept: log-probs, or final hidden states for exact divergences."""
+        """Run the teacher's backbone once; keep log-probs, or final hidden states for exact divergences."""
         for scored in (s for minibatch in minibatches for s in minibatch):
             if self.score_divergence is None:
                 scored.teacher_logp = self.teacher.logp(scored.batch, self._job(scored, None, None))
@@ -131,7 +131,7 @@ class Learner:
 
     @torch.no_grad()
     def score_student(self, minibatches: MiniBatches, *, with_teacher: bool) -> None:
-        """log pi_old, its entropy and, with the teacher's hidden states, the exact divergence."""
+        """Compute log pi_old, its entropy and, from the teacher's hidden states, the exact divergence."""
         divergence = self.score_divergence if with_teacher else None
         with self.teacher.head() if divergence else nullcontext() as head:
             for scored in (s for minibatch in minibatches for s in minibatch):
@@ -143,9 +143,10 @@ class Learner:
                         scored.teacher_hidden = None
 
     def turn_signals(self, minibatches: MiniBatches, turns: int) -> tuple[Tensor, Tensor]:
-        """Disagreement d and uncertainty h of every turn over all ranks, [K] fp32 on the CPU; 0 for turns without tokens.
+        """Return disagreement d and uncertainty h of all ranks' turns, [K] fp32 on the CPU; 0 for turns without tokens.
 
-        A turn's tokens lie in one row, so in one micro-batch of one rank: the sum over ranks adds zeros to its mean.
+        A turn's tokens lie in one row, so in one micro-batch of one rank: the sum over ranks adds only zeros to its
+        mean.
         """
         signals = torch.zeros(2, turns)
         for scored in (s for minibatch in minibatches for s in minibatch):
@@ -161,7 +162,7 @@ class Learner:
         return tuple(ranks.total(signals))
 
     def make_room(self) -> None:
-        """Free what the device holds between updates beyond shards and optimiser, for a rollout engine to wake up in."""
+        """Free device memory for a rollout engine to wake up in, all but shards and optimiser state."""
         reshard(self.student)
         if self.teacher:
             self.teacher.rest()
@@ -169,10 +170,10 @@ class Learner:
             torch.cuda.empty_cache()
 
     def logprob_gap(self, minibatches: MiniBatches) -> tuple[float, float]:
-        """Mean and largest |rollout engine's - trainer's log-prob| of the sampled tokens over all ranks.
+        """Return the mean and largest |rollout engine's - trainer's log-prob| of the sampled tokens, over all ranks.
 
-        Both are at the rollout temperature and, before the first update, of the same weights: more than rounding means
-        that the engine does not hold what the trainer holds.
+        Both are at the rollout temperature and, before the first update, of the same weights: a gap beyond rounding
+        means that the engine's weights are not the trainer's.
         """
         gaps = [(s.batch.rollout_logp - s.logp).abs() for minibatch in minibatches for s in minibatch]
         gap = torch.cat(gaps).double().cpu()
@@ -184,9 +185,10 @@ class Learner:
     def update(
         self, minibatches: MiniBatches, streams: Sequence[Sequence[Streams]], learning_rate: float
     ) -> dict[str, float]:
-        """One optimiser step a mini-batch, `train.epochs` times, towards what `streams`, one a micro-batch, asks for.
+        """Take one optimiser step per mini-batch, for `train.epochs` epochs; `streams` hold one entry per micro-batch.
 
         Returns means over the mini-batches: loss, the objective's diagnostics, gradient norm before clipping.
+        Raises GuardError if a gradient norm is not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -194,12 +196,12 @@ class Learner:
         sums: dict[str, Tensor] = {}
         norms: list[float] = []
         self.student.train()
-        # pi_theta is compared with a teacher only where a stream asks for it.
+        # pi_theta is compared with the teacher only if a stream asks for it.
         exact = self.loss_divergence is not None and minibatches[0][0].teacher_hidden is not None
         with self.teacher.head() if exact else nullcontext() as head:
             for _ in range(self.config.train.epochs):
                 for minibatch, wanted in zip(minibatches, streams, strict=True):
-                    # A loss that looks beyond its token does so in the first update already; later the check would only cost.
+                    # A loss that reads other tokens does so in the first update already; later checks would only cost.
                     check = not self.optimizer.state
                     self.optimizer.zero_grad(set_to_none=True)
                     for scored, stream in zip(minibatch, wanted, strict=True):
@@ -208,7 +210,7 @@ class Learner:
                             loss=loss_fn, inputs=stream.tensors(), schedule=self.config.student.head, check=check
                         )
                         loss, stats = self.student(scored.batch, job)
-                        # FSDP2 averages gradients over ranks; the streams' weights already divide by the whole mini-batch.
+                        # FSDP2 averages gradients over ranks; the streams' weights already divide by the mini-batch.
                         (loss * ranks.world_size()).backward()
                         for key, value in (diagnostics(stats, stream, objective) | {"loss": loss.detach()}).items():
                             sums[key] = sums.get(key, 0.0) + value
@@ -216,8 +218,9 @@ class Learner:
                     norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
                     if not np.isfinite(norms[-1]):
                         raise GuardError(
-                            f"gradient norm is {norms[-1]} in update {len(norms)} of the step: the loss is not finite. It was not applied; "
-                            "resume from the last checkpoint with a lower train.learning_rate or a bound in objective.log_ratio_clip"
+                            f"gradient norm is {norms[-1]} in update {len(norms)} of the step: "
+                            "the loss is not finite. It was not applied; resume from the last checkpoint "
+                            "with a lower train.learning_rate or a bound in objective.log_ratio_clip"
                         )
                     self.updates += 1
                     self.optimizer.step()

@@ -1,6 +1,6 @@
-"""A transformers causal language model as the trainer uses it: backbone, then a head fed only the action tokens.
+"""A transformers causal language model as the trainer uses it: a backbone, and a head that sees only action tokens.
 
-`CausalPolicy.forward` is the only entry: calling the backbone by itself would bypass the root's FSDP hooks.
+`CausalPolicy.forward` is the only entry point: calling the backbone directly would bypass the root's FSDP hooks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
 
 
 class HeadJob(NamedTuple):
-    """What the head computes for A action tokens. With hidden states of the teacher, divergences from it too."""
+    """What the head computes for A action tokens; with the teacher's hidden states, divergences from it too."""
 
     target: Tensor  # [A] int64
     temperature: float
@@ -32,11 +32,10 @@ class HeadJob(NamedTuple):
     teacher_bias: Tensor | None = None  # [V_t]
     teacher_softcap: float | None = None
     teacher_scale: float = 1.0
-    loss: Callable[..., Tensor] | None = (
-        None  # loss(statistics, **inputs) -> [A], token by token; None: statistics alone
-    )
+    # loss(statistics, **inputs) -> [A], each token by itself; None: statistics alone.
+    loss: Callable[..., Tensor] | None = None
     inputs: Mapping[str, Tensor] = {}  # [A] each
-    schedule: str = "auto"  # of atod_kernels.linear_token_loss, as `check`
+    schedule: str = "auto"  # this and `check` are linear_token_loss's
     check: bool = False
 
 
@@ -44,12 +43,12 @@ HeadOutput = TokenDivergence | TokenLogprob | tuple[Tensor, TokenDivergence | To
 
 
 class Head(nn.Module):
-    """The language-model head whose forward is the fused operator: no [tokens, vocabulary] matrix is made.
+    """The language-model head. Its forward is the fused operator, which makes no [tokens, vocabulary] matrix.
 
-    Logits are softcap * tanh(scale * (weight @ hidden + bias) / softcap), as the model's own. The operator knows no scale:
-    it gets the temperature and the softcap divided by it.
-    As the module's own forward, FSDP2 unshards the weight before it and reduces its gradient after it. Activation
-    checkpointing must stay outside: it would form the gradients of a loss twice.
+    Logits are softcap * tanh(scale * (weight @ hidden + bias) / softcap), as the model's own. The operator has no
+    scale: it gets the temperature and the softcap divided by it. As this is a module's own forward, FSDP2 unshards the
+    weight before it and reduces its gradient after it. Do not checkpoint its activations: that would form a loss's
+    gradients twice.
     """
 
     def __init__(self, linear: nn.Linear, logits: Logits):
@@ -59,9 +58,10 @@ class Head(nn.Module):
         self.softcap = None if logits.softcap is None else logits.softcap / logits.scale
 
     def forward(self, hidden: Tensor, job: HeadJob) -> HeadOutput:
-        """hidden [A, H] -> fp32 statistics [A] of the next-token distributions, at the job's temperature.
+        """Return fp32 statistics [A] of the next-token distributions at hidden [A, H], at the job's temperature.
 
-        With a loss: its sum over the tokens and the statistics. Its gradients are formed here, the statistics carry none.
+        With a loss, return its sum over the tokens and the statistics. Its gradients are formed here; the statistics
+        carry none.
         """
         options = {
             "temperature": job.temperature / self.scale,
@@ -69,7 +69,7 @@ class Head(nn.Module):
             "valid_columns": job.valid_columns,
         }
         if job.loss is None and job.teacher_hidden is None:
-            # The mask is the student's; a teacher padded to another width has no token in the columns it lacks.
+            # The mask has the student's width; the columns by which a padded teacher differs hold no token.
             missing = self.weight.shape[0] - len(job.valid_columns) if job.valid_columns is not None else 0
             options["valid_columns"] = (
                 nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
@@ -91,7 +91,7 @@ class CausalPolicy(nn.Module):
     """Backbone and head; parameter names are those of the Hugging Face checkpoint."""
 
     def __init__(self, source: PreTrainedModel):
-        """UserError for a model whose parts or whose logits are not as they must be."""
+        """Raise UserError for a model whose parts or logits are not supported."""
         super().__init__()
         self.config, self.generation_config = source.config, source.generation_config
         self.layout = find_layout(source)
@@ -102,20 +102,20 @@ class CausalPolicy(nn.Module):
         self.tied = self.layout.tied
         self.compute_dtype = self.parts.head.weight.dtype  # until `shard` says otherwise
         self.recurrent = recurrent(source)
-        # Models without an argument for positions count them, or need none.
+        # Models without an argument for positions count them themselves, or need none.
         self.takes_positions = "position_ids" in inspect.signature(type(self.parts.backbone).forward).parameters
-        chunked = any(
-            reach.kind == "chunked_attention" for reach in reaches(self.config)
-        )  # chunks count from a row's start
-        # Rows may lie end to end: every layer is an attention that skips, at no cost, what is not of the same row.
+        # Chunks count from a row's start.
+        chunked = any(reach.kind == "chunked_attention" for reach in reaches(self.config))
+        # Rows may be packed end to end if every layer is an attention that skips other rows' tokens at no cost.
         flash = self.config._attn_implementation == "flash_attention_2"
         self.packs = (
             flash and not self.recurrent and not chunked and self.takes_positions and _attends_by_positions(source)
         )
 
     def train(self, mode: bool = True) -> CausalPolicy:
-        """Scoring and update compute alike: without dropout, noise of routers or whatever else a model does in training
-        mode. Only what recomputes activations in the backward pass is told that it trains.
+        """Keep evaluation mode, so that scoring and update compute alike: no dropout, no router noise.
+
+        Only modules that recompute activations in the backward pass are put in training mode.
         """
         super().train(False)
         for module in self.modules():
@@ -124,18 +124,18 @@ class CausalPolicy(nn.Module):
         return self
 
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
-        """What the head makes of the action tokens, or with no job their final hidden states [A, H]."""
+        """Return the head's output for the action tokens, or without a job their final hidden states [A, H]."""
         positions = {"position_ids": batch.position_ids} if self.takes_positions else {}
         hidden = self.parts.backbone(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
-        # Some families keep their residual stream, and so these, in fp32.
+        # Some families keep their residual stream, and so these hidden states, in fp32.
         hidden = hidden.flatten(0, 1).index_select(0, batch.index).to(self.compute_dtype)
         return hidden if job is None else self.parts.head(hidden, job)
 
 
 @torch.no_grad()
 def _attends_by_positions(model: PreTrainedModel) -> bool:
-    """Whether every layer's attention is told the tokens' positions, by which flash attention knows packed rows apart."""
-    if model.device.type == "meta":  # some experts are chosen by value
+    """Return whether every layer's attention gets positions, by which flash attention separates packed rows."""
+    if model.device.type == "meta":  # some experts are chosen by their values
         return False
     ids, told = torch.zeros(1, 2, dtype=torch.int64, device=model.device), []
 
@@ -149,7 +149,7 @@ def _attends_by_positions(model: PreTrainedModel) -> bool:
     config._attn_implementation = "atod_probe"
     try:
         model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
-    except Exception:  # of the model's code, which may be anything
+    except Exception:  # the model's code may raise anything
         return False
     finally:
         config._attn_implementation = given
@@ -157,7 +157,7 @@ def _attends_by_positions(model: PreTrainedModel) -> bool:
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Put liger-kernel's RMSNorm, RoPE and SwiGLU in place of transformers' (its loss heads are not used)."""
+    """Replace transformers' RMSNorm, RoPE and SwiGLU by liger-kernel's; its loss heads are not used."""
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -165,9 +165,10 @@ def apply_liger(model: PreTrainedModel) -> None:
 
 
 def build_student(compute: Compute, *, liger: bool, checkpointing: bool) -> CausalPolicy:
-    """Load the student on the CPU with fp32 masters, whatever the checkpoint holds: AdamW at 1e-6 leaves bf16 unchanged.
+    """Load the student on the CPU with fp32 masters, whatever the checkpoint's dtype.
 
-    checkpointing: recompute each block's activations in the backward pass (UserError where the model cannot).
+    At a learning rate of 1e-6 AdamW leaves bf16 weights unchanged. checkpointing: recompute each block's activations in
+    the backward pass (UserError if the model cannot).
     """
     model = load_model(compute.path, torch.float32, compute.attention)
     round_buffers(model, compute.dtype)
@@ -181,6 +182,6 @@ def build_student(compute: Compute, *, liger: bool, checkpointing: bool) -> Caus
 
 
 def build_teacher(compute: Compute) -> CausalPolicy:
-    """Load the teacher on the CPU, frozen, in its compute precision."""
+    """Load the frozen teacher on the CPU, in its compute precision."""
     model = load_model(compute.path, compute.dtype, compute.attention)
     return CausalPolicy(model.eval().requires_grad_(False))

@@ -1,6 +1,6 @@
-"""Rows to micro-batches: which row is learnt from when, on which rank, beside which others.
+"""Partitions rows into mini-batches, ranks and micro-batches, and collates a micro-batch's tensors.
 
-The partition is a pure function of the rows and the seed, so every rank makes the same one without talking.
+The partition is a pure function of the rows and the seed, so every rank computes the same one without communication.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ Partition = list[list[list[list[int]]]]  # [mini-batch][rank][micro-batch] -> ro
 def partition(
     rows: Sequence[Row], *, ranks: int, minibatch_rows: int, budget: int, packed: bool, rng: np.random.Generator
 ) -> Partition:
-    """Shuffle rows into mini-batches of at most `minibatch_rows` (0 = one), even in size; spread each over the ranks
-    by tokens, longest first; cut each rank's share into micro-batches of at most `budget` tokens (a longer row goes
-    alone). Every rank gets the same number of micro-batches; missing ones are empty.
+    """Shuffle rows into mini-batches, spread each over the ranks and cut each rank's share into micro-batches.
+
+    Mini-batches have at most `minibatch_rows` rows (0 = one mini-batch) and even sizes. Rows go to ranks by tokens,
+    longest first. Micro-batches have at most `budget` tokens; a longer row is alone in one. Every rank gets the same
+    number of micro-batches; missing ones are empty.
     """
     order = rng.permutation(len(rows))
     count = max(1, -(-len(rows) // minibatch_rows)) if minibatch_rows else 1
@@ -57,7 +59,7 @@ def _micro_batches(rows: Sequence[Row], longest_first: list[int], budget: int, p
 
 
 def collate(rows: Sequence[Row], *, packed: bool) -> Batch:
-    """One micro-batch; with no rows a single pad token and no action token, which costs a pass and adds no loss."""
+    """Make one micro-batch. Without rows it is one pad token and no action token: a forward pass that adds no loss."""
     if not rows:
         empty = torch.zeros(0, dtype=torch.int64)
         return Batch(

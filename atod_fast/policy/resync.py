@@ -1,4 +1,4 @@
-"""Trained weights to the rollout engine: one all-gather an FSDP unit, the next one under way meanwhile."""
+"""Sends trained weights to the rollout engine: one all-gather per FSDP unit, overlapped with the next one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from atod_fast.policy.sharding import units
 
 @torch.no_grad()
 def stream_weights(policy: CausalPolicy) -> Iterator[tuple[str, Tensor]]:
-    """Yield (checkpoint name, full tensor in compute precision) of every parameter, tied head included.
+    """Yield (checkpoint name, full tensor in compute precision) for every parameter, a tied head included.
 
-    Collective: every rank must exhaust it, and gets the names in the same order. A tensor is valid until the next
-    one is asked for: the consumer copies it.
+    Collective: every rank must exhaust it, and gets the names in the same order. A tensor is valid until the next is
+    requested: the consumer copies it.
     """
     pending = units(policy)
     names = {module: prefix for prefix, module in policy.named_modules()}

@@ -1,4 +1,4 @@
-"""FSDP2 applied from outside: the model file stays a model."""
+"""Shards a policy with FSDP2, from outside: the model's own code stays as it is."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from atod_fast.policy.model import CausalPolicy
 
-# Below this, gathering a block again for the backward pass costs more than keeping it.
+# In smaller models, gathering a block again for the backward pass costs more than keeping it.
 RESHARD_PARAMETERS = 50_000_000
 
 
 def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False) -> CausalPolicy:
-    """Shard every block, the untied embedding and the head, and the root with all else, in place.
+    """Shard every block, an untied embedding and head, and the root with all other parameters, in place.
 
-    Tied embedding and head stay together in the root unit. The head's unit is kept unsharded between forward and
-    backward: it is used last and first. `cast_forward_inputs` is off because FSDP would round fp32 streams to bf16.
+    A tied embedding and head stay together in the root unit. The head's unit stays unsharded between forward and
+    backward: it is used last, then first. `cast_forward_inputs` is off because FSDP would round fp32 streams to bf16.
     """
     policy.compute_dtype = compute_dtype
     parameters = sum(p.numel() for p in policy.parameters())
@@ -38,7 +38,7 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
 
 
 def units(policy: CausalPolicy) -> list[nn.Module]:
-    """The modules that are gathered each by itself, in order of use, the root last."""
+    """Return the modules that FSDP2 gathers one at a time, in order of use, the root last."""
     ends = [[], []] if policy.tied else [[policy.parts.embedding], [policy.parts.head]]
     return [*ends[0], *policy.parts.blocks, *ends[1], policy]
 

@@ -1,4 +1,4 @@
-"""An agent in its worlds: environments and renderer put together once, then asked for trajectories with some engine."""
+"""Plays this rank's share of the training and evaluation episodes, with any rollout engine."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from atod_fast.rollout.engines.lockstep import Lockstep
 from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.rendering import Renderer
 
-Progress = Callable[[int, int, int, int], None]  # finished, total, turns, tokens
+Progress = Callable[[int, int, int, int], None]  # (episodes finished, episodes, turns, tokens)
 
-# Head of the seeds of a split's evaluation episodes: equal for every run, so that runs can be paired game by game.
+# First word of the seeds of a split's evaluation episodes: equal in every run, so that runs can be paired task by task.
 EVALUATION = {"eval": 0xE7A1, "dev": 0xDE7A}
 
 
 class Actor:
-    """This rank's share of every rollout. Group g of a step belongs to rank g modulo their number, and so do an
-    evaluation's tasks in turn.
+    """Plays this rank's share of every rollout: every `ranks`-th group of a training step or task of an evaluation.
 
-    Ranks that are one engine together count as one, and their first plays. make_renderer: gets the environment of
-    env.eval; its renderer shows all splits.
+    The ranks of one tensor-parallel engine count as one, and the first of them plays. make_renderer gets the
+    environment of env.eval; its renderer serves all splits.
     """
 
     def __init__(self, config: Config, make_renderer: Callable[[Environment], Renderer], *, rank: int, ranks: int):
@@ -39,18 +38,21 @@ class Actor:
         self.renderer = make_renderer(self.world("eval"))
 
     def world(self, split: str) -> Environment:
-        """That of env.`split`, opened when first asked for: an evaluation needs no other than env.eval."""
+        """Return the environment of env.`split`, opened on first use: an evaluation needs env.eval alone."""
         if split not in self._worlds:
             self._worlds[split] = open_split(self.config, split)
         return self._worlds[split]
 
     def _share(self, engine: Engine) -> tuple[int, int]:
-        """Number of this rank's engine among all of its kind, and theirs."""
+        """Return the index of this rank's engine and the number of engines."""
         together = self.config.rollout.tensor_parallel if isinstance(engine, Lockstep) else 1
         return self.rank // together, self.ranks // together
 
     def train(self, engine: Engine, step: int, progress: Progress | None = None) -> list[Trajectory]:
-        """Groups of a step (counted from 1). Tasks come in a seeded order, each once an epoch; a pure function of the step."""
+        """Play this rank's groups of a step (counted from 1) and return their trajectories.
+
+        The tasks are a pure function of the step: all tasks in a seeded order, each once per epoch.
+        """
         train = self.config.train
         first, engines = self._share(engine)
         env = self.world("train")
@@ -66,9 +68,9 @@ class Actor:
         return self._play(engine, env, episodes, self.config.rollout.temperature, progress)
 
     def evaluate(self, engine: Engine, split: str = "eval", progress: Progress | None = None) -> list[Trajectory]:
-        """One episode of each of `eval.tasks` tasks of a split, "eval" or "dev", the same tasks and seeds in every run.
+        """Play this rank's share of `eval.tasks` tasks of a split, "eval" or "dev", one episode each.
 
-        They are drawn from all, as official games are listed by task type.
+        Every run has the same tasks and seeds. They are drawn from all tasks, as official games are listed by type.
         """
         env, head = self.world(split), EVALUATION[split]
         drawn = np.sort(np.random.default_rng(head).permutation(len(env))[: self.config.eval.tasks])
@@ -87,10 +89,10 @@ class Actor:
 
 
 def open_split(config: Config, split: str) -> Environment:
-    """The environment of env.`split`: "train", "eval" or "dev".
+    """Open the environment of env.`split`: "train", "eval" or "dev".
 
     Raises:
-        UserError: as `make`; it has no task to train on, or fewer than eval.tasks to evaluate on.
+        UserError: as `make`; or there is no task to train on, or fewer than eval.tasks to evaluate on.
     """
     env = make(config.env.name, **(config.env.options | getattr(config.env, split)))
     try:
@@ -113,16 +115,23 @@ def _seed(*words: int) -> int:
 
 
 def dated(config: Config, day: str = "") -> Config:
-    """`config` with a `rollout.date`: its own, else `day`, else rank 0's today, so that all prompts of a run show one. Collective."""
+    """Return `config` with `rollout.date` set: its own, else `day`, else rank 0's today. Collective.
+
+    All prompts of a run, resumed or not, show one date.
+    """
     shown = config.rollout.date or day or ranks.from_first(date.today().isoformat())
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"date": shown})})
 
 
 def check_failures(trajectories: list[Trajectory], limit: float, label: str) -> None:
-    """EnvironmentsLost where all environments failed, or a larger share than `limit`: what the others did stands for nothing then."""
+    """Raise EnvironmentsLost if all environments failed, or a larger share than `limit`.
+
+    The trajectories that are left would not stand for the tasks.
+    """
     failures = [t.failure for t in trajectories if t.failure is not None]
     if failures and (len(failures) > limit * len(trajectories) or len(failures) == len(trajectories)):
         more = "" if len(failures) == len(trajectories) else ", or raise guard.failed_environments"
         raise EnvironmentsLost(
-            f"{label}: {len(failures)} of {len(trajectories)} environments failed, first with: {failures[0]}; mend what env.* points to{more}"
+            f"{label}: {len(failures)} of {len(trajectories)} environments failed, first with: {failures[0]}; "
+            f"mend what env.* points to{more}"
         )

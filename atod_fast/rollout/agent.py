@@ -1,9 +1,9 @@
-"""The agent loop: a model acts in its worlds until every episode is over.
+"""The agent loop: a model acts in its environments until every episode is over.
 
-    world answers -> renderer: prompt -> engine: tokens -> renderer: command -> world
+    environment answers -> renderer: prompt -> engine: tokens -> renderer: command -> environment
 
-Trajectories go their own ways: as soon as a world has answered, its next request joins the engine's running batch.
-Training and evaluation play alike.
+Trajectories advance independently: as soon as an environment has answered, its next request joins the engine's running
+batch. Training and evaluation use the same loop.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Episode:
     task: int
     group: int
     member: int
-    seed: int  # of what the model samples: each turn draws from a stream of (seed, turn) alone
-    env_seed: int  # of the world
+    seed: int  # of sampling: each turn draws from a random stream of (seed, turn) alone
+    env_seed: int  # passed to the environment's reset
 
 
 def rollout(
@@ -49,19 +49,19 @@ def rollout(
     temperature: float | None = None,
     progress: Callable[[int, int, int, int], None] | None = None,
 ) -> list[Trajectory]:
-    """Play `episodes` in clones of `env`; trajectories come in their order.
+    """Play `episodes` in clones of `env`; return the trajectories in the same order.
 
-    config.rollout and config.env say how, `temperature` replaces rollout.temperature. A trajectory ends when the world
-    says so, `truncated` after env.max_turns turns or where the next turn might not fit rollout.prompt_tokens, and with
-    its `failure` set, which ends no other, where its world raised or hung, its first prompt does not fit, or what the
-    world said or the model answered could not be rendered or read.
-    `progress` is told (episodes finished, episodes, turns taken, tokens sampled).
-    Raises UserError where the engine is too short for the configuration.
+    `temperature` replaces rollout.temperature. A trajectory ends when its environment terminates it, and is `truncated`
+    after env.max_turns turns or when the next turn might not fit rollout.prompt_tokens. If its environment raises or
+    hangs, its first prompt does not fit, or a reply or response cannot be rendered or parsed, its `failure` is set;
+    the others go on. `progress` is called with (episodes finished, episodes, turns taken, tokens sampled).
+    Raises UserError if the configuration needs longer sequences than the engine holds.
     """
     how = config.rollout
     if engine.max_model_len < how.longest:
         raise UserError(
-            f"rollout.prompt_tokens={how.prompt_tokens}: sequences of {how.longest} tokens, the engine holds {engine.max_model_len}; lower it"
+            f"rollout.prompt_tokens={how.prompt_tokens}: sequences of {how.longest} tokens, "
+            f"the engine holds {engine.max_model_len}; lower it"
         )
     plays = [_Play(key, episode, renderer, config) for key, episode in enumerate(episodes)]
     waiting = deque(plays)
@@ -77,9 +77,8 @@ def rollout(
     def end(play: _Play) -> None:
         nonlocal live, finished
         trajectory = play.trajectory
-        if (
-            trajectory.failure is not None and trajectory.failure not in failures
-        ):  # who reads the trajectories counts the others of a kind
+        # One warning per message: the trajectories themselves hold all failures.
+        if trajectory.failure is not None and trajectory.failure not in failures:
             failures.add(trajectory.failure)
             logger.warning(
                 "task %d, turn %d: the trajectory failed: %s",
@@ -123,7 +122,7 @@ def rollout(
 
 @dataclass(slots=True)
 class _Play:
-    """A trajectory under way."""
+    """A trajectory in progress."""
 
     key: int
     episode: Episode
@@ -131,7 +130,7 @@ class _Play:
     config: Config
     trajectory: Trajectory = field(init=False)
     sequence: list[int] = field(default_factory=list)  # context `full`: all tokens so far
-    prompt: list[int] = field(default_factory=list)  # of the action that is being sampled
+    prompt: list[int] = field(default_factory=list)  # of the action being sampled
     observation: str = ""
 
     def __post_init__(self) -> None:
@@ -140,7 +139,7 @@ class _Play:
         )
 
     def next(self, answer: Answer) -> Request | None:
-        """Take in what the world answered. Returns the request for the next action; None where the trajectory is over, or has failed."""
+        """Record the environment's answer; return the next request, or None if the trajectory is over or failed."""
         trajectory, how = self.trajectory, self.config.rollout
         turns = trajectory.turns
         if answer.failure is not None:
@@ -160,7 +159,7 @@ class _Play:
         self.observation = answer.observation
         try:
             self.prompt = self.renderer.prompt(turns, answer.observation, answer.info)
-        except Exception as error:  # of a prompt of the user's own, maybe, about something that this world alone says
+        except Exception as error:  # the user's own prompt may fail on what this environment alone says
             trajectory.failure = f"its observation could not be made a prompt: {one_line(error)}"
             return None
         ids = self.sequence + self.prompt
@@ -171,11 +170,14 @@ class _Play:
         if turns:
             trajectory.truncated = True
         else:
-            trajectory.failure = f"its first prompt has {len(ids)} tokens, room is for 1 to {room}: rollout.prompt_tokens={how.prompt_tokens} may be raised"
+            trajectory.failure = (
+                f"its first prompt has {len(ids)} tokens, room is for 1 to {room}: "
+                f"rollout.prompt_tokens={how.prompt_tokens} may be raised"
+            )
         return None
 
     def act(self, completion: Completion) -> str | None:
-        """Take in what the model said. Returns the command for the world; None where the trajectory has failed."""
+        """Record the model's response; return the command for the environment, or None if it cannot be parsed."""
         try:
             text, command, well_formed = self.renderer.parse(completion.ids, completion.stopped)
             if not isinstance(command, str):

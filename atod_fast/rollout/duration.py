@@ -1,4 +1,4 @@
-"""How long a rollout may take without anything being wrong: the limit for ranks that wait for each other after it."""
+"""The time limit for ranks that wait for each other after a rollout: no healthy rollout takes longer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from math import ceil
 from atod_fast.config import Config
 
 LEAST = 1800.0  # seconds, whatever the settings
-INSTANT_STEP = 1.0  # seconds; a world that says it is instant takes milliseconds
+INSTANT_STEP = 1.0  # seconds; an environment that says it is instant takes milliseconds
 TOKEN = 1.0  # seconds a decoding step of all sequences in flight may take
 
 
 def limit(config: Config, engines: int, instant: bool) -> float:
-    """Seconds: `guard.wait_minutes`, or an upper bound of the longer of a step's rollout and an evaluation.
+    """Return the limit in seconds: `guard.wait_minutes`, or an upper bound on a step's rollout and an evaluation.
 
-    An engine's episodes go in waves of `rollout.concurrency`. In each, every turn may wait for its world, which waits
-    for those that share its threads, each for `env.step_timeout` at most; and every token may take a second.
+    An engine plays its episodes in waves of `rollout.concurrency`. In a wave, every turn may wait for its environment,
+    which waits for those on the same threads, each for at most `env.step_timeout`; and every token may take a second.
     """
     if config.guard.wait_minutes:
         return config.guard.wait_minutes * 60

@@ -1,4 +1,4 @@
-"""A rollout played by all ranks: each plays its share, and all get everyone's trajectories, or all stop."""
+"""Plays a rollout on all ranks: each plays its share, then all get every trajectory or all stop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.records import Trajectory
 from atod_fast.rollout.actor import Progress, check_failures
 
-ShowProgress = Callable[[str], AbstractContextManager[Progress]]  # of a label: what is told of its rollout's progress
+# (label) -> a context that yields the progress callback.
+ShowProgress = Callable[[str], AbstractContextManager[Progress]]
 
 
 class Player:
-    """Plays rollouts on all ranks together, in training and in evaluations.
+    """Plays rollouts on all ranks together, for training and evaluation.
 
-    refill: gives an engine that broke down its weights anew; without it nothing is played twice. say: prints a line.
+    refill: reloads the weights of an engine that broke down; without it nothing is replayed. say: prints a line.
     """
 
     def __init__(
@@ -33,17 +34,17 @@ class Player:
         self.config, self._progress, self._interrupt, self._say, self._refill = config, progress, interrupt, say, refill
 
     def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
-        """Returns the trajectories of `act(progress=...)` on every rank, those of all ranks. Collective.
+        """Call `act(progress=...)` on every rank; return the trajectories of all ranks. Collective.
 
-        An engine that breaks down is refilled, once, and the same episodes are played from their beginning: nothing of
-        half a rollout is used.
+        An engine that breaks down is refilled, once, and the same episodes are replayed from the start: nothing of the
+        interrupted rollout is used.
 
         Raises:
-            Exception: what ended `act` on one rank is raised on all: one of atod_fast.errors, or Interrupted.
+            Exception: an error of `act` on one rank is raised on all: one of atod_fast.errors, or Interrupted.
             EngineFailure: the engine broke down and cannot be refilled.
             GuardError: the engine did not take its weights, or broke down twice.
             EnvironmentsLost: more environments failed than guard.failed_environments allows.
-            RankLost: a rank is gone, or did not come within guard.wait_minutes.
+            RankLost: a rank has died, or did not arrive within guard.wait_minutes.
         """
         try:
             return self._once(label, act)
@@ -78,7 +79,7 @@ class Player:
             except (Exception, SystemExit) as error:
                 failure = ranks.understood(error)
                 if isinstance(failure, EngineFailure) and self.config.rollout.tensor_parallel > 1:
-                    # The engine's other ranks may still wait inside it for this one, and would never hear of it.
+                    # The engine's other ranks may still wait inside it for this one, and would never learn of it.
                     raise GuardError(f"{label}: the rollout engine broke down ({error})") from error
         if isinstance(failure, RankLost):
             raise failure

@@ -1,7 +1,7 @@
-"""The worlds of a rollout: stepped at once where a step is instant, else side by side in threads with a time limit.
+"""The environments of a rollout: instant ones run in the calling thread, others in threads with a time limit.
 
-A world that raises, does not answer in time, or answers what the protocol does not know yields a failure in place of an answer, and is not used
-again.
+An environment that raises, exceeds the time limit or answers outside the protocol yields a failure in place of an
+answer, and is not used again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atod_fast.envs.text import encodable, one_line
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the world of episode `key` made of a reset or a step."""
+    """The result of resetting or stepping the environment of episode `key`."""
 
     key: int
     observation: str = ""
@@ -28,23 +28,23 @@ class Answer:
     reward: float = 0.0
     terminated: bool = False
     truncated: bool = False
-    failure: str | None = None  # the world raised or hung: why; the other fields mean nothing then
+    failure: str | None = None  # why the environment raised or hung; the other fields mean nothing then
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
     world: Environment
     started: float = float("inf")
-    # Whoever takes it, the thread with its answer or the watch that gives up on it, speaks for the call.
+    # Acquired once, by the worker thread or by the time-out; the winner reports the result.
     claim: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Pool:
-    """Episodes by key, each in a world of its own: clones of `env`, reused from one episode to the next.
+    """Runs environment calls by episode key, each episode in its own clone of `env`; clones are reused.
 
-    `reset` and `step` start a call; `ready` collects what came of them. Where `env.instant` a call runs in the calling
-    thread, in order, with no time limit. Elsewhere at most `workers` threads are at it, each for at most `timeout`
-    seconds; one that hangs is left behind and, being a daemon, does not keep the process from ending.
+    `reset` and `step` start a call; `ready` returns the results. If `env.instant`, a call runs in the calling thread,
+    in order, with no time limit. Otherwise at most `workers` threads run calls, each for at most `timeout` seconds; a
+    thread that hangs is abandoned and, being a daemon, does not keep the process from exiting.
     """
 
     def __init__(self, env: Environment, *, workers: int, timeout: float) -> None:
@@ -56,7 +56,7 @@ class Pool:
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
 
     def reset(self, key: int, seed: int, task: int) -> None:
-        """Start an episode."""
+        """Start episode `key`: reset an environment to `task` with `seed`."""
         try:
             world = self._worlds[key] = self._idle.pop() if self._idle else self._env.clone()
         except (Exception, SystemExit) as error:
@@ -70,6 +70,8 @@ class Pool:
         self._start(key, reset)
 
     def step(self, key: int, action: str) -> None:
+        """Send `action` to the environment of episode `key`."""
+
         def step() -> Answer:
             observation, reward, terminated, truncated, info = world.step(action)
             return _answer(key, observation, info, float(reward), bool(terminated), bool(truncated))
@@ -78,7 +80,7 @@ class Pool:
         self._start(key, step)
 
     def ready(self, *, wait: bool) -> list[Answer]:
-        """Answers and failures since the last call; with `wait` at least one, unless no call is under way."""
+        """Return answers and failures since the last call; `wait` blocks for the first one if a call is running."""
         answers = self._collect()
         while wait and not answers and self._calls:
             with suppress(queue.Empty):
@@ -91,12 +93,12 @@ class Pool:
         return answers
 
     def release(self, key: int) -> None:
-        """The episode is over: its world may serve another."""
+        """End episode `key`; its environment may serve another."""
         if key in self._worlds:
             self._idle.append(self._worlds.pop(key))
 
     def close(self) -> None:
-        """Close the worlds that are not in a call; one that takes longer than the time limit is left behind."""
+        """Close the environments that are not in a call; closing that exceeds the time limit is abandoned."""
         worlds = [*self._idle, *(world for key, world in self._worlds.items() if key not in self._calls)]
         self._idle, self._worlds = [], {}
         closing = threading.Thread(target=lambda: [_close(world) for world in worlds], daemon=True)
@@ -130,7 +132,7 @@ class Pool:
 
 
 def _answer(key: int, observation: str, info: Info, *outcome: float) -> Answer:
-    """What a world said, if it is what the protocol says; what is not would end the run where it is used, or spoil a mean."""
+    """Validate an environment's reply; a bad type or non-finite number fails this episode only."""
     if not isinstance(observation, str) or not isinstance(info, dict):
         raise TypeError(
             f"the observation is {type(observation).__name__}, the info {type(info).__name__}; text and a dict are due"

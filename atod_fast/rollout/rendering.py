@@ -1,7 +1,7 @@
-"""Token ids between the world's text and the model: what is shown, and what was said.
+"""Encodes what the environment says as prompt tokens, and decodes the model's responses into commands.
 
-Nothing is ever re-encoded: a renderer encodes what the world says, the engine samples what the agent says, and the
-concatenation of both is what is trained on.
+Nothing is encoded twice: a renderer encodes the environment's text, the engine samples the response, and training uses
+the concatenation of both.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ logger = getLogger(__name__)
 
 
 class Renderer(Protocol):
-    """How one kind of model is shown a world. Stateless: equal arguments give equal ids."""
+    """Renders prompts and parses responses for one kind of model. Stateless: equal arguments give equal ids."""
 
-    stop_ids: tuple[int, ...]  # a sampled one ends the response
+    stop_ids: tuple[int, ...]  # sampling one of them ends the response
     valid_columns: Tensor | None  # bool [V]; False columns are never sampled; None = all may be
 
     def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
-        """Tokens to append before the next action, after the finished `turns` of this trajectory.
+        """Return the tokens to append before the next action, after the finished `turns` of this trajectory.
 
-        Context `window`: the whole prompt. Context `full`: the tokens since the previous action, which begin by closing
-        that action's message where it was cut off without a stop token. `info` came with `observation`.
+        Context `window`: the whole prompt. Context `full`: the tokens since the previous action; if that action was cut
+        off without a stop token, they begin by closing its message. `info` belongs to `observation`.
         """
 
     def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
-        """Text of the response `ids`, the command to send to the environment, and whether the form was right.
+        """Return the text of the response `ids`, the command for the environment, and whether the form is valid.
 
-        `stopped` tells that the last id is a stop token; it is no part of the text.
+        `stopped`: the last id is a stop token, which is not part of the text.
         """
 
 
@@ -50,15 +50,15 @@ class ChatRenderer:
     """A `Renderer` for any fast tokenizer with a chat template.
 
     Prompts are token for token those of `tokenizer.apply_chat_template` (see `ChatTemplate` for the one exception).
-    `prompt` words the messages. In context `window` a prompt longer than `prompt_tokens` loses observations of its
-    history, oldest first, then the middle of the current one; `GAP` marks each. In context `full` the answers stay as
-    they were sampled and only the tokens of what follows them are appended, also where the template would render past
-    answers in another way (without their reasoning, say).
+    `prompt` writes the text of the messages. In context `window`, a prompt longer than `prompt_tokens` loses the
+    observations of its history, oldest first, then the middle of the current one; `GAP` marks each cut. In context
+    `full`, answers stay as they were sampled and only the tokens that follow them are appended, even if the template
+    would render past answers differently (without their reasoning, for example).
 
     Args:
-        columns: width of the model's head. Ids without a token are never sampled, nor tokens beyond the head.
-        stop_ids: tokens that end a response, besides the one that ends an answer in the template and the tokenizer's eos.
-        day: the date that templates which write one show; today's where it is None.
+        columns: width of the model's head. Ids that are no token, and tokens beyond the head, are never sampled.
+        stop_ids: tokens that end a response, besides the template's end of an answer and the tokenizer's eos.
+        day: the date for templates that write one; None is today.
 
     Raises:
         UserError: the tokenizer has no usable chat template, or cannot keep control tokens out of a text.
@@ -89,8 +89,8 @@ class ChatRenderer:
         self.stop_ids = tuple(i for i in ends if columns is None or i < columns)
         if not self.stop_ids:
             raise UserError(
-                f"student.path: nothing ends a response of {tokenizer.name_or_path!r}: its chat template, tokenizer and "
-                "generation_config.json name no token that does; use a chat model"
+                f"student.path: nothing ends a response of {tokenizer.name_or_path!r}: its chat template, "
+                "tokenizer and generation_config.json name no token that does; use a chat model"
             )
         self.valid_columns = None
         if columns is not None:
@@ -110,7 +110,7 @@ class ChatRenderer:
         return following[closed:]
 
     def _window(self, turns: Sequence[Turn], observation: str, admissible: list[str]) -> list[int]:
-        """The whole prompt, with as little left out as makes it fit; longer than the limit where nothing helps."""
+        """Return the whole prompt, cut as little as needed to fit; longer than the limit if no cut suffices."""
         quoted = self._template.quoted
         task = quoted(turns[0].observation if turns else observation)
         history = [
@@ -119,10 +119,10 @@ class ChatRenderer:
         ]
 
         def prompt(cuts: int) -> list[int]:
-            """With the observations of the `cuts` oldest turns left out; cuts beyond are characters of the current one."""
+            """Return the prompt after `cuts` cuts: of the oldest observations, then of the current one's characters."""
             past = [replace(turn, observation=GAP) for turn in history[:cuts]] + history[cuts:]
             kept = len(observation) - max(cuts - len(turns), 0)
-            # Out of the middle: worlds tell the task at the beginning or at the end.
+            # Cut the middle: environments state the task at the beginning or at the end.
             shown = cut_middle(observation, kept)
             return self._template.first(self._words.message(task, past, quoted(shown), admissible))
 
@@ -131,7 +131,8 @@ class ChatRenderer:
             if not self._cut_told:
                 self._cut_told = True
                 logger.warning(
-                    "rollout.prompt_tokens=%d: a prompt of %d tokens is cut, its history first and then the middle of the observation; "
+                    "rollout.prompt_tokens=%d: a prompt of %d tokens is cut, "
+                    "its history first and then the middle of the observation; "
                     "raise it where the model must see more (transcripts show what it saw)",
                     self._limit,
                     len(ids),

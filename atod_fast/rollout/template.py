@@ -1,11 +1,11 @@
-"""A conversation as the tokenizer's own chat template writes and encodes it, where no environment can write a control token.
+"""Renders and tokenizes conversations with the tokenizer's chat template, safe from injected control tokens.
 
-Text is what `tokenizer.apply_chat_template(..., tokenize=False)` returns, encoded in one piece: pieces encoded apart would
-differ wherever a token reaches over their border (a line break of the template's before one of the message's).
+The text is what `tokenizer.apply_chat_template(..., tokenize=False)` returns. It is encoded in one piece: pieces
+encoded apart would differ wherever a token spans their border (a line break of the template before one of the message).
 
-It is encoded by a copy of the tokenizer in which each control token is spelled in characters that no environment can say.
-What the template or the prompt's own words write is respelled; what an environment says stays as it is, and is ordinary
-characters there. `quoted` marks control tokens that an environment spells, so that the two can be told apart in a message.
+A copy of the tokenizer encodes it. In the copy each control token is spelled with characters that no environment can
+write. Control tokens that the template or the prompt's own words write are respelled; those in an environment's text
+are not, and so are ordinary characters to the copy. `quoted` marks them, to tell the two apart in a message.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from transformers import PreTrainedTokenizerBase
 
 from atod_fast.errors import UserError
 
-# Code points that Unicode reserves for use inside a program; an environment that says one is shown with U+FFFD in its place.
+# Code points that Unicode reserves for use inside a program; in an environment's text they become U+FFFD.
 RESERVED = re.compile("[\ufdd0-\ufdef]")
-QUOTED = "\ufdd0{}\ufdd1"  # stands for a control token that an environment spelled
-RESPELLED = "\ufdd2{}\ufdd3"  # how the copy of the tokenizer spells a control token
-# A mark as it is, and as `repr` or JSON in a prompt of the user's own write it; then what is left of one that was cut in two.
+QUOTED = "\ufdd0{}\ufdd1"  # mark for a control token in an environment's text
+RESPELLED = "\ufdd2{}\ufdd3"  # spelling of a control token in the copy of the tokenizer
+# First a mark, as it is or as `repr` or JSON in a user's own prompt escapes it; then the remains of a mark cut in two.
 # At most nine digits: without a bound, a long number in a text would take quadratic time.
 MARKS = r"(?:\ufdd0|\\ufdd0)(\d{1,9})(?:\ufdd1|\\ufdd1)", "\ufdd0\\d{0,9}|\\d{0,9}\ufdd1|[\ufdd0-\ufdef]"
 FIRST, ANSWER, NEXT = "\nFIRST-USER-MESSAGE\n\nof two lines", "ASSISTANT-MESSAGE", "\n\nNEXT-USER-MESSAGE\n"
 
 
 class ChatTemplate:
-    """Prompts of a chat model: `first` opens a conversation, `following` goes on after an answer that was sampled.
+    """Encodes prompts of a chat model: `first` opens a conversation, `following` continues it after a sampled answer.
 
     Args:
-        thinking: what the template is told as `enable_thinking`.
-        day: what `strftime_now` of a template shows, so that all prompts of a run are of one day.
+        thinking: passed to the template as `enable_thinking`.
+        day: the date that a template's `strftime_now` shows, the same in all prompts of a run.
         continues: `following` will be used.
 
     Attributes:
-        opening: what the template writes between the first message and where the model takes over.
+        opening: what the template writes between the first message and the model's answer.
         end: id of the token that ends an answer; None where the template writes none (refused with `continues`).
 
     Raises:
-        UserError: the tokenizer has no chat template or none that shows a conversation, is not a fast one, or cannot be
-            copied.
+        UserError: the tokenizer has no chat template, is not a fast one or cannot be copied; or the template does not
+            show a conversation.
     """
 
     opening: str
@@ -59,7 +59,7 @@ class ChatTemplate:
             )
         self._tokenizer, self._thinking, self._noon = tokenizer, thinking, datetime.combine(day, time(12))
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-        # Added tokens that are blanks (runs of spaces, of line breaks) are text to the model like any other.
+        # Added tokens of white space alone (spaces, line breaks) are ordinary text to the model.
         self._control = {text: i for text, i in added.items() if text.strip(" \n\r\t\u2581")}
         self._names = {i: text for text, i in self._control.items()}
         longest_first = sorted(self._control, key=len, reverse=True)
@@ -68,7 +68,7 @@ class ChatTemplate:
         self._rewritten = re.compile(f"{mark}|({self._spelled.pattern})|{rest}")
         try:
             one, three = self._render([FIRST]), self._render([FIRST, ANSWER, NEXT])
-        except Exception as error:  # of the template, which is a program
+        except Exception as error:  # a template is a program
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"student.path: the chat template of {name!r} refuses a conversation ({reason}); use another chat model"
@@ -77,41 +77,43 @@ class ChatTemplate:
         try:
             self._copy, self._original = self._respelled()
             same = self._encode(three) == tokenizer(three, add_special_tokens=False)["input_ids"]
-        except Exception:  # of the tokenizers library, which has one kind
+        except Exception:  # the tokenizers library raises no other class
             same = False
         if not same:
             raise UserError(
-                f"student.path: tokenizer {name!r} cannot be copied with its control tokens spelled differently, which keeps "
-                "those out of what environments say; use another chat model"
+                f"student.path: tokenizer {name!r} cannot be copied with its control tokens spelled differently, "
+                "which keeps those out of what environments say; use another chat model"
             )
 
     def _study(self, name: str, one: str, three: str, continues: bool) -> None:
-        """Find what the template writes around messages, in a conversation of one message and of three."""
+        """Find what the template writes around messages, from rendered conversations of one and three messages."""
         shown = "FIRST-USER-MESSAGE", ANSWER, "NEXT-USER-MESSAGE"
         in_order = [three.find(message) for message in shown]
         if one.count(shown[0]) != 1 or -1 in in_order or sorted(in_order) != in_order or three.count(ANSWER) != 1:
             raise UserError(
-                f"student.path: the chat template of {name!r} does not show a conversation as it is; use another chat model"
+                f"student.path: the chat template of {name!r} does not show a conversation as it is; "
+                "use another chat model"
             )
         self.opening = one.rpartition("of two lines")[2]
         end = self._spelled.search(three.partition(ANSWER)[2])
         self.end = self._control[end[0]] if end else None
         if continues and end is None:
             raise UserError(
-                f"student.path: the chat template of {name!r} ends a message without a special token; use another chat model, or rollout.context=window"
+                f"student.path: the chat template of {name!r} ends a message without a special token; "
+                "use another chat model, or rollout.context=window"
             )
 
     def quoted(self, text: str) -> str:
-        """`text`, to be used in a message, with a mark in place of each control token that it spells."""
+        """Return `text` for use in a message: each control token that it spells is replaced by a mark."""
         text = RESERVED.sub("\ufffd", text)
         return self._spelled.sub(lambda found: QUOTED.format(self._control[found[0]]), text)
 
     def first(self, message: str) -> list[int]:
-        """Tokens of a conversation that `message` opens, up to where the model answers."""
+        """Return the tokens of a conversation that `message` opens, up to where the model answers."""
         return self._encode(self._render([message]))
 
     def following(self, answers: int, message: str) -> list[int]:
-        """Tokens from the one that ends the last of `answers` answers, through `message`, up to where the model answers next."""
+        """Return the tokens after `answers` answers: the end of the last one, `message`, and what opens the next."""
         past = [FIRST, "-"] * (answers - 1)
         text = self._render([*past, FIRST, ANSWER, message]).partition(ANSWER)[2]
         end = self._spelled.search(text)
@@ -120,7 +122,7 @@ class ChatTemplate:
         return self._encode(text[end.start() :])
 
     def _render(self, messages: list[str]) -> str:
-        """What the template writes of `messages`, of the user and the assistant in turn."""
+        """Return what the template writes for `messages`, alternately of the user and the assistant."""
         talk = [{"role": ("user", "assistant")[n % 2], "content": message} for n, message in enumerate(messages)]
         return self._tokenizer.apply_chat_template(
             talk,
@@ -131,7 +133,7 @@ class ChatTemplate:
         )
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of a rendered text. What is quoted in it is ordinary characters."""
+        """Return the ids of a rendered text; marks become ordinary characters."""
 
         def rewrite(found: re.Match[str]) -> str:
             mark, control = found.groups()
@@ -143,7 +145,7 @@ class ChatTemplate:
         return [self._original.get(i, i) for i in ids]
 
     def _respelled(self) -> tuple[Tokenizer, dict[int, int]]:
-        """The tokenizer with its control tokens respelled, and the original id of each added token of it."""
+        """Return the tokenizer with its control tokens respelled, and the original id of each of its added tokens."""
         described = json.loads(self._tokenizer.backend_tokenizer.to_str())
         described |= {"truncation": None, "padding": None}
         spelled = {}
@@ -151,7 +153,7 @@ class ChatTemplate:
             if token["content"] in self._control:
                 token["content"] = RESPELLED.format(token["id"])
             spelled[token["content"]] = token["id"]
-        # A vocabulary may hold control tokens as words: what an environment says must not find them there either.
+        # A vocabulary may list control tokens as words: an environment's text must not match them there either.
         model = described["model"]
         words = self._control.keys() - {model.get("unk_token")}
         if isinstance(vocabulary := model.get("vocab"), dict):

@@ -1,4 +1,4 @@
-"""The frozen teacher, as the learner sees it. `local.py` is one in this process, sharded over the ranks."""
+"""The interface of the frozen teacher. `local.py` is a teacher in this process, sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atod_fast.policy.model import HeadJob
 
 
 class TeacherHead(NamedTuple):
-    """Plain, whole tensors: custom operators take no mixture of DTensors and tensors."""
+    """The teacher's head as plain, unsharded tensors: custom operators take no mix of DTensors and tensors."""
 
     weight: Tensor  # [V_t, H_t]
     bias: Tensor | None  # [V_t]
@@ -24,23 +24,23 @@ class Teacher(Protocol):
     """Scores micro-batches. Every method but `rest` is collective: all ranks call it alike."""
 
     columns: int  # width of its head
-    packs: bool  # it scores packed rows as if each were alone
+    packs: bool  # it scores packed rows as it would each alone
 
     def logp(self, batch: Batch, job: HeadJob) -> Tensor:
-        """Returns the log-probs [A] fp32 of the action tokens, at the job's temperature over its valid columns."""
+        """Return the log-probs [A] fp32 of the action tokens, at the job's temperature over its valid columns."""
         ...
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Returns the final hidden states [A, H_t] of the positions that predict the action tokens.
+        """Return the final hidden states [A, H_t] of the positions that predict the action tokens.
 
-        With `head` they give its whole distribution at each token.
+        With `head` they give the teacher's whole distribution at each token.
         """
         ...
 
     def head(self) -> AbstractContextManager[TeacherHead]:
-        """The head, whole for as long as the context lasts."""
+        """Return a context that yields the head, unsharded while the context lasts."""
         ...
 
     def rest(self) -> None:
-        """Free what it holds on the device between uses."""
+        """Free device memory between uses."""
         ...

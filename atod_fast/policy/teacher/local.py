@@ -1,4 +1,4 @@
-"""A teacher in this process: scores without gradients; its final hidden states are kept, never its logits."""
+"""A teacher in this process: it scores without gradients and keeps final hidden states, never logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atod_fast.policy.teacher import TeacherHead
 
 
 class LocalTeacher:
-    """A `Teacher`, FSDP2-sharded over the ranks, with `offload` in CPU memory between uses."""
+    """A `Teacher` sharded over the ranks with FSDP2; `offload` keeps it in CPU memory between uses."""
 
     def __init__(self, compute: Compute, mesh: DeviceMesh, *, offload: bool):
         self.policy: CausalPolicy = shard(build_teacher(compute), mesh, compute.dtype, offload=offload)

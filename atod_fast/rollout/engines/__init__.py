@@ -1,6 +1,6 @@
-"""Rollout engines by the name that `rollout.engine` gives them.
+"""The rollout engines, by their names in `rollout.engine`.
 
-A new engine is a `Kind` (protocol.py) in a file or folder of its own, a line in `ENGINES`, and a choice of
+To add an engine, write a `Kind` (protocol.py) in its own file or folder, and add it to `ENGINES` and to the choices of
 `rollout.engine` in the configuration.
 """
 
@@ -29,10 +29,10 @@ def make_engine(
     filled: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Engine:
-    """Returns the engine `name` for the model `compute`, with the weights of its checkpoint.
+    """Make the engine `name` for the model `compute`, with the weights of its checkpoint.
 
-    With `filled` off it sleeps until a trainer sends its weights. `say` gets a line where a model runs slower than it
-    could. Every rank must call it together, before the trainer's models are made.
+    Without `filled` it sleeps until a trainer sends its weights. `say` gets a line if the model runs slower than it
+    could. Every rank must call it, before the trainer's models are made.
 
     Raises:
         UserError: the engine is not installed, or cannot run this model.

@@ -1,7 +1,7 @@
-"""Ranks that are one engine together: the first of them plays, the others repeat its calls.
+"""Runs one tensor-parallel engine on several ranks: the first plays, the others repeat its calls.
 
-Each rank of a tensor-parallel vLLM schedules for itself and meets the others inside the model's collectives, so all must be
-given the same requests in the same order. Worlds may answer in any order; only the first rank asks them.
+Each rank of a tensor-parallel vLLM schedules for itself and meets the others in the model's collectives, so all need
+the same requests in the same order. Environments may answer in any order; only the first rank runs them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from atod_fast.rollout.engines.protocol import Completion, Engine, Request, Samp
 
 
 class Lockstep:
-    """An `Engine` on the first rank of `group`; the others `follow` it through each rollout. Weights and sleep are everyone's own calls."""
+    """An `Engine` on the first rank of `group`; the others `follow` it through each rollout.
+
+    Every rank itself calls `load_weights` and `sleep`.
+    """
 
     def __init__(self, engine: Engine, group: ProcessGroup) -> None:
         self._engine, self._group = engine, group
         self.leads = group.rank() == 0
         self.max_model_len = engine.max_model_len
-        self._calls: list[list] = []  # made here and not yet told
+        self._calls: list[list] = []  # made here and not yet sent
         self._whole = True
 
     def begin(self, sampling: Sampling) -> None:
@@ -51,7 +54,7 @@ class Lockstep:
             raise
 
     def end(self) -> None:
-        """What ends a rollout in a step ends it on every rank there; what else ends it here is told."""
+        """An error inside `step` occurs on all ranks; any other ending is broadcast."""
         self._engine.end()
         if self._whole:
             self._tell(["end"])

@@ -1,9 +1,9 @@
-"""What the agent loop asks of a generator: token ids in, token ids and log-probs out, one step at a time.
+"""What the agent loop needs of a rollout engine: token ids in, token ids and log-probs out, one step at a time.
 
     load_weights -> begin -> (add | step | release)* -> end -> begin ... -> sleep -> load_weights -> ...
 
-An engine shares its accelerator with the trainer. `sleep` gives up what it holds there, weights included, and
-`load_weights` alone wakes it: to roll out with weights that are not there, or not the trainer's, is an error.
+An engine shares its accelerator with the trainer. `sleep` frees its memory there, weights included, and only
+`load_weights` wakes it: rolling out without weights, or with others than the trainer's, is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from atod_fast.models import Compute
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Shared by all requests of a rollout."""
+    """Sampling parameters, shared by all requests of a rollout."""
 
     temperature: float  # 0 = greedy
     max_tokens: int  # response length
@@ -33,7 +33,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Continue `prompt` once. `key` names the trajectory: its next request may reuse the cached common prefix."""
+    """A prompt to continue once. `key` names the trajectory: its next request may reuse the cached common prefix."""
 
     key: int
     prompt: list[int]
@@ -42,6 +42,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
+    """The sampled response to a `Request`."""
+
     key: int
     ids: list[int]  # the stop token included
     logprobs: list[float]  # log softmax(z / temperature) over the valid columns; at temperature 0 of softmax(z)
@@ -49,46 +51,49 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Requests may be added between steps and join the running batch."""
+    """A rollout engine. Requests may be added between steps and join the running batch."""
 
     max_model_len: int  # prompt + response tokens
 
     def begin(self, sampling: Sampling) -> None:
-        """Start a rollout: nothing is queued from the one before. RuntimeError without weights."""
+        """Start a rollout with an empty queue. Raise RuntimeError without weights."""
 
     def add(self, request: Request) -> None:
-        """Queue one continuation."""
+        """Queue one request."""
 
     def step(self) -> list[Completion]:
         """Advance every running request (by about one token); return those that finished.
 
-        EngineFailure where the engine broke down: `load_weights` makes it anew, as far as that is possible.
+        Raise EngineFailure if the engine broke down: `load_weights` restores it, as far as possible.
         """
 
     def release(self, key: int) -> None:
-        """The trajectory is over: forget its cache, and its request if there is one."""
+        """Forget a trajectory that is over: its cache, and its request if there is one."""
 
     def end(self) -> None:
-        """The rollout is over, however it ended: forget all requests."""
+        """End the rollout, complete or not: forget all requests."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Wake up, and replace all weights; names as in the Hugging Face checkpoint. GuardError where one is missing or unknown."""
+        """Wake up and replace all weights, named as in the Hugging Face checkpoint.
+
+        Raise GuardError for a missing or unknown weight.
+        """
 
     def sleep(self) -> None:
         """Free accelerator memory between rollouts. The next rollout needs `load_weights` first."""
 
 
 class Kind(Protocol):
-    """What can be asked of an engine before there is one."""
+    """A type of rollout engine: its checks, and how to make one."""
 
     def suits(self, device: torch.device) -> bool:
-        """Whether `rollout.engine=auto` may take it on this device."""
+        """Return whether `rollout.engine=auto` may choose it on this device."""
 
     def check_model(self, config: Config, body: PreTrainedModel) -> None:
-        """UserError where it cannot run this model, whose weights are on the meta device."""
+        """Raise UserError if it cannot run this model, whose weights are on the meta device."""
 
     def check(self, config: Config, shape: object | None, dtype: torch.dtype, device: torch.device) -> None:
-        """UserError where it is not installed, or the settings are not for it.
+        """Raise UserError if it is not installed or does not support the settings.
 
         shape: the student's transformers configuration; None where a dry run does not have it.
         """
@@ -106,22 +111,28 @@ class Kind(Protocol):
 
 
 def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """`weights` as they come. GuardError for a name that is not in `shapes`, another shape, and at the end for names that did not come."""
+    """Yield `weights` unchanged, checked against `shapes`.
+
+    Raise GuardError for an unknown name, another shape and, at the end, names that did not come.
+    """
     missing = dict(shapes)
     for name, weight in weights:
         if name not in shapes:
             raise GuardError(
-                f"weight sync: the trainer sends {name!r}, which the rollout engine's model does not have; its names begin with {_some(shapes)}"
+                f"weight sync: the trainer sends {name!r}, which the rollout engine's model does not have; "
+                f"its names begin with {_some(shapes)}"
             )
         if weight.shape != shapes[name]:
             raise GuardError(
-                f"weight sync: {name} has shape {tuple(weight.shape)}, in the rollout engine {tuple(shapes[name])}; are the models the same?"
+                f"weight sync: {name} has shape {tuple(weight.shape)}, in the rollout engine {tuple(shapes[name])}; "
+                "are the models the same?"
             )
         missing.pop(name, None)
         yield name, weight
     if missing:
         raise GuardError(
-            f"weight sync: the trainer did not send {len(missing)} of the rollout engine's {len(shapes)} weights, among them {_some(missing)}"
+            f"weight sync: the trainer did not send {len(missing)} of the rollout engine's {len(shapes)} weights, "
+            f"among them {_some(missing)}"
         )
 
 

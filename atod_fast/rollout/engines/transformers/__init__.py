@@ -1,4 +1,4 @@
-"""The rollout engine for any machine: a transformers model with a decode loop of its own."""
+"""The rollout engine for any device: a transformers model with its own decode loop."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The rollout engine for any machine: a transformers model with a decode loop of its own over a cache by slots.
+"""The rollout engine for any device: a transformers model with its own decode loop over a cache divided into slots.
 
-Each trajectory owns a slot of the cache until it is released, so a growing sequence costs only its uncached suffix. A
-step is one pass (`forward.py`): one token of every row that is being decoded, and the prompt tokens of those that just
-joined; every row whose prompt is complete draws a token.
+Each trajectory owns a cache slot until it is released, so a growing sequence computes only its uncached suffix. A step
+is one forward pass (`forward.py`) over one token of every row being decoded and the prompt tokens of rows that just
+joined; every row whose prompt is complete samples a token.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from atod_fast.rollout.engines.transformers.tryout import choose
 
 
 def draw(logits: Tensor, temperature: float, banned: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample one token a row by the inverse of its cumulative distribution.
+    """Sample one token per row by inverting the cumulative distribution.
 
-    logits [n, V] fp32 (overwritten); temperature 0 = greedy; banned bool [V], never sampled and left out of the softmax;
-    uniform [n] fp64 in [0, 1). Returns ids [n] int64 and their log-probs [n] fp32: of softmax(logits / temperature), at
-    temperature 0 of softmax(logits).
+    logits [n, V] fp32 (overwritten); temperature 0 = greedy; banned bool [V], never sampled and left out of the
+    softmax; uniform [n] fp64 in [0, 1). Returns ids [n] int64 and their log-probs [n] fp32 under
+    softmax(logits / temperature), at temperature 0 under softmax(logits).
     """
     if temperature not in (0, 1):
         logits = logits.div_(temperature)
@@ -40,14 +40,14 @@ def draw(logits: Tensor, temperature: float, banned: Tensor | None, uniform: Ten
     else:
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)
         total = cdf[:, -1:]
-        # Below the total even after rounding: the first column above the target then has a probability above 0.
+        # Below the total even after rounding, so that the first column above the target has a probability above 0.
         target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
         ids = torch.searchsorted(cdf, target, right=True).clamp_(max=logits.shape[1] - 1)
     return ids[:, 0], logp.gather(1, ids)[:, 0]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading tokens that `a` and `b` share."""
+    """Return the number of leading tokens that `a` and `b` share."""
     n = min(len(a), len(b))
     return n if a[:n] == b[:n] else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
@@ -55,10 +55,11 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class TransformersEngine:
     """An `Engine` around a transformers causal LM.
 
-    The engine owns `model` and its config: a replica beside the trainer's, set to evaluation and no gradients. At most
-    `slots` trajectories hold a cache at a time; requests of others wait until one is released. A pass holds at most
-    `pass_tokens` tokens (or one a running slot, where those are more): longer prompts take several, where a forward can.
-    `forward` makes its passes; without one, it is the fastest that a try-out finds to be right (UserError: none is).
+    The engine owns `model` and its config: a replica beside the trainer's, in evaluation mode without gradients. At
+    most `slots` trajectories hold a cache at a time; requests of others wait until one is released. A pass holds at
+    most `pass_tokens` tokens (or one per running slot, if those are more): a longer prompt takes several passes, if the
+    forward can split it. `forward` makes the forward passes; without it, the engine takes the fastest that a try-out
+    finds correct (UserError: none is).
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class TransformersEngine:
         limit = getattr(config, "max_position_embeddings", None) or max_model_len
         if max_model_len > limit:
             raise UserError(
-                f"rollout.prompt_tokens: sequences of {max_model_len} tokens exceed the model's {limit} positions; lower it"
+                f"rollout.prompt_tokens: sequences of {max_model_len} tokens exceed the model's {limit} positions; "
+                "lower it"
             )
         self.max_model_len = max_model_len
         self._device = torch.device(device)
@@ -93,14 +95,13 @@ class TransformersEngine:
 
     @property
     def slower(self) -> str | None:
-        """Why rollouts take longer than they could, if they do."""
+        """Why rollouts are slower than they could be; None if they are not."""
         return self._forward.slower
 
     def _reset(self) -> None:
         slots = self._capacity
-        self._held: list[list[int]] = [
-            [] for _ in range(slots)
-        ]  # each slot's latest prompt and response, also after its release
+        # Each slot's latest prompt and response, also after its release.
+        self._held: list[list[int]] = [[] for _ in range(slots)]
         self._cached = np.zeros(slots, np.int64)  # tokens of `_held` whose keys and values are cached
         self._waiting: list[Request] = []
         self._slot_of: dict[int, int] = {}
@@ -118,7 +119,8 @@ class TransformersEngine:
         valid = sampling.valid_columns
         if valid is not None and (valid.shape != (vocabulary,) or not valid.any()):
             raise ValueError(
-                f"valid_columns: {int(valid.sum())} true in shape {tuple(valid.shape)}; the model has {vocabulary} columns"
+                f"valid_columns: {int(valid.sum())} true in shape {tuple(valid.shape)}; "
+                f"the model has {vocabulary} columns"
             )
         self._reset()
         self._sampling = sampling
@@ -138,7 +140,8 @@ class TransformersEngine:
         room = self.max_model_len - self._sampling.max_tokens
         if not 0 < len(request.prompt) <= room:
             raise UserError(
-                f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; raise it or show less"
+                f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; "
+                "raise it or show less"
             )
         if self._slot_of.get(request.key) in self._busy or any(request.key == other.key for other in self._waiting):
             raise ValueError(f"request {request.key} is still being answered")
@@ -160,7 +163,7 @@ class TransformersEngine:
         return self._sample() if self._busy else []
 
     def _admit(self) -> None:
-        """Give waiting requests a slot, as far as there are any, and find what of their prompt is cached there."""
+        """Assign free slots to waiting requests, and find how much of each prompt is cached there."""
         waiting = []
         for request in self._waiting:
             slot = self._slot_of.get(request.key)
@@ -181,7 +184,7 @@ class TransformersEngine:
         self._waiting = waiting
 
     def _sample(self) -> list[Completion]:
-        """One pass: a token of every running slot, and prompt tokens of those being filled, first come first served."""
+        """Run one pass: a token of every running slot, and prompt tokens of slots being filled, in order of arrival."""
         feed = {
             slot: [token]
             for slot, token in zip(
@@ -210,7 +213,7 @@ class TransformersEngine:
         return self._advance(slots[drawing], logits) if drawing.any() else []
 
     def _advance(self, slots: np.ndarray, logits: Tensor) -> list[Completion]:
-        """Draw the next token of running `slots` [n] from logits [n, V]."""
+        """Sample the next token of the running `slots` [n] from logits [n, V]; return the completions."""
         counts = self._count[slots]
         uniform = self._tensor(self._uniform[slots, counts])
         ids, logprobs = (
@@ -218,7 +221,8 @@ class TransformersEngine:
         )
         if not np.isfinite(logprobs).all():
             raise GuardError(
-                "rollout: the student's logits are not finite; lower train.learning_rate and resume from an earlier checkpoint"
+                "rollout: the student's logits are not finite; "
+                "lower train.learning_rate and resume from an earlier checkpoint"
             )
         self._ids[slots, counts] = ids
         self._logprobs[slots, counts] = logprobs
@@ -252,7 +256,7 @@ class TransformersEngine:
         self._filled = True
 
     def sleep(self) -> None:
-        """The key/value cache is given up; the model stays where it is."""
+        """Free the key/value cache; the model stays on its device."""
         self._filled = False
         if self._device.type == "cuda":
             self._reset()

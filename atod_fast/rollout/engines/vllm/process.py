@@ -1,4 +1,4 @@
-"""The process as it was: for libraries that, when they start, behave as if it were theirs alone."""
+"""Restores global state of the process after libraries that change it when they start."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 
 @contextmanager
 def unchanged(lent: Mapping[str, str], keep: str) -> Iterator[None]:
-    """Afterwards every generator is in its state of before, torch has its threads and means to set them, and the environment
-    is as it was but for names that begin with `keep`. Meanwhile it holds what of `lent` it lacked.
+    """On exit, restore RNG states, thread count and environment variables, except those starting with `keep`.
+
+    Within the context, variables of `lent` that were not set are set. `torch.set_num_threads` is restored too.
     """
     before = dict(os.environ)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
