@@ -49,7 +49,7 @@ _EXACT: Level = {
     "turns.budget": "mean1",
 }
 _UNIFORM: Level = {"turns.fuse": "uniform"}
-_CORRECTED: Level = {"objective.tis_cap": 2.0}  # an engine in bf16 does not sample exactly what the trainer scores
+_CORRECTED: Level = {"objective.tis_cap": 2.0}  # a bf16 engine's log-probs differ a little from the trainer's
 _OURS = _PAPER | _CORRECTED
 OBJECTIVES: dict[str, Level] = {
     "paper": _PAPER,

@@ -195,8 +195,8 @@ def demo_values_warning(config: Config, parameters: int) -> str | None:
         return None
     return (
         f"WARNING: {', '.join(left)}: the embedded demo's, for 0.2 million parameters; "
-        f"student.path={config.student.path!r} has {parameters / 1e6:,.0f} million and is likely to lose what it knows. "
-        "Start from --preset own, "
+        f"student.path={config.student.path!r} has {parameters / 1e6:,.0f} million and is likely to lose "
+        "what it knows. Start from --preset own, "
         "with train.learning_rate=1e-6 for 0.5 billion parameters and more, 1e-5 for about 135 million"
     )
 

@@ -1,4 +1,4 @@
-"""Both models' logits made and used in registers: a tile of the two matrix products, then the algebra of `tiles.py`.
+"""Kernels that compute both models' logits in registers, tile by tile, and apply the algebra of `tiles.py`.
 
 No logits reach memory. The three passes share one loop over the hidden dimension, so that the statistics, a mixture's
 second look and the gradient see the same logits to the last bit. The teacher's product comes first and its tile waits
@@ -33,7 +33,7 @@ from .tiles import (
 
 @triton.jit
 def multiply(b_x, b_w, b_z, PRECISION: tl.constexpr):
-    """z + x @ w."""
+    """Return z + x @ w."""
     if PRECISION == "interpreter":
         # its dot multiplies bf16 operands as if they were integers
         b_z = tl.dot(b_x.to(tl.float32), b_w.to(tl.float32), b_z, input_precision="ieee")
@@ -51,7 +51,7 @@ def product(
 
     Rows beyond `tokens` and `width` read others' memory, harmlessly, or zeros.
     """
-    # A block without its b_: loops carry values in the order of their names, and registers depend on that order.
+    # Not named b_z: loops carry values in the order of their names, and register use depends on that order.
     z = tl.zeros([BM, BN], tl.float32)
     if TMA:
         for i_h in tl.range(0, H, BK):
