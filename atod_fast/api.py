@@ -95,13 +95,13 @@ def train(
         command=shlex.join(["python", *sys.argv]),
     )
     with _session() as interrupt:
-        folder = training.start(options, interrupt, callbacks)
+        folder = training.train_run(options, interrupt, callbacks)
         facts = {}
         with ranks.together():
             if ranks.rank() == 0:
-                last = checkpoint.latest(folder)
-                facts["before"] = checkpoint.read_state(last)["before"]
                 facts["metrics"] = MetricsLog(folder / "metrics.jsonl").read()[-1]
+                last = checkpoint.folder(folder, facts["metrics"]["step"])
+                facts["before"] = checkpoint.read_state(last)["before"]
         facts = json.loads(ranks.from_first(json.dumps(facts)))
     return Trained(folder, folder / "hf", **facts)
 

@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from atod_fast import errors
 from atod_fast.errors import GuardError, RankLost, Unexpected, UserError
@@ -27,6 +29,7 @@ from atod_fast.records import Trajectory, Turn
 COLLECTIVE = timedelta(minutes=30)
 STOPPING = timedelta(seconds=30)  # ranks that stop for the same reason reach `all_stop` well within it
 
+_starts = count(1)
 _before_stop: list[Callable[[], object]] = []
 _waiting: dist.ProcessGroup | None = None  # of `wait`
 # Of `all_stop`: a rank that stops must not be mistaken for one whose rollout is over.
@@ -61,7 +64,10 @@ def start() -> tuple[torch.device, DeviceMesh]:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=COLLECTIVE)
+            # torchrun's store outlives `stop`: a second start must not find what the first one left in it.
+            store, number, size = next(rendezvous("env://", timeout=COLLECTIVE))
+            store = dist.PrefixStore(f"start{next(_starts)}", store)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=COLLECTIVE)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, init_device_mesh(device.type, (dist.get_world_size(),))

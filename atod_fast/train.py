@@ -98,25 +98,24 @@ def train(run: Run) -> None:
         run.finish()
 
 
-def start(
-    options: cli.Options,
-    interrupt: Interrupt,
-    callbacks: Sequence[reporting.Callback] = (),
-) -> Path | None:
-    """Print the plan of a dry run, or train. Returns the run folder; None for a dry run."""
-    speaks = ranks.rank() == 0
-    if options.dry_run:
-        if speaks:
-            print(plan.describe(rundir.resumed_config(options, rundir.choose(options).resume), ranks.world_size()))
-        return None
+def train_run(options: cli.Options, interrupt: Interrupt, callbacks: Sequence[reporting.Callback] = ()) -> Path:
+    """Set a run up and train it. Returns its folder, also if the run was finished already."""
     try:
         run = Run(options, interrupt, callbacks)
     except rundir.Finished as finished:
-        if speaks:
+        if ranks.rank() == 0:
             print(finished)
         return finished.run_dir
     train(run)
     return run.run_dir
+
+
+def start(options: cli.Options, interrupt: Interrupt) -> None:
+    """Do what the command line asks for: print the plan of a dry run, or train."""
+    if not options.dry_run:
+        train_run(options, interrupt)
+    elif ranks.rank() == 0:
+        print(plan.describe(rundir.resumed_config(options, rundir.choose(options).resume), ranks.world_size()))
 
 
 @record

@@ -250,8 +250,7 @@ def test_the_models_are_never_taught_in_the_held_out_world(demo: Demo, monkeypat
     )
 
 
-def test_no_task_to_choose_by_is_in_another_split():
-    """In Search-QA a question may recur, about the thing of that name in another world."""
+def test_the_tasks_that_choose_are_in_no_other_split():
     catalogues = [tasks("webshop", split).shop.catalogue.products for split in SPLITS]
     shops = [{(product.title, str(product.options)) for product in products} for products in catalogues]
     assert not shops[2] & shops[0] and not shops[2] & shops[1]
@@ -288,10 +287,7 @@ def test_the_demo_s_models_are_refused_in_a_world_of_another_kind():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (
-            {},
-            'no chat template; use a chat or instruct model .*add "atod_renderer": "compact" and .*"atod_environment"',
-        ),
+        ({}, 'no chat template; use a chat or instruct model .*add "atod_renderer": "compact" and.*"atod_environment"'),
         (
             {"atod_renderer": "compct", "atod_environment": "alfworld"},
             "atod_renderer='compct' in tokenizer_config.json of .* is none of compact; correct it",
@@ -308,6 +304,6 @@ def test_a_model_that_asks_for_no_renderer_or_an_unknown_one_is_refused(asked, w
         tokenizer.init_kwargs.pop(key)
     tokenizer.init_kwargs |= asked
     tokenizer.save_pretrained(tmp_path)
-    tokenizer, config = load_tokenizer(str(tmp_path)), load("demo")
+    tokenizer, config = AutoTokenizer.from_pretrained(tmp_path), load("demo")
     with pytest.raises(UserError, match=words):
         make_renderer(config, tokenizer, len(tokenizer), make("alfworld", generate=1))

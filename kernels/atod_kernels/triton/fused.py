@@ -44,25 +44,25 @@ def multiply(b_x, b_w, b_z, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(
-    x, w, i_row, i_column, tokens, width, H, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    p_x, p_w, i_row, i_column, tokens, width, H, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x[i_row : i_row + BM] @ w[i_column : i_column + BN].T in fp32.
+    """Return x[i_row : i_row + BM] @ w[i_column : i_column + BN].T in fp32.
 
-    Rows beyond `tokens` and `width` read others' memory, harmlessly, or zeros.
+    p_x and p_w are pointers or, with TMA, descriptors. Rows beyond `tokens` and `width` read others' memory,
+    harmlessly, or zeros.
     """
-    # Not named b_z: loops carry values in the order of their names, and register use depends on that order.
-    z = tl.zeros([BM, BN], tl.float32)
+    b_z = tl.zeros([BM, BN], tl.float32)
     if TMA:
         for i_h in tl.range(0, H, BK):
-            z = multiply(x.load([i_row, i_h]), w.load([i_column, i_h]).T, z, PRECISION)
+            b_z = multiply(p_x.load([i_row, i_h]), p_w.load([i_column, i_h]).T, b_z, PRECISION)
     else:
         o_n = tl.arange(0, BM)
         o_v = tl.arange(0, BN)
         STEP: tl.constexpr = BK if EVEN else 16  # masked loads need registers
         o_h = tl.arange(0, STEP)
-        p_x = x + tl.cast(i_row, tl.int64) * H
-        p_w = w + tl.cast(i_column, tl.int64) * H
+        p_x += tl.cast(i_row, tl.int64) * H
+        p_w += tl.cast(i_column, tl.int64) * H
         # offsets within a block fit in 32 bits
         o_x = (tl.where(i_row + o_n < tokens, o_n, 0) * H)[:, None] + o_h[None, :]
         o_w = (tl.where(i_column + o_v < width, o_v, 0) * H)[None, :] + o_h[:, None]
@@ -73,10 +73,10 @@ def product(
             else:
                 b_x = tl.load(p_x + o_x, mask=(i_h + o_h)[None, :] < H, other=0.0)
                 b_w = tl.load(p_w + o_w, mask=(i_h + o_h)[:, None] < H, other=0.0)
-            z = multiply(b_x, b_w, z, PRECISION)
+            b_z = multiply(b_x, b_w, b_z, PRECISION)
             p_x += STEP
             p_w += STEP
-    return z
+    return b_z
 
 
 @triton.jit

@@ -222,8 +222,10 @@ def factors(stats, upstream, target, b_inverse, o_n, m_n, stride_stats, stride_u
         b_constant += b_g
     elif KIND != NO_TEACHER:
         b_constant -= b_g * tl.load(p_stats + MEAN_SLOPE * stride_stats, mask=m_n, other=0.0)
-    b_log_ratio = b_log_s - b_log_t
-    return b_own * b_norm, b_other * b_norm, b_constant * b_norm, b_lp, b_shift_s, b_shift_t, b_log_ratio, m_dead
+    b_own *= b_norm
+    b_other *= b_norm
+    b_constant *= b_norm
+    return b_own, b_other, b_constant, b_lp, b_shift_s, b_shift_t, b_log_s - b_log_t, m_dead
 
 
 @triton.jit
