@@ -7,8 +7,8 @@
     print(done.metrics["eval/success"], evaluate(done.model, config).summary["success"])
 
 A script that calls these runs on several ranks by `torchrun script.py`: every rank calls them with equal arguments, and
-gets equal results. They print what the commands print, and raise the errors of `atod_fast.errors` where those exit.
-Ctrl-C and SIGTERM save first; so call them from the main thread.
+gets equal results. They print what the commands print, and raise the errors of `atod_fast.errors` instead of exiting.
+Ctrl-C and SIGTERM save first, so call these functions from the main thread.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What came of held-out tasks."""
+    """Result of an evaluation on held-out tasks."""
 
     summary: dict[str, Any]  # success, success_by_type, turns, invalid_actions, episodes, ...
     trajectories: list[Trajectory]  # in task order
@@ -60,10 +60,10 @@ def load_config(
     file: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """Return the settings that the command line makes of `--preset`, CONFIG.toml and `section.key=value`.
+    """Return the settings that the command line reads from `--preset`, CONFIG.toml and `section.key=value`.
 
     Raises:
-        UserError: in one line, for what is no preset, no file of settings, no key or no value of it.
+        UserError: the preset, the file, a key or a value is wrong. One line.
     """
     return settings.load(preset, None if file is None else Path(file), overrides)
 
@@ -79,11 +79,11 @@ def train(
 
     Args:
         run_dir: folder of the run (default: a new one, runs/run-N).
-        resume: "auto", a run or a checkpoint, as `--resume`; trained on with `config`, not the run's own settings.
-        callbacks: are told each step and each evaluation, on rank 0 alone.
+        resume: "auto", a run or a checkpoint, as in `--resume`. Training goes on with `config`, not the run's settings.
+        callbacks: called after each step and each evaluation, on rank 0 only.
 
     Raises:
-        UserError, GuardError, RankLost, Unexpected, Interrupted: what ended the run; its notes say what was saved.
+        UserError, GuardError, RankLost, Unexpected, Interrupted: the run ended early; the notes say what was saved.
     """
     options = Options(
         config=config,
@@ -110,7 +110,7 @@ def evaluate(model: str | Path, config: Config) -> Evaluated:
     """Play the first `eval.tasks` held-out tasks with `model`, a model folder or hub name, at `eval.temperature`.
 
     Raises:
-        UserError, GuardError, RankLost, Interrupted: what ended it.
+        UserError, GuardError, RankLost, Interrupted: the evaluation ended early.
     """
     with _session() as interrupt:
         trajectories = evaluation.evaluate(str(model), config, Console(ranks.rank() == 0), interrupt)
@@ -119,7 +119,7 @@ def evaluate(model: str | Path, config: Config) -> Evaluated:
 
 @contextmanager
 def _session() -> Iterator[Interrupt]:
-    """Ctrl-C as a request, and no process groups afterwards."""
+    """Turn Ctrl-C and SIGTERM into a request to stop; on exit, destroy the process groups."""
     with Interrupt() as interrupt:
         try:
             yield interrupt

@@ -1,4 +1,4 @@
-"""A step's trajectories as tensors: the table of turns that the objective reads, and the rows that the policy trains on."""
+"""A step's trajectories as tensors: the table of turns for the objective, and the training rows for the policy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atod_fast.records import Trajectory
 class TurnTable:
     """All turns of a step over all ranks, in trajectory order. N trajectories, K turns; CPU tensors.
 
-    Everything the objective may look at: it never sees tokens, models or process groups.
+    All that the objective reads; it never sees tokens, models or process groups.
     """
 
     disagreement: Tensor  # [K] fp32, d_k
@@ -33,7 +33,7 @@ class TurnTable:
 
 
 def turn_table(trajectories: Sequence[Trajectory], disagreement: Tensor, uncertainty: Tensor) -> TurnTable:
-    """The table of a step's trajectories and its turns' signals, [K] fp32 each."""
+    """Return the TurnTable of a step's trajectories, with the signals of its turns, [K] fp32 each."""
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     return TurnTable(
         disagreement=disagreement,
@@ -51,7 +51,7 @@ def turn_table(trajectories: Sequence[Trajectory], disagreement: Tensor, uncerta
 
 
 def _anchor(observation: str) -> int:
-    """63 bits that do not change from run to run, as Python's own hash of a string does."""
+    """Return a 63-bit hash of a text, the same in every run (Python's own hash is not)."""
     return int.from_bytes(blake2b(observation.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -70,7 +70,7 @@ class Row:
 
 
 def rows(trajectories: Sequence[Trajectory]) -> list[Row]:
-    """Training rows of a step's trajectories, in trajectory order; turns are numbered as in the TurnTable.
+    """Return the training rows of a step's trajectories, in trajectory order; turns are numbered as in the TurnTable.
 
     A turn without action tokens adds nothing to learn from and yields no span (but keeps its number).
     """

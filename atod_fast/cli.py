@@ -1,4 +1,4 @@
-"""The command line: arguments to Options, and `--help`, which documents every key. Needs neither torch nor a GPU."""
+"""The command line: arguments to Options, and `--help`, which documents every key. Does not import torch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from atod_fast.settings import FIELDS, PRESETS, defaults, expected, is_section, 
 WIDTH = 100
 _OVERRIDE = re.compile(r"\s*[\w-]+(\.[\w-]+)*\s*=")
 _NOTES = """\
-Settings come from the defaults (the demo preset), then --preset, then CONFIG.toml, then the
-overrides; a later one wins. objective.preset sets objective.*, schedule.* and turns.* first at its
-own level: it replaces what an earlier level said about them, and a key given beside it or later
-wins. An override's value is TOML, or else plain text. A table of options in a file replaces the
-earlier one; section.table.option=value sets a single option. Another env.name drops the options of
-the environment before.
+Settings come from four sources: the defaults (the demo preset), --preset, CONFIG.toml and the
+overrides. A later source overrides an earlier one. objective.preset expands into keys of
+objective.*, schedule.* and turns.*, overriding earlier sources; keys set in the same or a later
+source override it. The value of an override is TOML, or else plain text. A table of options in a
+file replaces the earlier table; section.table.option=value sets one option. Setting another
+env.name removes the options of the previous environment.
 
 For your own model in your own environment start from --preset own: the defaults are tuned to the
-demo's tiny models (train.learning_rate above all) and make a real one forget."""
+demo's tiny models, and their train.learning_rate makes a real model forget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Options:
     """What one invocation asks for."""
 
     config: Config
-    overrides: tuple[str, ...] | None  # the settings given, where neither a preset nor a file was
+    overrides: tuple[str, ...] | None  # the settings given; None if a preset or a file was given too
     name: str  # of the run: the CONFIG file's stem, else the preset's name
     run_dir: Path | None
     dry_run: bool
     resume: str | None  # "auto", a path, or None
-    set_aside: bool = False  # what lies beyond the checkpoint that is resumed may be moved away
-    command: str = ""  # that asked for it
+    set_aside: bool = False  # whether what came after the resumed checkpoint may be moved away
+    command: str = ""  # the command line, for environment.json
 
 
 def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
 
 
 def parse_evaluation(argv: Sequence[str], description: str | None) -> tuple[argparse.Namespace, Config]:
-    """The arguments of an evaluation (model, out, transcripts), and its settings. Raises as `parse`."""
+    """Return the arguments of an evaluation (model, out, transcripts) and its settings. Raises what `parse` raises."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("atod_fast.evaluate", description=description, formatter_class=form)
     parser.add_argument(
@@ -101,29 +101,29 @@ def parse_evaluation(argv: Sequence[str], description: str | None) -> tuple[argp
     parser.add_argument(
         "--preset", metavar="NAME", help="named settings; own: for your own model in your own environment"
     )
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and what came of every task here")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the summary and the result of every task here")
     parser.add_argument(
         "--transcripts",
         type=Path,
         metavar="JSONL",
-        help="write every episode here, with what the model was shown and said",
+        help="write every episode here, with its prompts and responses",
     )
     arguments = parser.parse_intermixed_args(argv)
-    # This model is all there is: a preset that leaves student and teacher to its user needs no others.
+    # Only this model is used: a preset that leaves student and teacher to the user needs no others.
     own = [f"{role}.path={arguments.model}" for role in ("student", "teacher")]
     chooses_nothing = ["checkpoint.keep_best=false", "schedule.kappa.kind=linear"]
     return arguments, load(arguments.preset, arguments.config, [*own, *chooses_nothing, *arguments.settings])
 
 
 def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
-    """Answer `--help`, `--version` and the like (SystemExit) before torch is imported; whatever is wrong, `main` will say."""
+    """Answer `--help`, `--version` and the like, and exit, before torch is imported. Leaves errors to `main`."""
     speaks = os.environ.get("RANK", "0") == "0"
     with suppress(UserError), nullcontext() if speaks else redirect_stdout(io.StringIO()):
         parse(sys.argv[1:])
 
 
 def key_help() -> str:
-    """Every key by section: its default, what it takes and what it means."""
+    """Return every key by section, with its default, the values it takes and its meaning."""
     lines: list[str] = []
     default = defaults()
     for key, field in FIELDS.items():
@@ -138,12 +138,12 @@ def key_help() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """With `--version`; what it cannot read is a UserError."""
+    """An argument parser with `--version` that raises UserError instead of exiting."""
 
     def __init__(self, program: str, **options) -> None:
         super().__init__(prog=f"python -m {program}", allow_abbrev=False, **options)
         self.add_argument(
-            "--version", action="version", version=f"atod_fast {__version__}", help="print the version and stop"
+            "--version", action="version", version=f"atod_fast {__version__}", help="print the version and exit"
         )
 
     def error(self, message: str) -> NoReturn:
@@ -171,20 +171,20 @@ def _parser(program: str) -> Parser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved settings and what a step takes in tokens and memory, then stop",
+        help="print the resolved settings, and the tokens and memory of a step, then exit",
     )
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="continue from a checkpoint, or the newest of a run (auto: of the run folder, or start if there is none), with its run's own settings "
-        "unless --preset or CONFIG.toml is given",
+        help="continue from a checkpoint, or the newest of a run (auto: of the run folder, or start a new run), "
+        "with the run's own settings unless --preset or CONFIG.toml is given",
     )
     parser.add_argument(
         "--set-aside",
         action="store_true",
         help="with --resume of a checkpoint that is not the newest: move what came after it into RUN/set-aside-N",
     )
-    parser.add_argument("--list-presets", action="store_true", help="print the presets and stop")
+    parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""How a command runs on one rank: arguments in, an exit code and one line on stderr out."""
+"""Run a command on one rank: parse its arguments, print its error on one line, return its exit code."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def run(
     interrupted: str,
     killed: str = "",
 ) -> int:
-    """Call `act(parse(), interrupt)` and return the exit code: 0, or that of the error that ended it.
+    """Call `act(parse(), interrupt)` and return the exit code: 0, or that of the error raised.
 
     Rank 0 prints the error on one line of stderr, then the error's notes. `interrupted` is the line for an interruption
-    without notes, `killed` the one for a second Ctrl-C. The process groups are gone afterwards.
+    without notes, `killed` the line for a second Ctrl-C. Destroys the process groups at the end.
 
     Raises:
         SystemExit: `parse` answered `--help` or the like.

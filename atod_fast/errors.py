@@ -1,4 +1,7 @@
-"""The errors a user can cause or must act on; `train.main` prints their message on one line and exits with their code."""
+"""The errors a user can cause or must act on.
+
+The commands print their message on one line and exit with their code.
+"""
 
 
 class UserError(Exception):
@@ -8,29 +11,35 @@ class UserError(Exception):
 
 
 class NotHere(UserError):
-    """What the settings point to cannot be reached: a file, a folder, a server. A dry run goes on without it."""
+    """A file, folder or server that the settings name cannot be reached. A dry run goes on without it."""
 
 
 class GuardError(Exception):
-    """A run-time guard stopped the run: a non-finite loss, rollout and trainer log-probs that disagree, a checkpoint that
-    cannot be written, one of those below."""
+    """A run-time guard stopped the run.
+
+    Such as: a non-finite loss, rollout and trainer log-probs that disagree, a checkpoint that cannot be written, or one
+    of the subclasses.
+    """
 
     exit_code = 3
 
 
 class EnvironmentsLost(GuardError):
-    """Too many environments of a rollout failed. What was trained before is whole."""
+    """Too many environments of a rollout failed. The steps before it are not affected."""
 
 
 class EngineFailure(GuardError):
-    """The rollout engine broke down in the midst of a rollout, of which nothing may be used. The loop tries once more."""
+    """The rollout engine failed during a rollout, which is discarded. The loop tries once more."""
 
 
 class RankLost(GuardError):
-    """Another rank is gone or did not come in time: the ranks can do nothing together any more, saving included."""
+    """Another rank has ended or did not arrive in time. No collective is possible any more, so nothing can be saved."""
 
 
 class Unexpected(Exception):
-    """Neither of the above: a bug, a lost device, another file that cannot be written. Its traceback has been printed on the rank where it happened."""
+    """None of the above: a bug, a lost device, another file that cannot be written.
+
+    The rank where it happened has printed the traceback.
+    """
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Success of a checkpoint on held-out tasks.
+"""Measure the success rate of a model on held-out tasks.
 
     python -m atod_fast.evaluate runs/demo/hf eval.tasks=2000 --out evaluation.json --transcripts episodes.jsonl
     python -m atod_fast.evaluate Qwen/Qwen3-0.6B --preset own env.name=guess:Guess env.eval='{tasks=400, seed=1}'
@@ -45,7 +45,7 @@ EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
 def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt) -> list[Trajectory]:
     """Play the first `eval.tasks` held-out tasks with `model` at `eval.temperature`. Collective.
 
-    Returns all ranks' trajectories, on every rank. Raises UserError for a model or settings that cannot be used.
+    Returns all ranks' trajectories on every rank. Raises UserError if the model or the settings cannot be used.
     """
     device, _ = ranks.start()
     with ranks.together():
@@ -64,8 +64,10 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
 
 
 def summary(trajectories: list[Trajectory]) -> dict:
-    """Returns success overall and by task type, the mean score if the environment gives scores, mean turns, the share
-    of invalid actions, each episode in task order, and the outcomes as one text of 0 and 1.
+    """Return the summary of an evaluation.
+
+    That is: success overall and by task type, the mean score if the environment gives scores, mean turns, the share of
+    invalid actions, each episode in task order, and the outcomes as one text of 0 and 1.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     return {
@@ -92,7 +94,7 @@ def make_place(option: str, path: Path) -> None:
 
 
 def start(asked: tuple[argparse.Namespace, Config], interrupt: Interrupt) -> None:
-    """Evaluate as the command line asks, and report."""
+    """Evaluate as the command line says, then print and write the results."""
     arguments, config = asked
     speaks = ranks.rank() == 0
     if arguments.out and arguments.out == arguments.transcripts:
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(arguments: argparse.Namespace, config: Config, trajectories: list[Trajectory]) -> None:
-    """Print the summary, and write the files that were asked for."""
+    """Print the summary, and write the files of `--out` and `--transcripts`."""
     found = summary(trajectories)
     score = f", mean score {found['score']:.3f}," if "score" in found else ""
     where = f"{found['tasks']} tasks at temperature {config.eval.temperature:g}"

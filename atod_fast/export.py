@@ -1,7 +1,7 @@
-"""A model for transformers out of a checkpoint, on one CPU.
+"""Export a checkpoint as a model for transformers, on one CPU.
 
-python -m atod_fast.export runs/demo --out model                                the newest checkpoint of a run
-python -m atod_fast.export runs/demo --best --out model                         the best on env.dev, where checkpoint.keep_best=true
+python -m atod_fast.export runs/demo --out model                      the newest checkpoint of a run
+python -m atod_fast.export runs/demo --best --out model               the best on env.dev (checkpoint.keep_best=true)
 python -m atod_fast.export runs/demo/checkpoints/step_000050 --out model
 """
 
@@ -17,7 +17,7 @@ from atod_fast.errors import UserError
 
 
 def _chosen(given: Path, best: bool) -> Path:
-    """The checkpoint that was asked for."""
+    """Return the checkpoint that the arguments name. Raises UserError if there is none."""
     from atod_fast.policy import checkpoint
 
     if checkpoint.is_complete(given):
@@ -35,13 +35,14 @@ def _chosen(given: Path, best: bool) -> Path:
     found = checkpoint.best(given)
     if found is None:
         raise UserError(
-            f"--best: {given} names no best checkpoint, which takes checkpoint.keep_best=true; leave --best out for the newest"
+            f"--best: {given} names no best checkpoint, which takes checkpoint.keep_best=true; "
+            "leave --best out for the newest"
         )
     return checkpoint.folder(given, found.step)
 
 
 def _student(path: Path, given: str | None) -> str:
-    """student.path of the checkpoint's run, or what --student says."""
+    """Return the value of --student, or else student.path of the checkpoint's run."""
     if given is not None:
         return given
     from atod_fast.policy import checkpoint
@@ -56,7 +57,7 @@ def _student(path: Path, given: str | None) -> str:
 
 
 def export(path: Path, out: Path, student: str) -> list[str]:
-    """Write the model of the checkpoint at `path` to `out`; a line for each file that could not be."""
+    """Write the model of the checkpoint at `path` to `out`. Returns a line for each file that could not be written."""
     import warnings
 
     import torch
@@ -70,7 +71,7 @@ def export(path: Path, out: Path, student: str) -> list[str]:
     tokenizer = load_tokenizer(student)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is no process group
+            warnings.simplefilter("ignore")  # about the missing process group
             facts = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             weights = {
                 name: torch.empty(fact.size, dtype=fact.properties.dtype)
@@ -78,7 +79,7 @@ def export(path: Path, out: Path, student: str) -> list[str]:
                 if name.startswith("model.") and hasattr(fact, "size")
             }
             dcp.load(weights, checkpoint_id=path, no_dist=True)
-    except (dcp.api.CheckpointException, Exception) as error:  # the first is none of the second
+    except (dcp.api.CheckpointException, Exception) as error:  # CheckpointException is no Exception
         raise UserError(
             f"{path} is damaged or another program's ({checkpoint.reason(error)}); take another checkpoint"
         ) from None
@@ -92,15 +93,17 @@ def export(path: Path, out: Path, student: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad usage or input."""
+    """Run the command line `argv` and return the exit code: 0 done, 2 bad usage or input."""
     parser = Parser("atod_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run for its newest")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the model; it must not hold anything yet"
     )
-    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best success on env.dev")
+    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best success on env.dev")
     parser.add_argument(
-        "--student", metavar="PATH", help="where the model that was trained is now (default: student.path of the run)"
+        "--student",
+        metavar="PATH",
+        help="folder or hub name of the model that was trained (default: student.path of the run)",
     )
     try:
         arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Files that appear whole."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A file written beside `path` that takes its place at the end of the block; after an error there, `path` is as it was."""
+    """Open a temporary file that replaces `path` at the end of the block; on an error, `path` stays unchanged."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -22,5 +22,6 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def write(path: Path, text: str) -> None:
+    """Replace the content of `path` by `text`, atomically."""
     with replacing(path) as file:
         file.write(text)

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM, turned into a request that the loop honours where all ranks can do so together.
+"""Turn Ctrl-C and SIGTERM into a request to stop, which the loop follows where all ranks can stop together.
 
-torchrun passes the signal to every worker and waits 30 s. A rollout stops at once; scoring and an update, whose
-collectives cannot be left half way, are finished first: where they take longer, give torchrun a --shutdown-timeout, or
-the last checkpoint stands. A second Ctrl-C kills.
+torchrun passes the signal to every worker and waits 30 s. A rollout stops at once; scoring and an update are finished
+first, as their collectives cannot be left half way. If they take longer than 30 s, give torchrun a --shutdown-timeout,
+or only the last checkpoint remains. A second Ctrl-C kills.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Install with `with`; `requested` tells that a signal came."""
+    """Context manager that handles the signals; `requested` is True once a signal came."""
 
     def __init__(self):
         self.requested = False
@@ -29,13 +29,13 @@ class Interrupt:
         self._previous: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # torchrun sends SIGTERM to the other ranks as soon as one has ended: that is no second wish.
+        # torchrun sends SIGTERM to the other ranks as soon as one has ended: that is no second request.
         if self.requested and number == signal.SIGINT and not self._ending:
             raise KeyboardInterrupt
         self.requested = True
 
     def ending(self) -> None:
-        """All that could be saved is saved: what is left to do is short, and a further signal must not cut off the last line."""
+        """Ignore further signals: all is saved, and the last line must still be printed."""
         self._ending = True
 
     def __enter__(self) -> Interrupt:
@@ -57,8 +57,8 @@ print(sys.argv[2], flush=True)
 
 
 def last_word(line: str) -> None:
-    """Print `line`; under torchrun once more when it has ended, below the report it prints of its own."""
+    """Print `line`; under torchrun print it again after torchrun's own report."""
     print(line, flush=True)
     if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(os, "pidfd_open"):
-        # A process in a session of its own: torchrun kills those of its workers.
+        # In a new session: torchrun kills the processes of its workers' sessions.
         subprocess.Popen([sys.executable, "-c", _AFTER, str(os.getppid()), line], start_new_session=True)

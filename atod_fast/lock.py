@@ -1,4 +1,4 @@
-"""One process writes a run folder at a time."""
+"""Lock a run folder, so that only one process writes to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from atod_fast.errors import UserError
 
 
 def hold(folder: Path) -> Callable[[], None]:
-    """Lock `folder` until what is returned is called, or the process ends. A file system without locks is gone on with.
+    """Lock `folder` until the returned function is called or the process ends. Does nothing if locks are unsupported.
 
     Raises:
         UserError: another process holds it.
@@ -31,7 +31,7 @@ def hold(folder: Path) -> Callable[[], None]:
             break
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()  # of a process that ended meanwhile and took its lock away
+        file.close()  # the process that held it has ended meanwhile and removed the file
 
     def release() -> None:
         path.unlink(missing_ok=True)

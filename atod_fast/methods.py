@@ -1,7 +1,7 @@
-"""What each `objective.preset` stands for.
+"""The keys that each `objective.preset` expands into.
 
-A preset owns the keys of the method's equations, the same keys in each. What is set for a task or a model it leaves
-alone: horizon and hold, the entropy bonus, the penalty and what counts as invalid, and the constants of variants that no
+Every preset sets the same keys, those of the method's equations. It does not set what depends on the task or the model:
+horizon and hold, the entropy bonus, the penalty and what counts as invalid, and the constants of variants that no
 preset uses. docs/paper.md names the source of each value.
 """
 
@@ -49,7 +49,7 @@ _EXACT: Level = {
     "turns.budget": "mean1",
 }
 _UNIFORM: Level = {"turns.fuse": "uniform"}
-_CORRECTED: Level = {"objective.tis_cap": 2.0}  # an engine in bf16 does not sample exactly what the trainer scores
+_CORRECTED: Level = {"objective.tis_cap": 2.0}  # a bf16 engine's log-probs differ a little from the trainer's
 _OURS = _PAPER | _CORRECTED
 OBJECTIVES: dict[str, Level] = {
     "paper": _PAPER,
@@ -62,7 +62,7 @@ OBJECTIVES: dict[str, Level] = {
 
 
 def nest(level: Mapping[str, Any]) -> dict[str, Any]:
-    """A level as sections within sections."""
+    """Return a level as nested sections."""
     out: dict[str, Any] = {}
     for key, value in level.items():
         *sections, name = key.split(".")

@@ -1,7 +1,8 @@
-"""`--dry-run`: whether the run would start, the resolved settings, and what a step takes in tokens and in memory.
+"""`--dry-run`: whether the run would start, the resolved settings, and the tokens and memory of a step.
 
-The output is TOML, the plan its comments: `--dry-run > my.toml` is a start for a file of one's own. Memory is an upper
-bound by formula (each stated where it is computed), without allocator slack, CUDA context and kernels' workspaces.
+The output is TOML with the plan in comments: `--dry-run > my.toml` is a start for your own settings file. Memory is an
+upper bound by formula (each stated where it is computed), without allocator slack, CUDA context and kernels'
+workspaces.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Memory of one rank, and when it is held."""
+    """One use of memory on a rank, and the phases that hold it."""
 
     name: str
     size: float  # bytes
@@ -63,10 +64,10 @@ class Item:
 
 
 def describe(config: Config, ranks: int) -> str:
-    """The text of `--dry-run` for a run of `ranks` processes on this machine's kind of device.
+    """Return the text of `--dry-run` for a run of `ranks` processes on this machine's kind of device.
 
     Raises:
-        UserError: what would refuse the run at its start.
+        UserError: the run would be refused at its start.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = preflight.look(config, ranks, device, offline=True)
@@ -79,8 +80,10 @@ def describe(config: Config, ranks: int) -> str:
         lines.append(f"schedule.kappa is 0 throughout: no teacher scores{played}")
     step = step_bounds(config)
     lines += [
-        f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = {step.trajectories:,} trajectories of {step.turns:,} turns",
-        f"        {step.rows:,} rows of {step.tokens:,} tokens, {step.action_tokens:,} of them actions, in {step.updates:,} updates",
+        f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = "
+        f"{step.trajectories:,} trajectories of {step.turns:,} turns",
+        f"        {step.rows:,} rows of {step.tokens:,} tokens, "
+        f"{step.action_tokens:,} of them actions, in {step.updates:,} updates",
     ]
     if all(role in shapes for role in used_models(config)):
         lines += ["", *_table(list(memory(config, shapes["student"], shapes.get("teacher"), found.runtime)))]
@@ -99,7 +102,7 @@ def describe(config: Config, ranks: int) -> str:
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
-    """Sizes of a model, which may be on the meta device. UserError where the trainer cannot take it apart."""
+    """Return the sizes of a model, which may be on the meta device. Raises UserError if its layout is unknown."""
     config = model.config
     blocks = [sum(p.numel() for p in block.parameters()) for block in find_layout(model).parts(model).blocks]
     text = config.get_text_config(decoder=True)
@@ -116,7 +119,10 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 
 def _intermediate(text) -> int:
-    """Width of the feed-forward parts one token passes through: of the chosen experts, or of the only one; usually four times the hidden size."""
+    """Return the width of the feed-forward parts that one token passes through: all its experts, or the only one.
+
+    Four times the hidden size if the configuration does not say.
+    """
     names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
     width = next((value for name in names if (value := getattr(text, name, None)) is not None), 4 * text.hidden_size)
     experts = getattr(text, "num_experts_per_tok", None)
@@ -126,7 +132,7 @@ def _intermediate(text) -> int:
 
 
 def step_bounds(config: Config) -> Step:
-    """Every trajectory plays all its turns, every prompt and response is as long as allowed."""
+    """Return a step's upper bounds: all turns are played, all prompts and responses have the greatest length."""
     train, rollout = config.train, config.rollout
     trajectories = train.tasks_per_step * train.group_size
     turns = trajectories * config.env.max_turns
@@ -137,7 +143,7 @@ def step_bounds(config: Config) -> Step:
 
 
 def block_activations(shape: Shape, bytes_: int) -> int:
-    """Bytes one block keeps for its backward pass, per token, after transformers' Qwen3 block without liger.
+    """Return the bytes per token that a block keeps for its backward pass: transformers' Qwen3 block without liger.
 
     With c bytes an element, H hidden, I intermediate, N + K query and key heads of D:
 
@@ -156,14 +162,17 @@ def block_activations(shape: Shape, bytes_: int) -> int:
 
 
 def activations(shape: Shape, bytes_: int, checkpointing: bool) -> int:
-    """Bytes a forward pass keeps per token: all blocks, or with checkpointing each block's input and one block; and the last norm."""
+    """Return the bytes per token that a forward pass keeps: the last norm and all blocks.
+
+    With checkpointing: the last norm, every block's input and one block.
+    """
     block = block_activations(shape, bytes_)
     kept = shape.layers * bytes_ * shape.hidden + block if checkpointing else shape.layers * block
     return kept + shape.hidden * (4 + bytes_)
 
 
 def gathered(shape: Shape, bytes_: int) -> int:
-    """Bytes of parameters that FSDP2 holds whole: root and head, the block in use and the next; small models entirely."""
+    """Return the bytes of the parameters that FSDP2 gathers: root and two blocks, or all of a small model."""
     whole = (
         shape.parameters
         if shape.parameters <= RESHARD_PARAMETERS
@@ -173,25 +182,28 @@ def gathered(shape: Shape, bytes_: int) -> int:
 
 
 def cache_line(shape: Shape, bytes_: int) -> int:
-    """Bytes of key/value cache a token takes: key and value of every layer."""
+    """Return the bytes of key/value cache per token: key and value of every layer."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_
 
 
 def head_tiles(shape: Shape, kept: int, device: torch.device) -> int:
-    """Bytes of logits at one time: four fp32 tiles, and a chunk of whole rows of the `kept` models that are needed twice."""
+    """Return the bytes of logits held at a time: four fp32 tiles, and whole rows of `kept` models.
+
+    kept: how many models' logits are needed twice.
+    """
     rows, columns = TILE["cpu" if device.type == "cpu" else "accelerator"]
     return 4 * rows * (4 * columns + kept * max(columns, shape.vocabulary))
 
 
 def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runtime) -> Iterator[Item]:
-    """What a rank holds and when. P parameters and c bytes an element of student or teacher, W ranks.
+    """Yield what a rank holds and when. P parameters and c bytes per element of student or teacher, W ranks.
 
-    `teacher` is None where it neither scores nor plays.
+    teacher: None if it neither scores nor plays.
 
     Masters 4P/W, gradients 4P/W, AdamW 8P/W; the frozen teacher cP/W. The head's op adds the fp32 gradients of the
-    hidden states [A, H] and of its weight [V, H] to its tiles, A being the action tokens of a micro-batch; lean, it
-    keeps no logits and rounds the weight's gradient slice by slice. On CUDA an engine sleeps through scoring and updates:
-    vLLM gives up weights and cache, the transformers engine its cache.
+    hidden states [A, H] and of its weight [V, H] to its tiles, A being the action tokens of a micro-batch; if lean, it
+    keeps no logits and rounds the weight's gradient slice by slice. On CUDA an engine sleeps in scoring and updates:
+    vLLM frees weights and cache, the transformers engine its cache.
     """
     ranks, device = runtime.ranks, runtime.device
     c, ct = runtime.student_dtype.itemsize, runtime.teacher_dtype.itemsize
@@ -246,7 +258,7 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
 
 
 def _table(items: list[Item]) -> Iterator[str]:
-    """One line a name, one column a phase."""
+    """Yield a table with a line per name and a column per phase."""
     cells: dict[str, dict[str, float]] = {}
     for item in items:
         for phase in item.phases:

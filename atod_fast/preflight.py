@@ -1,6 +1,6 @@
-"""What refuses a run at its start, asked before a weight is loaded: by the run itself, and by its `--dry-run`.
+"""Check everything that can refuse a run, before any weight is loaded: for the run itself and for `--dry-run`.
 
-A run stops at the first refusal. A dry run fetches nothing: what is not on this machine it lists as not checked.
+A run stops at the first error. A dry run fetches nothing and lists what is not on this machine as not checked.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Counted once where they are shared."""
+        """Number of parameters; shared ones count once."""
         return sum(parameter.numel() for parameter in self.body.parameters())
 
     @property
     def columns(self) -> int:
-        """Width of the head."""
+        """Number of columns of the head's logits."""
         return self.config.get_text_config().vocab_size
 
 
@@ -77,13 +77,15 @@ def look(
     mesh: DeviceMesh | None = None,
     offline: bool = False,
 ) -> Found:
-    """Returns how a run of `ranks` processes computes on `device`, and its models without their weights.
+    """Return how a run of `ranks` processes computes on `device`, and its models without their weights.
+
+    offline: fetch nothing, and note what is not on this machine (a dry run).
 
     Raises:
-        UserError: the settings contradict each other, the environment's options are wrong, or a model cannot be used so.
+        UserError: settings contradict each other, an environment's options are wrong, or a model cannot be used so.
     """
     check_ranks(config, ranks)
-    check_env(config)  # before a model is fetched for an environment that is not there
+    check_env(config)  # first, so that no model is fetched for a wrong environment
     sources, unchecked = {}, []
     for role, path in used_models(config).items():
         if offline:
@@ -108,14 +110,15 @@ def look(
         last = max(i for i in student.tokenizer.get_vocab().values() if i < student.columns)
         if last >= teacher.columns:
             raise UserError(
-                f"teacher.path={teacher.path!r} has {teacher.columns} columns, too few for token {last} of student.path={student.path!r}; "
+                f"teacher.path={teacher.path!r} has {teacher.columns} columns, "
+                f"too few for token {last} of student.path={student.path!r}; "
                 "use a teacher of the student's family"
             )
     return found
 
 
 def look_at_tasks(config: Config, found: Found) -> None:
-    """What a run asks of its environments before it plays: opens the splits in use, and words the prompts for the student."""
+    """Open the splits in use, as a run does before it plays, and make the renderer of the student's prompts."""
     student = found.models.get("student")
     for split in (*config.evaluated, "train"):
         with _noting(found.unchecked, f"env.{split}"):
@@ -128,7 +131,7 @@ def look_at_tasks(config: Config, found: Found) -> None:
 
 @contextmanager
 def _noting(unchecked: list[str], key: str) -> Iterator[None]:
-    """Turn a NotHere in the block into a line of `unchecked`."""
+    """Add a NotHere that the block raises to `unchecked`, as a line."""
     try:
         yield
     except NotHere as error:
@@ -136,7 +139,7 @@ def _noting(unchecked: list[str], key: str) -> Iterator[None]:
 
 
 def _offline(role: str, path: str, unchecked: list[str]) -> tuple[object, PreTrainedTokenizerBase | None] | None:
-    """Configuration and tokenizer from this machine, or the published configuration; None where there is neither."""
+    """Return configuration and tokenizer from this machine, or the published configuration; None without either."""
     missing = [] if is_here(path, *WEIGHT_FILES) else ["weights"]
     tokenizer = None
     if is_here(path, *TOKENIZER_FILES):
@@ -156,7 +159,7 @@ def _offline(role: str, path: str, unchecked: list[str]) -> tuple[object, PreTra
 
 
 def _body(config: Config, role: str, path: str, shape, runtime: Runtime) -> PreTrainedModel:
-    """Returns the model without its weights; UserError where it cannot act, score or learn as it is asked to."""
+    """Return the model without its weights. Raises UserError if it cannot act, score or learn as configured."""
     check_quantised(path, shape)
     compute = runtime.student if role == "student" else runtime.teacher or runtime.playing_teacher
     if compute.attention == "flash_attention_2" and compute.dtype == torch.float32:

@@ -1,6 +1,6 @@
-"""The config.json of the presets' models, as published: `--dry-run` plans with them on a machine that has none.
+"""The config.json of the presets' models, as published: `--dry-run` uses them on a machine that has no copy.
 
-Only what says how large a model is and how far it reaches; special tokens and precisions are left to the real file.
+Only sizes and the number of positions; special tokens and precisions are left to the real file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes: one under plain `python -m`, N under torchrun; the same code path for both."""
+"""Ranks: one process under plain `python -m`, N under torchrun; the same code for both."""
 
 from __future__ import annotations
 
@@ -25,36 +25,37 @@ from atod_fast.errors import GuardError, RankLost, Unexpected, UserError
 from atod_fast.interrupt import Interrupted
 from atod_fast.records import Trajectory, Turn
 
-COLLECTIVE = timedelta(
-    minutes=30
-)  # what ranks do together takes far less; they wait for each other's rollouts in `wait`
-STOPPING = timedelta(seconds=30)  # ranks that stop for the same reason come to `all_stop` well within it
+# Collectives take far less; for rollouts, which may take longer, ranks wait in `wait`.
+COLLECTIVE = timedelta(minutes=30)
+STOPPING = timedelta(seconds=30)  # ranks that stop for the same reason reach `all_stop` well within it
 
 _starts = count(1)
 _before_stop: list[Callable[[], object]] = []
 _waiting: dist.ProcessGroup | None = None  # of `wait`
-_stopping: dist.ProcessGroup | None = (
-    None  # of `all_stop`: one that stops must not be taken for one whose rollout is over
-)
+# Of `all_stop`: a rank that stops must not be mistaken for one whose rollout is over.
+_stopping: dist.ProcessGroup | None = None
 _limit = COLLECTIVE
 _doing = "starting"
 
 
 def rank() -> int:
+    """Return the number of this rank."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Return the number of ranks."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start() -> tuple[torch.device, DeviceMesh]:
-    """Device of this rank and the mesh of all ranks: nccl on CUDA, gloo on a CPU; a process alone is a group of one."""
+    """Return this rank's device and the mesh of all ranks: nccl on CUDA, gloo on a CPU; also for a single process."""
     if torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > gpus:
             raise UserError(
-                f"--nproc_per_node {here} exceeds the {gpus} GPUs of this machine; use {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU"
+                f"--nproc_per_node {here} exceeds the {gpus} GPUs of this machine; "
+                f"use {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU"
             )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -73,11 +74,12 @@ def start() -> tuple[torch.device, DeviceMesh]:
 
 
 def before_stop(action: Callable[[], object]) -> None:
-    """Have `stop` do this first: for what uses the process groups and must end before they do."""
+    """Register an action that `stop` calls before it destroys the process groups, the last registered first."""
     _before_stop.append(action)
 
 
 def stop() -> None:
+    """Call the actions of `before_stop`, then destroy the process groups."""
     global _waiting, _stopping
     while _before_stop:
         with suppress(Exception):  # the process ends, whatever state an error left it in
@@ -88,26 +90,26 @@ def stop() -> None:
 
 
 def doing(what: str) -> None:
-    """Note what this rank is about to do, for the message of one that waits in vain."""
+    """Note what this rank is about to do, for the message of RankLost."""
     global _doing
     _doing = what
 
 
 def be_patient(seconds: float) -> None:
-    """How long `wait` waits. Collective."""
+    """Set how long `wait` waits. Collective."""
     global _waiting, _stopping, _limit
     _limit = timedelta(seconds=seconds)
     if world_size() > 1:
-        # The first rank knows who is missing and speaks first; the others' own limit is the group's.
+        # Rank 0 knows who is missing and must report it first: the other ranks wait longer.
         _waiting = dist.new_group(backend="gloo", timeout=_limit + STOPPING)
         _stopping = dist.new_group(backend="gloo", timeout=STOPPING)
 
 
 def wait() -> None:
-    """After a rollout, which takes each rank its own time: go on when all are here.
+    """Wait for all ranks after a rollout, whose length differs from rank to rank.
 
     Raises:
-        RankLost: one is gone, or not here within the limit of `be_patient`.
+        RankLost: a rank has ended, or has not arrived within the limit of `be_patient`.
     """
     if _waiting is None:
         return
@@ -120,14 +122,16 @@ def wait() -> None:
         waited = time.monotonic() - start
         if waited < _limit.total_seconds() or "Connection" in str(error):
             raise RankLost(_gone(who)) from None
-        line = f"waited {waited / 60:.2g} min for {who} in {_doing!r}: see what holds it up there, or raise guard.wait_minutes"
-        raise RankLost(f"rank {rank()} {line}") from None
+        raise RankLost(
+            f"rank {rank()} waited {waited / 60:.2g} min for {who} in {_doing!r}: "
+            "see what holds it up there, or raise guard.wait_minutes"
+        ) from None
 
 
 def all_stop(whole: bool) -> bool:
-    """Whether every rank is stopping too, with whole weights: then they can save together. Waits `STOPPING` for them.
+    """Return whether every rank is stopping with `whole` weights, so that they can save together.
 
-    A rank that failed alone finds nobody here: the others are inside a collective that it will never join.
+    Waits `STOPPING` for them. A rank that failed alone waits in vain: the others are in a collective it never joins.
     """
     if _stopping is not None:
         try:
@@ -142,7 +146,11 @@ def _gone(who: str) -> str:
 
 
 def understood(error: BaseException) -> Exception:
-    """`error` as one that ends in a line: itself; RankLost for a failed collective; else Unexpected, its traceback printed."""
+    """Return the error to report for `error`, with a message of one line.
+
+    It is `error` itself if it is one of this package's, RankLost for a failed collective, else Unexpected, after the
+    traceback is printed.
+    """
     if isinstance(error, UserError | GuardError | Unexpected | Interrupted):
         return error
     text = str(error)
@@ -159,9 +167,9 @@ def understood(error: BaseException) -> Exception:
 
 
 def ending(error: BaseException) -> tuple[Exception, str]:
-    """What ends this process: `error` as `understood`, and its message on one line.
+    """Return the error that ends this process, as `understood`, and its message on one line.
 
-    A rank other than the first prints that line itself where the first may never hear of the error. Call it before `stop`.
+    A non-zero rank prints the line itself if rank 0 may never learn of the error. Call it before `stop`.
     """
     stopped = understood(error)
     line = " ".join(str(stopped).split())
@@ -172,7 +180,7 @@ def ending(error: BaseException) -> tuple[Exception, str]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What is raised inside on one rank is raised on all of them, at the end of the block. Nothing collective inside."""
+    """Raise an error of the block on all ranks, at its end. The block must not contain collectives."""
     failure = None
     try:
         yield
@@ -182,14 +190,14 @@ def together() -> Iterator[None]:
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over ranks, on the CPU."""
+    """Return the sum over ranks, on the CPU."""
     values = values.detach().cpu()
     dist.all_reduce(values)
     return values
 
 
 def largest(value: float) -> float:
-    """The largest of the ranks' values; NaN if one is NaN."""
+    """Return the largest of the ranks' values; NaN if one is NaN."""
     return max(_everyone(value), key=lambda v: (v != v, v))
 
 
@@ -200,12 +208,12 @@ def _everyone(value: float) -> list[float]:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank iff `flag` is on one."""
+    """Return, on every rank, whether `flag` is true on any rank."""
     return bool(total(torch.tensor(int(flag))))
 
 
 def speak_alone(line: str) -> None:
-    """Say on stderr what stops this rank and may never reach the first one, which prints what stops all."""
+    """Print a fatal error from a non-zero rank; rank 0 may never learn of it."""
     if rank():
         print(f"atod_fast: rank {rank()}: {line}", file=sys.stderr, flush=True)
 
@@ -214,8 +222,9 @@ _SHARED = {name: kind for name, kind in vars(errors).items() if isinstance(kind,
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise the first rank's error, one of atod_fast.errors, on every rank: one that stopped alone would leave the others
-    waiting for it. It is marked as `told`: the first rank says it.
+    """Raise the error of the lowest rank that has one on every rank, as one of atod_fast.errors.
+
+    A rank that stopped alone would leave the others waiting. The error is marked as `told`: rank 0 prints it.
     """
     known = next((kind.__name__ for kind in type(error).__mro__ if _SHARED.get(kind.__name__) is kind), "Unexpected")
     text = "" if error is None else f"{known}:{error}"
@@ -229,17 +238,17 @@ def raise_together(error: Exception | None) -> None:
 
 
 def barrier() -> None:
-    """All ranks wait for each other (an all-reduce on the CPU: nccl's own barrier would pick a device)."""
+    """Wait until all ranks are here (an all-reduce on the CPU: nccl's own barrier would pick a device)."""
     any_rank(False)
 
 
 def from_first(text: str) -> str:
-    """Rank 0's text on every rank."""
+    """Return rank 0's text on every rank."""
     return _all_gather_bytes(text.encode())[0].decode()
 
 
 def tell(text: str | None, group: dist.ProcessGroup) -> str:
-    """The text that the first rank of `group` tells, on every rank of it; the others give None."""
+    """Return, on every rank of `group`, the text of its first rank; the others pass None."""
     size = torch.tensor([len(text.encode()) if text is not None else 0])
     dist.broadcast(size, group=group, group_src=0)
     data = (
@@ -252,15 +261,15 @@ def tell(text: str | None, group: dist.ProcessGroup) -> str:
 
 
 def neighbours(size: int) -> dist.ProcessGroup:
-    """The group of `size` consecutive ranks that this one belongs to, on the CPU. Collective over all ranks.
+    """Return the process group of `size` consecutive ranks that this one is in, on the CPU. Collective over all ranks.
 
-    In a rollout its ranks wait for each other as long as for others after it.
+    Its time-out is the limit of `be_patient`.
     """
     return dist.new_subgroups(size, backend="gloo", timeout=_limit)[0]
 
 
 def gather_trajectories(mine: Sequence[Trajectory]) -> list[Trajectory]:
-    """Every rank's trajectories on every rank, ordered by group and member; nothing is pickled."""
+    """Return all ranks' trajectories on every rank, ordered by group and member. Nothing is pickled."""
     header, tokens, logprobs = _pack(mine)
     parts = [_all_gather_bytes(array.tobytes()) for array in (header, tokens, logprobs)]
     everyone: list[Trajectory] = []
@@ -272,7 +281,7 @@ def gather_trajectories(mine: Sequence[Trajectory]) -> list[Trajectory]:
 
 
 def _pack(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Facts as JSON; ids and log-probs end to end, their lengths in the JSON."""
+    """Return the facts as JSON, and ids and log-probs end to end; the JSON holds their lengths."""
     facts, tokens, logprobs = [], [], []
     for trajectory in trajectories:
         turns = []

@@ -1,4 +1,4 @@
-"""Turns and trajectories: what an agent saw and did, as the token ids that were sampled. They are never encoded again.
+"""Turns and trajectories: what an agent saw and did, as the sampled token ids. They are never re-tokenised.
 
 Rollouts make trajectories; `batches.py` makes tensors of them for the objective and the policy.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Turn:
-    """One turn: what the agent was shown, what it answered, how the environment took the answer."""
+    """One turn: the prompt, the response, and the environment's reaction."""
 
     prompt: list[int]  # context `window`: the whole prompt; `full`: the tokens added since the previous action
     action: list[int]  # ids as sampled, the stop token included when one was sampled
@@ -19,8 +19,8 @@ class Turn:
     observation: str  # text shown before this action
     text: str  # decoded action
     command: str  # what was sent to the environment
-    well_formed: bool  # the response had the form that the prompt asks for
-    accepted: bool = True  # the environment took the command for an action
+    well_formed: bool  # the response has the form that the prompt asks for
+    accepted: bool = True  # the environment accepted the command as an action
     reward: float = 0.0
     stopped: bool = True  # by a stop token; False: cut off at rollout.response_tokens
 
@@ -52,8 +52,9 @@ class Trajectory:
 
 
 def outcomes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Returns the success rate, in which failed environments count as unsolved; the number of failed environments; mean
-    turns; and the mean score, if the environment gives scores.
+    """Return success rate, number of failed environments, mean turns, and mean score if the environment gives scores.
+
+    Failed environments count as unsolved.
     """
     scores = [t.score for t in trajectories if t.score is not None and t.failure is None]
     return {
@@ -65,7 +66,7 @@ def outcomes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Returns the success rate of each task type, in alphabetical order. Tasks without a type count as the type ""."""
+    """Return the success rate of each task type, in alphabetical order. Tasks without a type count as the type ""."""
     solved: dict[str, list[bool]] = {}
     for trajectory in trajectories:
         solved.setdefault(trajectory.task_type, []).append(trajectory.success)

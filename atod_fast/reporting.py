@@ -1,4 +1,4 @@
-"""What a run writes down for people: the metrics of a step, metrics.jsonl, trajectories, curves, console lines."""
+"""Compute a step's metrics, and write metrics.jsonl, trajectories, curves and console lines."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import Clock, MetricsLog
 from atod_fast.records import Trajectory, outcomes, success_by_type
 
-# Task types whose success metrics.jsonl tells apart; where there are more, a type is the name of a task or two.
+# Most task types for which metrics.jsonl has a success rate each; if there are more, a type has only a task or two.
 MOST_TYPES = 20
-FEW_ACTIONS = 32  # of which most may be the same by chance
+FEW_ACTIONS = 32  # of fewer, most may be the same by chance
 
 
 class Callback:
-    """Is told what a run writes down. Subclass it and override what you need.
+    """Called with the metrics and trajectories of a run. Subclass it and override what you need.
 
-    Rank 0 alone calls it, right after it has written. It must not communicate with other ranks, nor change what it is
-    given. What it raises stops the run on all ranks, after what was trained is saved.
+    Only rank 0 calls it, right after writing its files. It must not communicate with other ranks, nor change its
+    arguments. An exception stops the run on all ranks, after a checkpoint is saved.
     """
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
@@ -46,7 +46,7 @@ class Callback:
 
 
 class Reporter:
-    """Writes into the folder of a run and calls the callbacks, on rank 0 alone; says on the console what was written."""
+    """Writes the files of a run folder, prints lines on the console and calls the callbacks, all on rank 0 only."""
 
     def __init__(
         self,
@@ -72,14 +72,14 @@ class Reporter:
         trajectories: Sequence[Trajectory],
         signals: Mapping[str, Tensor] = transcripts.NONE,
     ) -> None:
-        """Write trajectories/`name`.jsonl; `signals` are numbers of their turns, [K] by name."""
+        """Write trajectories/`name`.jsonl; `signals` are values of their turns, [K] by name."""
         observe = self.config.observe
         if ranks.rank() == 0 and observe.trajectories_every:
             tokenizer = self.tokenizer if observe.prompts else None
             transcripts.write(self.run_dir / "trajectories" / f"{name}.jsonl", trajectories, tokenizer, signals)
 
     def step(self, metrics: dict, trajectories: Sequence[Trajectory], signals: Mapping[str, Tensor]) -> None:
-        """Write a step's metrics and, when due, its trajectories; print its line and what advice there is."""
+        """Write a step's metrics and, when due, its trajectories; print its line and any advice."""
         step, every = metrics["step"], self.config.observe.trajectories_every
         self.write(metrics)
         self.console.step(metrics)
@@ -97,7 +97,7 @@ class Reporter:
             callback.on_evaluation({"step": step, **metrics}, trajectories)
 
     def draw(self) -> bool:
-        """Draw curves.png. Returns whether that worked; a failure is printed and ends no run."""
+        """Draw curves.png. Returns whether that worked; a failure is printed and does not stop the run."""
         path = self.run_dir / "curves.png"
         try:
             from atod_fast.observe import curves
@@ -110,7 +110,7 @@ class Reporter:
 
 
 def evaluation_metrics(everyone: Sequence[Trajectory], prefix: str) -> dict[str, float]:
-    """Outcomes of an evaluation under `prefix`, with the success of each task type where types are few."""
+    """Return the outcomes of an evaluation, keys prefixed by `prefix`, with success per task type if types are few."""
     found = outcomes(everyone)
     types = {kind: success for kind, success in success_by_type(everyone).items() if kind}
     if 1 < len(types) <= MOST_TYPES:
@@ -119,7 +119,10 @@ def evaluation_metrics(everyone: Sequence[Trajectory], prefix: str) -> dict[str,
 
 
 def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[str, float]:
-    """Of a step's trajectories, and of the table of those whose environment did not fail."""
+    """Return the metrics of a step's rollout.
+
+    everyone: all trajectories. table: those whose environment did not fail.
+    """
     sizes = table.offsets.diff()
     found = outcomes(everyone)
     turns = [turn for trajectory in everyone if trajectory.failure is None for turn in trajectory.turns]
@@ -139,12 +142,15 @@ def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[st
 
 
 def same_action(commands: Sequence[str]) -> float:
-    """Share of the most frequent command; NaN for fewer than `FEW_ACTIONS`."""
+    """Return the share of the most frequent command; NaN for fewer than `FEW_ACTIONS`."""
     return Counter(commands).most_common(1)[0][1] / len(commands) if len(commands) >= FEW_ACTIONS else float("nan")
 
 
 def policy_metrics(learned: dict[str, float]) -> dict[str, float]:
-    """KL is that of the policy before the step's updates against the policy in them; the losses are nats a token."""
+    """Return the metrics of a step's updates.
+
+    KL is that of the policy before the updates against the policy during them; losses are in nats per token.
+    """
     return {
         "loss/total": learned["loss"],
         "loss/imitation_size": learned["opd"],
@@ -165,7 +171,7 @@ def turn_metrics(
     *,
     with_teacher: bool,
 ) -> dict[str, float | list[float]]:
-    """Means of the turns' signals and weights, and their profiles by turn index."""
+    """Return means of the turns' signals and weights, and their profiles by turn index."""
     return {
         "turns/disagreement": float(table.disagreement.mean()) if with_teacher else float("nan"),
         "turns/uncertainty": float(table.uncertainty.mean()),
@@ -182,7 +188,7 @@ def turn_metrics(
 
 
 def turn_signals(table: TurnTable, weights: TurnWeights, advantages: Advantages) -> dict[str, Tensor]:
-    """What a transcript shows of each turn, [K] by name."""
+    """Return the values that a transcript shows of each turn, [K] by name."""
     return {
         "disagreement": table.disagreement,
         "uncertainty": table.uncertainty,
@@ -192,7 +198,7 @@ def turn_signals(table: TurnTable, weights: TurnWeights, advantages: Advantages)
 
 
 def cost_metrics(clock: Clock, tokens: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a step by phase; action tokens learnt from per second; this rank's peak memory."""
+    """Return the seconds of a step by phase, action tokens trained on per second, and this rank's peak memory."""
     return clock.seconds | {
         "time/step": clock.total,
         "perf/tokens_per_second": tokens / clock.total,
@@ -201,7 +207,7 @@ def cost_metrics(clock: Clock, tokens: int, device: torch.device) -> dict[str, f
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: the accelerator's allocations of this rank, or the process's resident set."""
+    """Return this rank's peak memory in GiB: allocations on CUDA, else the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,6 +1,6 @@
-"""A training run: its set-up, and how it plays, evaluates, saves and ends. `train.py` is the algorithm that it serves.
+"""A training run: its set-up, and how it plays, evaluates, saves and ends. `train.py` has the training loop.
 
-`open_actor` is the part of the set-up that an evaluation by itself shares.
+`open_actor` is the part of the set-up that `evaluate.py` shares.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast import preflight, ranks, reporting, rundir, schedules
 from atod_fast.cli import Options
 from atod_fast.config import Config
-from atod_fast.errors import GuardError, RankLost
+from atod_fast.errors import GuardError, RankLost, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import stop_ids
 from atod_fast.observe.console import Console
@@ -34,7 +34,7 @@ from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
 from atod_fast.settings import check_engines, demo_values_warning, same_tasks
 
-# Above these the rollout engine does not hold the trainer's weights: mean |log-prob difference| by compute precision.
+# Largest mean |log-prob difference| of an engine that holds the trainer's weights, by compute precision.
 LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -47,12 +47,12 @@ def open_actor(
 ) -> Actor:
     """Return this rank's actor with the environments of `splits` open, and set how long ranks wait for each other.
 
-    path: of the model that acts. columns: width of its head. Collective.
+    path: the model that plays. columns: width of its head. Collective.
 
     Raises:
-        UserError: on every rank, where an environment or the prompt for this model cannot be had on one.
+        UserError: on every rank, if an environment cannot be opened or the model's prompt cannot be made on any rank.
     """
-    with ranks.together():  # files may be missing on one machine alone
+    with ranks.together():  # files may be missing on only one machine
         stops = stop_ids(path)
         actor = Actor(
             config,
@@ -60,7 +60,7 @@ def open_actor(
             rank=ranks.rank(),
             ranks=ranks.world_size(),
         )
-        for split in splits:  # what is wrong with one is said before anything is played
+        for split in splits:  # so that errors come before anything is played
             actor.world(split)
     engines = check_engines(config, ranks.world_size())
     ranks.be_patient(limit(config, engines, instant=actor.world("eval").instant))
@@ -83,6 +83,7 @@ class Run:
         self.run_dir, resume, finished = place
         config = rundir.resumed_config(options, resume)
         self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
+        console.splits = config.evaluated
         if finished:
             steps, model = config.train.steps, self.run_dir / "hf"
             raise rundir.Finished(
@@ -97,14 +98,13 @@ class Run:
         torch.manual_seed(config.train.seed)
 
         for line in same_tasks(config):
-            console.say(line)
+            console.say(f"warning: {line}", style="bold yellow")
         student = found.models["student"]
         if warning := demo_values_warning(config, student.parameters):
             console.say(warning, style="bold yellow")
         splits = *config.evaluated, "train"
         self.actor = open_actor(config, config.student.path, student.tokenizer, student.columns, splits)
-        # Before the trainer's models: vLLM needs its memory once while it is built, then leaves it to them until the
-        # first sync.
+        # Before the trainer's models: vLLM needs its memory while it is built, then frees it until the first sync.
         self.engine = make_engine(config, runtime.engine, runtime.student, device, filled=False, say=console.say)
         self.player = Player(
             config,
@@ -123,7 +123,7 @@ class Run:
         if resume:
             self.done, self.before = state["step"], state["before"]
             console.say(f"resumed from {resume}")
-        self.whole_at = self.learner.updates  # weights are those after step `done` as long as there are no more
+        self.whole_at = self.learner.updates  # number of updates after step `done`; more means a half-done step
         self.saved = self.done if place.here else 0  # the newest step with a checkpoint in the run folder
         self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
         self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer, callbacks)
@@ -140,7 +140,7 @@ class Run:
                     say=console.say,
                 )
         if config.checkpoint.keep_best and place.here:
-            # Success on other tasks than env.dev's is not to be compared with.
+            # Only successes on env.dev can be compared with each other.
             told = state.get("best") if "dev/success" in self.before else None
             self.best = checkpoint.agreed_best(self.run_dir, told)
         console.say(f"run folder {self.run_dir}, rollouts by {runtime.engine}")
@@ -148,7 +148,10 @@ class Run:
         if not resume:
             self.before = self.evaluate_before()
             self.reporter.write({"step": 0, **self.before})
-        self.kappa = schedules.make(config.schedule.kappa, self.before.get("dev/teacher_success", 0.0))
+        try:
+            self.kappa = schedules.make(config.schedule.kappa, self.before.get("dev/teacher_success", 0.0))
+        except UserError as error:
+            raise UserError(f"{error}; it played {config.eval.tasks} tasks of env.dev") from None
         self.rho = schedules.make(config.schedule.rho)
         self.learning_rate = schedules.LearningRate(config.train)
         if resume:
@@ -157,7 +160,7 @@ class Run:
     # What a step consists of
 
     def roll_out(self, step: int) -> list[Trajectory]:
-        """Play the step's episodes and put the engine to sleep. Returns all ranks' trajectories, on every rank."""
+        """Play the step's episodes, then put the engine to sleep. Returns all ranks' trajectories on every rank."""
         everyone = self.player.play(f"step {step}", partial(self.actor.train, self.engine, step))
         self.engine.sleep()
         return everyone
@@ -179,11 +182,11 @@ class Run:
         return {"sync/logprob_gap": mean, "sync/logprob_gap_max": largest}
 
     def learnt(self, step: int) -> None:
-        """Note that the weights are those after `step`, whole."""
+        """Note that step `step` is complete in the weights."""
         self.done, self.whole_at = step, self.learner.updates
 
     def resync(self) -> int:
-        """Send the student's weights to the rollout engine, which wakes for them. Returns the bytes sent."""
+        """Wake the rollout engine and send it the student's weights. Returns the bytes sent."""
         sent = 0
 
         def counted() -> Iterator[tuple[str, Tensor]]:
@@ -203,9 +206,9 @@ class Run:
         trajectories: Sequence[Trajectory],
         signals: Mapping[str, Tensor],
     ) -> Iterator[None]:
-        """At the end of the block, write the step down: `metrics` with what the block added, and its trajectories.
+        """At the end of the block, write the step's trajectories and its `metrics`, with those that the block added.
 
-        An error in the block is raised after that. RankLost is raised at once: nothing can be done together any more.
+        An error in the block is raised after that; RankLost at once, as no collective is possible any more.
         """
         stopped: Exception | None = None
         try:
@@ -225,7 +228,7 @@ class Run:
     def evaluate(self, engine: Engine, label: str, split: str = "eval", teacher: bool = False) -> dict[str, float]:
         """Play the tasks of env.`split` at eval.temperature with the student (or the teacher) in `engine`.
 
-        Returns its metrics: success, turns, failed environments, score, success by task type.
+        Returns the metrics: success, turns, failed environments, score, success by task type.
         """
         label += " on env.dev" * (split == "dev")
         ranks.doing(label)
@@ -242,7 +245,7 @@ class Run:
     def evaluate_before(self) -> dict[str, float]:
         """Evaluate the student and, with eval.teacher and a teacher, the teacher before any training.
 
-        On env.eval, and on env.dev where something looks at it. Returns the metrics of all these evaluations.
+        Both on env.eval, and on env.dev if a setting uses it. Returns the metrics of all these evaluations.
         """
         config = self.config
         found: dict[str, float] = {}
@@ -262,9 +265,9 @@ class Run:
         return found
 
     def evaluate_when_due(self, step: int, metrics: dict[str, float]) -> None:
-        """At the last step and every eval.every steps: evaluate the student, and add what was found to `metrics`.
+        """At the last step and every eval.every steps, evaluate the student and add the result to `metrics`.
 
-        What follows success on env.dev (the adaptive kappa, the best checkpoint) is told of it.
+        Also updates what depends on success on env.dev: the adaptive kappa and the best checkpoint.
         """
         config, last = self.config, step == self.config.train.steps
         if not last and not (config.eval.every and step % config.eval.every == 0):
@@ -282,14 +285,14 @@ class Run:
     # Saving, and how a run ends
 
     def save_when_due(self, step: int) -> None:
-        """Save a checkpoint at the last step, every checkpoint.every steps, and of the best success on env.dev."""
+        """Save a checkpoint at the last step, every checkpoint.every steps, and at the best success on env.dev."""
         last, every = step == self.config.train.steps, self.config.checkpoint.every
         best = self.best is not None and self.best.step == step
         if last or best or (every and step % every == 0):
             self.save()
 
     def save(self) -> None:
-        """Save the checkpoint of step `done`, unless it is there. Collective."""
+        """Save a checkpoint of step `done`, unless there is one. Collective."""
         if self.saved == self.done:
             return
         ranks.doing(f"saving step {self.done}")
@@ -306,20 +309,20 @@ class Run:
 
     @contextmanager
     def saved_if_stopped(self) -> Iterator[None]:
-        """On an error in the block: save what was trained, and raise the error with a note that says what was saved."""
+        """On an error in the block, save a checkpoint and raise the error with a note that says what was saved."""
         try:
             yield
         except (Exception, SystemExit) as error:
             stopped = ranks.understood(error)
-            if self.done:  # a checkpoint of no step would not be the start: an optimiser has no state before it
+            if self.done:  # before the first step the optimiser has no state to save
                 stopped.add_note(self.rescue(stopped))
             raise stopped from None
 
     def rescue(self, stopped: Exception) -> str:
-        """Save where that is possible and draw the curves. Returns a line that says what is saved and how to go on.
+        """Save if possible, and draw the curves. Returns a line that says what is saved and how to resume.
 
-        Saving takes all ranks, and weights that are those of a whole step: an update that was stopped between two
-        mini-batches leaves half a step, from which a run cannot be continued exactly.
+        Saving needs all ranks and the weights of a complete step: an update stopped between two mini-batches leaves
+        half a step, from which a run cannot be resumed exactly.
         """
         why = ""
         whole = self.learner.updates == self.whole_at
@@ -348,7 +351,7 @@ class Run:
         return line
 
     def finish(self) -> None:
-        """Export for transformers, draw the curves, say what was gained."""
+        """Export the model for transformers, draw the curves, and print success before and after."""
         config, before, say = self.config, self.before, self.console.say
         if self.after is None:  # resumed with every step done
             self.after = self.evaluate(self.engine, "evaluating")["eval/success"]
@@ -371,5 +374,8 @@ class Run:
         say(f"{where}: " + ", ".join(words))
         if self.best:
             kept = checkpoint.folder(self.run_dir, self.best.step)
-            say(f"best success on env.dev {self.best.success:.1%} after step {self.best.step}, kept in {kept}")
+            line = f"best success on env.dev {self.best.success:.1%} after step {self.best.step}, kept in {kept}"
+            if "dev/success" in before:
+                line += f"; before training it was {before['dev/success']:.1%}"
+            say(line)
         say(f"model {model}" + (f", curves {self.run_dir / 'curves.png'}" if self.reporter.draw() else ""))

@@ -1,6 +1,6 @@
-"""Which folder a run writes to, and which checkpoint it goes on from. No run is ever overwritten.
+"""Choose the folder that a run writes to and the checkpoint that it resumes. No run is ever overwritten.
 
-A run that goes on from one of its checkpoints first moves what lies beyond it into `set-aside-N` beside it.
+A run that resumes one of its checkpoints first moves everything later than it into `set-aside-N`.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class Finished(Exception):
 
 
 class Place(NamedTuple):
-    """Where a run stands."""
+    """The folder of a run, and where the run resumes."""
 
     run_dir: Path
-    resume: Path | None  # checkpoint to go on from
+    resume: Path | None  # checkpoint to resume
     finished: bool = False  # every step is done and exported: nothing is left to do
 
     @property
     def here(self) -> bool:
-        """Whether the checkpoint is one of the run folder's own."""
+        """Whether the checkpoint lies in the run folder."""
         run = checkpoint.run_of(self.resume) if self.resume else None
         return run is not None and run.resolve() == self.run_dir.resolve()
 
 
 def agree(options: Options) -> Place:
-    """`choose` on rank 0, which claims the folder; its answer (or its UserError) on every rank."""
+    """Call `choose` on rank 0, which locks the folder. Returns its Place, or raises its UserError, on every rank."""
     answer = ""
     with ranks.together():
         if ranks.rank() == 0:
@@ -63,7 +63,7 @@ def agree(options: Options) -> Place:
 
 
 def _claim(options: Options) -> Place:
-    """`choose`, and no other process writes to the folder until `ranks.stop`. Another takes the next default name."""
+    """Call `choose` and lock the folder until `ranks.stop`. If a default folder was taken meanwhile, take the next."""
     named = options.run_dir is not None or options.resume is not None
     place = choose(options)
     while not place.finished:
@@ -81,7 +81,7 @@ def _claim(options: Options) -> Place:
 
     def leave() -> None:
         release()
-        for folder in made:  # those that the run left empty
+        for folder in made:  # if the run left them empty
             folder.rmdir()
 
     if not place.finished:
@@ -90,7 +90,7 @@ def _claim(options: Options) -> Place:
 
 
 def resumed_config(options: Options, resume: Path | None) -> Config:
-    """The settings of the run that is resumed, under those of the command line; with a preset or a file, just those.
+    """Return the resumed run's settings with the overrides on top; with a preset or a file, only the command line's.
 
     Raises:
         UserError: the run's config.toml cannot be read, or does not say which model was trained.
@@ -101,17 +101,18 @@ def resumed_config(options: Options, resume: Path | None) -> Config:
     student = read_toml(saved).get("student")
     if not isinstance(student, dict) or "path" not in student:
         raise UserError(
-            f"{saved} is empty or damaged: it does not say student.path; give the run's settings with CONFIG.toml or --preset"
+            f"{saved} is empty or damaged: it does not say student.path; "
+            "give the run's settings with CONFIG.toml or --preset"
         )
     return load(None, saved, options.overrides)
 
 
 def choose(options: Options) -> Place:
-    """Reads the disk only; call it on one rank and share the answer.
+    """Return the run folder and checkpoint that the options mean. Writes nothing; call it on one rank.
 
     Raises:
-        UserError: the folder is taken or none, there is no such checkpoint or it does not go with the settings, or going
-            on would leave later steps behind unasked.
+        UserError: the folder is taken or is no folder, the checkpoint is missing or does not fit the settings, or
+            resuming would move later steps away and --set-aside is not given.
     """
     place = _find(options)
     if not place.finished:
@@ -144,7 +145,8 @@ def _find(options: Options) -> Place:
             return Place(run_dir, None)
         if path is None:
             raise UserError(
-                f"--resume {resume} is neither a checkpoint nor a run with one; give runs/NAME or runs/NAME/checkpoints/step_NNNNNN"
+                f"--resume {resume} is neither a checkpoint nor a run with one; "
+                "give runs/NAME or runs/NAME/checkpoints/step_NNNNNN"
             )
     run_dir = run_dir or run
     if run_dir is None:
@@ -163,24 +165,27 @@ def _find(options: Options) -> Place:
     newest = (checkpoint.newest_step(run) if run else None) or step
     if step > steps:
         raise UserError(
-            f"train.steps={steps}, and {path} has {step} already; give more steps, or go back to a checkpoint before it with --set-aside or --run-dir NEW"
+            f"train.steps={steps}, and {path} has {step} already; "
+            "give more steps, or go back to a checkpoint before it with --set-aside or --run-dir NEW"
         )
     if here and step < newest and not options.set_aside:
         raise UserError(
-            f"--resume {path}: the run has gone on to step {newest}; add --set-aside to move what came after step {step} "
-            f"into {_free(run)}, or --run-dir NEW for a run of its own"
+            f"--resume {path}: the run has gone on to step {newest}; "
+            f"add --set-aside to move what came after step {step} into {_free(run)}, "
+            "or --run-dir NEW for a run of its own"
         )
     if config.schedule.kappa.kind == "adaptive" and (
         state.get("adaptive") is None or "dev/teacher_success" not in state["before"]
     ):
         raise UserError(
-            f"schedule.kappa.kind=adaptive: the run of {path} did not measure its teacher on env.dev; start a run of its own"
+            f"schedule.kappa.kind=adaptive: the run of {path} did not measure its teacher on env.dev; "
+            "start a run of its own"
         )
     return Place(run_dir, path, finished=here and step == newest == steps and (run / "hf" / "config.json").is_file())
 
 
 def _refuse_unusable(run_dir: Path) -> None:
-    """UserError unless `run_dir` is a folder to write to, or can become one."""
+    """Raise UserError unless `run_dir` can be written to, or can be made."""
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if os.path.lexists(folder))
     if not there.is_dir():
         raise UserError(f"--run-dir {run_dir}: {there} is not a folder; give another")
@@ -205,9 +210,9 @@ def open_folder(
     from_step: int,
     say: Callable[[str], None],
 ) -> None:
-    """Set aside what the run folder holds beyond step `done`; write config.toml, and an entry in environment.json.
+    """Set aside what is later than step `done`, write config.toml, and add an entry to environment.json.
 
-    command: that started the run. from_step: that the run goes on from. say: prints a line.
+    command: the command that started the run. from_step: the step that the run resumes. say: prints a line.
 
     Raises:
         UserError: the folder cannot be written, or a file there that has to be read is damaged.
@@ -222,16 +227,18 @@ def open_folder(
         provenance.record(history, starts, command, ranks.world_size(), device, from_step)
     except OSError as error:
         raise UserError(
-            f"--run-dir {run_dir} cannot be written ({checkpoint.reason(error)}); make room there, or give another folder"
+            f"--run-dir {run_dir} cannot be written ({checkpoint.reason(error)}); "
+            "make room there, or give another folder"
         ) from None
 
 
 def set_aside(run_dir: Path, done: int, config: str) -> Path | None:
-    """Move what lies beyond step `done` into a new `set-aside-N`, and copy there the config.toml that made it; None if there is nothing.
+    """Move what is later than step `done` into a new folder `set-aside-N`, and copy config.toml there.
 
-    That is: later checkpoints, half written ones, lines of metrics.jsonl and trajectories, the exported model and the
-    curves of an earlier end, a config.toml other than `config`. `done` = -1 moves everything a run without a checkpoint
-    left behind. The lines of metrics.jsonl go last: after an error everything is in one of the two folders.
+    Returns the folder, or None if there is nothing to move. What is moved: later and incomplete
+    checkpoints, later lines of metrics.jsonl and trajectories, the exported model and curves of an earlier end, a
+    config.toml other than `config`. `done` = -1 moves everything that a run without a checkpoint left behind. The lines
+    of metrics.jsonl go last: after an error everything is in one of the two folders.
     """
     metrics, settings = run_dir / "metrics.jsonl", run_dir / "config.toml"
     kept, beyond = _split(metrics, done)
@@ -262,7 +269,7 @@ def set_aside(run_dir: Path, done: int, config: str) -> Path | None:
 
 
 def contents(folder: Path, done: int) -> str:
-    """What `set_aside` put into `folder`, in words."""
+    """Describe what `set_aside` moved into `folder`."""
     words = {
         "files of later steps" if done >= 0 else "what a run without a checkpoint left": (
             "metrics.jsonl",
@@ -285,7 +292,7 @@ def _free(run_dir: Path) -> Path:
 
 
 def _split(metrics: Path, done: int) -> tuple[list[str], list[str]]:
-    """Lines of metrics.jsonl up to step `done`, and the rest: from the first that is later, or that a crash cut off."""
+    """Return the lines of metrics.jsonl up to step `done`, and the rest: from the first later or incomplete one."""
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
     for number, line in enumerate(lines):
         try:

@@ -1,13 +1,14 @@
-"""Settings to one Config: defaults < preset < TOML file < overrides `section.key=value`.
+"""Merge settings into one Config: defaults < preset < TOML file < overrides `section.key=value`.
 
-Each level is a flat `{dotted key: value}` dict, so that laying one over another is a loop and every error can name its
-key. `objective.preset` expands first at its own level (methods.py): it replaces what lower levels said about the keys it
-owns, and an explicit key of the same or a later level wins over it.
+Each level is a flat `{dotted key: value}` dict, so that merging two is a loop and every error can name its key.
+`objective.preset` expands into the keys it owns (methods.py), overriding lower levels; keys set in the same or a higher
+level override it.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
 import tomllib
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from atod_fast.config import Config, Section
-from atod_fast.envs import check
+from atod_fast.envs import check, find
 from atod_fast.errors import UserError
 from atod_fast.methods import OBJECTIVES, Level, nest
 
@@ -30,8 +31,8 @@ FOLDER = Path(__file__).parent
 
 PAPER = "presets/paper"
 
-# The TOML files of each preset, in FOLDER; later files override earlier ones. A preset of the paper's runs is made of the
-# settings that all runs share, those of the environment, the models, and what only this pair has.
+# The TOML files of each preset, in FOLDER; later files override earlier ones. A preset of the paper's runs is made of
+# the settings that all runs share, those of the environment, those of the models, and those of this pair only.
 PRESETS: dict[str, tuple[str, ...]] = {
     "demo": ("envs/alfworld/demo",),
     "demo-searchqa": ("envs/searchqa/demo",),
@@ -64,10 +65,10 @@ TABLES = [
 
 
 def load(preset: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The resolved configuration.
+    """Return the Config of a preset, a file and overrides.
 
     Raises:
-        UserError: one line that names the key, its value, what was expected and, for an unknown name, the nearest one.
+        UserError: one line that names the key, its value, what was expected and, for an unknown name, a similar one.
     """
     merged = defaults()
     origin: dict[str, str] = {}  # where each key's value comes from, for messages
@@ -85,12 +86,12 @@ def load(preset: str | None = None, file: Path | None = None, overrides: Sequenc
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as TOML that `load(file=...)` reads back as an equal Config."""
+    """Return the configuration as TOML; `load(file=...)` makes an equal Config of it."""
     return tomli_w.dumps(config.model_dump())
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """UserError unless `ranks` processes can share a step's tasks evenly."""
+    """Raise UserError unless `ranks` processes can share a step's tasks evenly."""
     tasks, together = config.train.tasks_per_step, config.rollout.tensor_parallel
     engines = check_engines(config, ranks)
     if tasks % engines:
@@ -110,36 +111,50 @@ SAME_TASKS = {
 
 
 def same_tasks(config: Config) -> list[str]:
-    """A line for every two splits in use that have the same options."""
-    used = ("train", *config.evaluated)
+    """Return a warning for every two splits in use that construct the same environment.
+
+    Options left out count as the environment's defaults.
+    """
+    parameters = inspect.signature(find(config.env.name)).parameters
+    default = {name: parameter.default for name, parameter in parameters.items()}
+    used = {split: default | config.env.options | getattr(config.env, split) for split in ("train", *config.evaluated)}
     return [
         f"env.{one} and env.{other} are the same: {meaning}"
         for (one, other), meaning in SAME_TASKS.items()
-        if other in used and getattr(config.env, one) == getattr(config.env, other)
+        if other in used and used[one] == used[other]
     ]
 
 
 def check_env(config: Config) -> None:
-    """UserError unless there is such a world with such options. It is not opened."""
-    for split in ("train", *config.evaluated):
-        check(config.env.name, config.env.options | getattr(config.env, split))
+    """Raise UserError for an unknown environment or option, naming the split it is of. Does not construct it."""
+    errors, splits = {}, ("train", *config.evaluated)
+    for split in splits:
+        try:
+            check(config.env.name, config.env.options | getattr(config.env, split))
+        except UserError as error:
+            errors[split] = str(error)
+    if len(errors) == len(splits) and len(set(errors.values())) == 1:  # env.name, or env.options of all splits
+        raise UserError(errors["train"])
+    for split, line in errors.items():
+        raise UserError(f"env.{split}: {line}")
 
 
 def check_engines(config: Config, ranks: int) -> int:
-    """How many rollout engines `ranks` processes make up; UserError unless they are whole ones."""
+    """Return the number of rollout engines of `ranks` processes. Raises UserError if one would be incomplete."""
     together = config.rollout.tensor_parallel
     if ranks % together:
         raise UserError(
-            f"rollout.tensor_parallel={together} does not divide {ranks} {'rank' if ranks == 1 else 'ranks'}; use a divisor of their number"
+            f"rollout.tensor_parallel={together} does not divide {ranks} {'rank' if ranks == 1 else 'ranks'}; "
+            "use a divisor of their number"
         )
     return ranks // together
 
 
 def check_model(config: Config, path: str, model: Mapping[str, Any]) -> None:
-    """UserError unless the model at `path` has a position for every token of the longest row, and the same whatever else is
-    in its batch: `longrope` turns all rows by other factors where one is longer than the original positions.
+    """Raise UserError unless the model at `path` has a position for every token of the longest row.
 
-    model: its config.json (`text_config` of one that also sees).
+    Also if it uses `longrope` and a row may exceed the original positions: all rows of its batch would then be rotated
+    by other factors. model: its config.json (`text_config` of a vision-language model).
     """
     text, rollout = model.get("text_config", model), config.rollout
     positions = text.get("max_position_embeddings")
@@ -148,7 +163,8 @@ def check_model(config: Config, path: str, model: Mapping[str, Any]) -> None:
             "rollout.prompt_tokens" if rollout.context == "full" else "rollout.prompt_tokens + rollout.response_tokens"
         )
         raise UserError(
-            f"{size} = {rollout.longest} exceeds the {positions} positions of model {path!r}; lower rollout.prompt_tokens or take another model"
+            f"{size} = {rollout.longest} exceeds the {positions} positions of model {path!r}; "
+            "lower rollout.prompt_tokens or take another model"
         )
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     for kind in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
@@ -156,15 +172,16 @@ def check_model(config: Config, path: str, model: Mapping[str, Any]) -> None:
         if (kind.get("rope_type") or kind.get("type")) == "longrope" and original and rollout.longest > original:
             answer = 0 if rollout.context == "full" else rollout.response_tokens
             raise UserError(
-                f"rollout.prompt_tokens = {rollout.prompt_tokens}: rows of {rollout.longest} tokens exceed the {original} original positions "
-                f"of model {path!r}, beyond which longrope changes every row of a batch; lower rollout.prompt_tokens to at most {original - answer}"
+                f"rollout.prompt_tokens = {rollout.prompt_tokens}: rows of {rollout.longest} tokens exceed the "
+                f"{original} original positions of model {path!r}, beyond which longrope changes every row of a batch; "
+                f"lower rollout.prompt_tokens to at most {original - answer}"
             )
 
 
 def demo_values_warning(config: Config, parameters: int) -> str | None:
-    """One line where a student of so many parameters would be trained with values tuned to the demo's tiny one, else None."""
+    """Return a warning if a student of `parameters` would be trained with the tiny demo model's values, else None."""
     default = defaults()
-    # The learning rate is what harms. Other values of the demo are named beside it, and may be anybody's own without it.
+    # Only the learning rate does harm. Other values are named with it, but alone they may be the user's choice.
     tuned = {
         "train.learning_rate": config.train.learning_rate,
         "rollout.response_tokens": config.rollout.response_tokens,
@@ -177,18 +194,21 @@ def demo_values_warning(config: Config, parameters: int) -> str | None:
     ):
         return None
     return (
-        f"WARNING: {', '.join(left)}: the embedded demo's, for 0.2 million parameters; student.path={config.student.path!r} has "
-        f"{parameters / 1e6:,.0f} million and is likely to lose what it knows. Start from --preset own, "
+        f"WARNING: {', '.join(left)}: the embedded demo's, for 0.2 million parameters; "
+        f"student.path={config.student.path!r} has {parameters / 1e6:,.0f} million and is likely to lose "
+        "what it knows. Start from --preset own, "
         "with train.learning_rate=1e-6 for 0.5 billion parameters and more, 1e-5 for about 135 million"
     )
 
 
 def defaults() -> Level:
+    """Return every key with its default value."""
     return dict(_flatten(Config().model_dump(), ""))
 
 
 @cache
 def preset_level(name: str) -> Level:
+    """Return the keys that a preset sets. Raises UserError for an unknown preset."""
     if name not in PRESETS:
         raise UserError(f"--preset {name} is not a preset (see --list-presets){did_you_mean(name, PRESETS)}")
     level: Level = {}
@@ -198,12 +218,13 @@ def preset_level(name: str) -> Level:
 
 
 def preset_summary(name: str) -> str:
-    """What a preset is: the first comment of its last files."""
+    """Describe a preset by the first comments of its files."""
     files = [FOLDER / f"{part}.toml" for part in PRESETS[name] if part != PAPER]
     return ", ".join(file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".") for file in files)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file. Raises UserError if it cannot be read or parsed."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -213,7 +234,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def override_level(overrides: Sequence[str]) -> Level:
-    """`section.key=value` each; the value is TOML, or else the text itself."""
+    """Return the keys that overrides `section.key=value` set. A value is TOML, or else plain text."""
     level: Level = {}
     for override in overrides:
         key, _, text = override.partition("=")
@@ -225,7 +246,7 @@ def override_level(overrides: Sequence[str]) -> Level:
 
 
 def expected(field: FieldInfo) -> str:
-    """What a key takes, as `--help` and error messages say it: `int >= 1`, `a | b`, `[number >= 0, number >= 0]`."""
+    """Describe what a key takes, for `--help` and errors: `int >= 1`, `a | b`, `[number >= 0, number >= 0]`."""
     kind, arguments = get_origin(field.annotation) or field.annotation, get_args(field.annotation)
     if kind is Literal:
         return " | ".join(arguments)
@@ -242,7 +263,7 @@ _KINDS = {int: "int", float: "number", bool: "true | false", str: "text", dict: 
 
 
 def show(value: Any) -> str:
-    """A value on one line, as it would be typed."""
+    """Return a value as JSON on one line."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -253,12 +274,12 @@ def _parse(key: str, text: str) -> Any:
         return text
     value = parsed.pop("value")
     wants_text = key in FIELDS and (FIELDS[key].annotation is str or get_origin(FIELDS[key].annotation) is Literal)
-    # A folder named 7 is a text; a line break in the text would be a second key.
+    # A folder may be named 7; a line break in the text would start a second key.
     return text if parsed or (wants_text and not isinstance(value, str)) else value
 
 
 def _table_of(key: str) -> str | None:
-    """The free table of which `key` names an option."""
+    """Return the table of options that `key` names an option of, or None."""
     return next((table for table in TABLES if key.startswith(f"{table}.")), None)
 
 
@@ -273,7 +294,8 @@ def _flatten(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterato
             yield from _flatten(value, source, f"{key}.")
         else:
             raise UserError(
-                f"{source}{key} = {show(value)}: expected a section of keys such as {next(k for k in FIELDS if k.startswith(f'{key}.'))}"
+                f"{source}{key} = {show(value)}: expected a section of keys such as "
+                f"{next(k for k in FIELDS if k.startswith(f'{key}.'))}"
             )
 
 
@@ -282,9 +304,9 @@ def _lay_over(merged: Level, level: Level) -> None:
     if isinstance(objective, str):
         level = OBJECTIVES.get(objective, {}) | level
     if level.get("env.name", merged["env.name"]) != merged["env.name"]:
-        merged |= dict.fromkeys(TABLES, {})  # one world's options mean nothing to another
+        merged |= dict.fromkeys(TABLES, {})  # another environment has other options
     if level.keys() & {"env.train", "env.eval"}:
-        merged["env.dev"] = {}  # tasks to choose by belong to those they are apart from
+        merged["env.dev"] = {}  # env.dev is only known to be separate from the tasks it was chosen with
     for key, value in level.items():
         if table := _table_of(key):
             merged[table] = _with_option(merged[table], key.removeprefix(f"{table}.").split("."), value, key)
@@ -312,7 +334,8 @@ def _explain(error: ValidationError, merged: Level, origin: Mapping[str, str]) -
         if get_origin(field.annotation) is Literal and isinstance(value, str)
         else ""
     )
-    return f"{origin.get(key, '')}{key} = {show(value)}: expected {expected(field)}{near}"
+    quotes = "; text in it needs quotes" if key in TABLES and isinstance(value, str) and "{" in value else ""
+    return f"{origin.get(key, '')}{key} = {show(value)}: expected {expected(field)}{near}{quotes}"
 
 
 ELSEWHERE = {  # what other trainers call a key
@@ -332,25 +355,28 @@ ELSEWHERE = {  # what other trainers call a key
     "max_response_length": "rollout.response_tokens",
     "max_prompt_length": "rollout.prompt_tokens",
     "max_model_len": "rollout.prompt_tokens",
+    "test": "env.eval",
+    "validation": "env.dev",
 }
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `name` was most likely meant to be.
+    """Return the name in `known` that `name` most likely means, or None.
 
-    Its last part may be right and its section not, shortened (`lr`, `temp`), what other trainers say, or misspelt.
+    Finds a wrong section, a shortened key (`lr`, `temp`), the name of a key in other trainers, and a misspelling.
     """
     known = list(known)
-    leaf = name.rpartition(".")[2]
+    section, _, leaf = name.rpartition(".")
+    if section.startswith("env."):  # an option of a split that does not exist
+        split = nearest(section, TABLES)
+        return split and f"{split}.{leaf}"
     leaves = {other: other.rpartition(".")[2] for other in known}
     exact = [other for other in known if leaves[other] == leaf]
     short = [other for other in known if len(leaf) > 1 and _shortens(leaf.replace("_", ""), leaves[other].split("_"))]
     foreign = [other for other in known if other == ELSEWHERE.get(leaf)]
     if found := exact or foreign or short:
         sections = {other.rpartition(".")[0]: other for other in reversed(found)}
-        return next(
-            (sections[near] for near in difflib.get_close_matches(name.rpartition(".")[0], sections, 1)), found[0]
-        )
+        return next((sections[near] for near in difflib.get_close_matches(section, sections, 1)), found[0])
     by_leaf = {leaf: other for other, leaf in leaves.items()}
     near = difflib.get_close_matches(name, known, 1) or [
         by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, 1)
@@ -359,7 +385,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def _shortens(short: str, words: Sequence[str]) -> bool:
-    """Whether `short` is made of beginnings of the `words`, one of each."""
+    """Return whether `short` consists of a beginning of each of the `words`, in order."""
     if not words:
         return not short
     shared = len(os.path.commonprefix([short, words[0]]))

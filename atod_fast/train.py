@@ -3,7 +3,7 @@
 for step s = 1, 2, ...
     roll out    the student acts: groups of trajectories of the same task
     score       teacher and student score every token the student produced
-    weigh       T-DUR turn weights w from disagreement and uncertainty; group advantages from rewards
+    weigh       T-DUR turn weights w from disagreement and uncertainty, group advantages from rewards
     learn       A_t = kappa(s) w_k(t) [log pi_T - log pi_old] + rho(s) A_RL, clipped surrogate, one pass
     resync      the trained weights go back to the rollout engine
     evaluate and save, when due
@@ -35,10 +35,10 @@ from atod_fast.run import Run
 
 
 def train(run: Run) -> None:
-    """Train `run` from the step it stands at to `train.steps`, then export the model.
+    """Train from the step after `run.done` to `train.steps`, then export the model.
 
     Raises:
-        Exception: what ends the run early. Its notes say what was saved and how to go on.
+        Exception: the error that ends the run early. Its notes say what was saved and how to resume.
     """
     config, learner = run.config, run.learner
     with run.saved_if_stopped():
@@ -122,8 +122,8 @@ def start(options: cli.Options, interrupt: Interrupt) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code.
 
-    0 done, 1 an unexpected error, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted. What was trained is
-    saved first.
+    0 done, 1 an unexpected error, 2 bad usage or input, 3 a guard stopped the run, 130 interrupted. A checkpoint
+    is saved first.
     """
     return entry.run(
         lambda: cli.parse(sys.argv[1:] if argv is None else argv),

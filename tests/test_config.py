@@ -25,6 +25,7 @@ from atod_fast.settings import (
     OBJECTIVES,
     PRESETS,
     TABLES,
+    check_env,
     check_model,
     check_ranks,
     defaults,
@@ -33,6 +34,7 @@ from atod_fast.settings import (
     load,
     override_level,
     preset_level,
+    preset_summary,
     same_tasks,
     to_toml,
 )
@@ -349,6 +351,11 @@ FREE = {
 }
 
 
+def test_a_presets_summary_is_one_sentence():
+    summary = "ALFWorld with the paper's settings, Qwen3-1.7B taught by Qwen3-4B, annealed over all 150 steps"
+    assert preset_summary("alfworld-1.7b") == summary
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("demo")])
 def test_presets_state_their_method_and_inherit_no_tuning_of_the_demo(name):
     level = preset_level(name)
@@ -463,6 +470,26 @@ def test_equal_splits_are_said_where_both_are_used(one, other):
     assert same_tasks(parse(["checkpoint.keep_best=true"]).config) == []
 
 
+def test_splits_are_equal_where_one_leaves_out_the_default_of_the_other():
+    given = ["env.options={generate=40}", "env.train={seed=9}", 'env.eval={seed=9, scene="small"}']
+    assert len(same_tasks(parse(given).config)) == 1
+    assert same_tasks(parse([*given, 'env.eval.scene="full"']).config) == []
+
+
+def test_an_error_in_the_options_names_the_split_they_are_of():
+    def line(*argv):
+        with pytest.raises(UserError) as error:
+            check_env(parse(argv).config)
+        return str(error.value)
+
+    assert line("checkpoint.keep_best=true", "env.dev={sead=1}").startswith(
+        "env.dev: env.name='alfworld' has no option"
+    )
+    assert line("env.eval.sead=1").startswith("env.eval: env.name='alfworld' has no option 'sead'")
+    assert line("env.options.sead=1").startswith("env.name='alfworld' has no option"), "the option of all splits"
+    assert line("env.name=alfword").startswith("env.name='alfword' is not known")
+
+
 def test_tasks_to_choose_by_go_with_the_tasks_they_are_apart_from(write):
     official = write('[env]\ntrain = { split = "train" }\neval = { split = "valid_seen" }')
     assert parse([official]).config.env.dev == Config(env={"train": {"split": "train"}}).env.dev == {}
@@ -522,6 +549,10 @@ def test_the_last_of_equal_overrides_wins():
         (["turns.normalize=rank"], ["turns.normalise?"]),
         (["train.lr=1e-6"], ["train.lr is not a key", "train.learning_rate?"]),
         (["lr=1e-6"], ["train.learning_rate?"]),
+        (["env.test.seed=2"], ["env.test.seed is not a key", "did you mean env.eval.seed?"]),
+        (["env.test={seed=2}"], ["did you mean env.eval?"]),
+        (["env.trian.deep.er=2"], ["did you mean env.train.deep.er?"]),
+        (["env.dev={seed=two}"], ["expected table {option = value, ...}; text in it needs quotes"]),
         (["train.wd=0"], ["train.weight_decay?"]),
         (["temperature=1"], ["rollout.temperature?"]),
         (["eval.temp=1"], ["eval.temperature?"]),

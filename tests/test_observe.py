@@ -143,6 +143,15 @@ def test_a_step_is_one_narrow_line_with_what_ends_attempts(capsys):
     assert (cells["invalid"], cells["flat"], cells["d"], cells["held-out"]) == ("97%", "100%", "-", "-")
     assert len(heading) == len(line) <= 110
 
+    shown.splits = "eval", "dev"
+    shown.lines = 0
+    shown.step({"step": 1, "eval/success": 0.25, "dev/success": 0.5})
+    heading, line = capsys.readouterr().out.splitlines()
+    assert "dev" not in cells and list(zip(heading.split(), line.split(), strict=True))[2:4] == [
+        ("held-out", "25.0%"),
+        ("dev", "50.0%"),
+    ]
+
 
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

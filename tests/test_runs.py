@@ -462,6 +462,16 @@ def scripted(monkeypatch, *successes):
     monkeypatch.setattr(Run, "evaluate", evaluate)
 
 
+def test_a_teacher_that_never_succeeds_is_refused_with_the_tasks_it_played(tmp_path, monkeypatch, capsys):
+    def evaluate(self, engine, label, split="eval", teacher=False):
+        return {f"{split}/{'teacher_' * teacher}success": 0.0}
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    settings = ["schedule.kappa.kind=adaptive", "eval.teacher=true", "eval.every=1", "eval.tasks=10"]
+    assert train.main([*QUICK, *settings, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "whose success is 0" in (error := capsys.readouterr().err) and "; it played 10 tasks of env.dev" in error
+
+
 def test_the_step_of_the_best_success_on_dev_is_kept(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     settings = [
@@ -477,7 +487,8 @@ def test_the_step_of_the_best_success_on_dev_is_kept(tmp_path, monkeypatch, caps
     assert train.main([*settings, "train.steps=4"]) == 0
     assert checkpoints(folder) == [2, 4], "the first of equal ones, and the newest"
     out = capsys.readouterr().out
-    assert f"best success on env.dev 50.0% after step 2, kept in {folder}/checkpoints/step_000002" in out
+    kept = f"{folder}/checkpoints/step_000002"
+    assert f"best success on env.dev 50.0% after step 2, kept in {kept}; before training it was 90.0%" in out
     assert "student before 0.0%, student after 4.0%" in out, "what is reported is held out still"
     assert export.main([str(folder), "--best", "--out", str(tmp_path / "best")]) == 0
     assert "step_000002" in capsys.readouterr().out

@@ -213,7 +213,7 @@ def test_equal_splits_are_told(tmp_path, capsys):
     run(tmp_path / "same", f"env.train={same}", f"env.eval={same}", "train.steps=1")
     assert "env.train and env.eval are the same" in capsys.readouterr().out
     run(tmp_path / "dev", "env.dev={generate=2400, seed=1}", "checkpoint.keep_best=true", "train.steps=1")
-    assert "env.eval and env.dev are the same: held-out success will be that of" in capsys.readouterr().out
+    assert "warning: env.eval and env.dev are the same: held-out success will be that of" in capsys.readouterr().out
 
 
 def test_a_training_split_that_is_wrong_is_told_before_anything_is_played(tmp_path, capsys):

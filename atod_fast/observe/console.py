@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
@@ -13,6 +13,7 @@ COLUMNS = (  # heading, metric, format
     ("step", "step", "{:>5d}"),
     ("success", "train/success", "{:>7.1%}"),
     ("held-out", "eval/success", "{:>8.1%}"),
+    ("dev", "dev/success", "{:>7.1%}"),
     ("invalid", "rollout/invalid_actions", "{:>7.0%}"),
     ("flat", "turns/flat_groups", "{:>4.0%}"),
     ("kappa", "schedule/kappa", "{:>6.3f}"),
@@ -34,6 +35,7 @@ class Console:
     def __init__(self, speaks: bool):
         self.rich = RichConsole(quiet=not speaks, highlight=False, emoji=False)
         self.speaks = speaks
+        self.splits: Sequence[str] = ("eval",)  # those whose success has a column
         self.lines = 0
 
     def say(self, text: str, style: str | None = None) -> None:
@@ -42,11 +44,12 @@ class Console:
 
     def step(self, metrics: dict[str, float]) -> None:
         """Print a step's line, with a heading every 20 lines."""
+        columns = [column for column in COLUMNS if column[0] != "dev" or "dev" in self.splits]
         if self.lines % 20 == 0:
-            self.say(" ".join(heading.rjust(_width(form)) for heading, _, form in COLUMNS), style="dim")
+            self.say(" ".join(heading.rjust(_width(form)) for heading, _, form in columns), style="dim")
         self.lines += 1
         # A value that was not measured is missing (held-out success) or NaN (d in a step without the teacher).
-        self.say(" ".join(_cell(metrics.get(key, math.nan), form) for _, key, form in COLUMNS))
+        self.say(" ".join(_cell(metrics.get(key, math.nan), form) for _, key, form in columns))
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[int, int, int, int], None]]:

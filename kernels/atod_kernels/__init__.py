@@ -1,4 +1,4 @@
-"""Exact divergence, entropy and log-probability per token without a [tokens, vocabulary] matrix, and weights of turns.
+"""Exact divergence, entropy and log-probability per token without a [tokens, vocabulary] matrix, and turn weights.
 
 The package needs torch, uses Triton on GPUs and knows nothing of any trainer.
 """

@@ -1,17 +1,17 @@
-"""The mathematics on one tile of logits: [n tokens, w columns] of the student (zs) and of the teacher (zt).
+"""Compute divergences, entropy and gradients from one tile of logits [n tokens, w columns], zs and zt (teacher).
 
 Forward, one online pass. Each tile leaves a few sums per token, relative to its own maximum m; u = z - m, e = exp(u):
 
     S = sum e_s     R = sum e_s u_s     Q = sum e_t     U = sum e_t u_t     y = z[target]
     X = sum e_s (u_s - u_t)  (reverse KL)   or   sum e_t (u_t - u_s)  (forward KL)
 
-`merge` brings the sums of many tiles (or of many shards of the vocabulary) to a common maximum M; `statistics` ends it:
+`merge` rescales the sums of many tiles (or vocabulary shards) to a common maximum M; `statistics` finishes:
 
     log p = u_s - log S      entropy = log S - R/S      logp = y - M_s - log S
     KL(p||q) = X/S - log S + log Q                      KL(q||p) = X/Q - log Q + log S
 
-No large numbers are subtracted: only differences to the maximum enter, so logits of 1e4 lose nothing that they had.
-The mixtures need log S and log Q first and look at the tile a second time. With D = m/p = a + b q/p, m = a p + b q:
+Only differences to the maximum are used, so large logits (1e4) lose no precision. The mixtures need log S and log Q
+first, so they pass over the tile a second time. With D = m/p = a + b q/p, m = a p + b q:
 
     jsd                a = 1-alpha, b = alpha     a KL(p||m) + b KL(q||m)     f' = -a log D
     skew_forward_kl    a = 1-alpha, b = alpha     KL(q||m)                    f' = -a (q/p) / D
@@ -22,7 +22,7 @@ Backward, for per-token upstream g (divergence), h (entropy), lp (log-probabilit
     d KL(p||q) = p (log p - log q - KL)     d KL(q||p) = p - q     d mixture = p (f' - sum p f')
     d entropy  = -p (log p + entropy)       d logp = onehot - p
 
-and 1/temperature * (1 - (z temperature / softcap)^2) leads from there to the raw logits.
+and the factor 1/temperature * (1 - (z temperature / softcap)^2) turns these into gradients of the raw logits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OUTPUTS = 5
 
 @dataclass(frozen=True)
 class Mixture:
-    """m = a p + b q and which of KL(p||m), KL(q||m) count, for the divergences that need both normalisers first."""
+    """A divergence against the mixture m = a p + b q; it needs both softmaxes' normalisers first."""
 
     kind: str
     a: float
@@ -55,23 +55,23 @@ class Mixture:
 
     @staticmethod
     def of(kind: str, alpha: float) -> Mixture | None:
-        """The mixture of a divergence, None for a KL and for a log-probability alone (kind '')."""
+        """Return the mixture of a divergence; None for a KL and for kind '' (one model)."""
         if kind not in MIXTURES:
             return None
         return Mixture(kind, alpha, 1 - alpha) if kind == SKEW_REVERSE_KL else Mixture(kind, 1 - alpha, alpha)
 
     def ratio(self, log_p: Tensor, log_q: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-        """q/p and D = m/p, both [n, w]; leaves log q - log p in `difference`.
+        """Return q/p and D = m/p, both [n, w], and write log q - log p to `difference`.
 
-        The difference is held within +-80: beyond it p or q is below e^-80 and so is its share of the sum, while exp
-        could overflow.
+        The difference is clamped to +-80, as exp could overflow; beyond it p or q is below e^-80, and so is its share
+        of the sum.
         """
         torch.sub(log_q, log_p, out=difference).clamp_(-80, 80)
         ratio = difference.exp()
         return ratio, (ratio * self.b).add_(self.a)
 
     def value(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """The tile's part of the divergence and of sum p f', [2, n]. Overwrites log_p."""
+        """Return the tile's part of the divergence and of sum p f', [2, n]. Overwrites log_p."""
         ratio, mean = self.ratio(log_p, log_q, log_p)
         log_mean = mean.log()
         if self.kind == SKEW_REVERSE_KL:
@@ -83,7 +83,7 @@ class Mixture:
         return torch.stack((towards_p + self.b * towards_q, towards_p))
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """f' [n, w]. Overwrites log_q."""
+        """Return f' [n, w]. Overwrites log_q."""
         ratio, mean = self.ratio(log_p, log_q, log_q)
         if self.kind == JSD:
             return mean.log_().mul_(-self.a)
@@ -93,23 +93,23 @@ class Mixture:
 
 
 def pick(z: Tensor, target: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Columns [n, 1] of the targets in a tile z [..., n, w], and which of them [n, 1] lie in it.
+    """Return the targets' columns [n, 1] within a tile z [..., n, w], and which of them [n, 1] lie in it.
 
-    The tile's first column is column `start` of the vocabulary.
+    start: the vocabulary column of the tile's first column.
     """
     local = (target - start)[:, None]
     return local.clamp(0, z.shape[-1] - 1), (local >= 0) & (local < z.shape[-1])
 
 
 def picked(z: Tensor, target: Tensor, start: int, out: Tensor) -> None:
-    """Write the targets' logits that lie in the tile z [models, n, w], and whether they do, into out [PARTIALS, n]."""
+    """Write the targets' logits found in the tile z [models, n, w], and which were found, into out [PARTIALS, n]."""
     where, inside = pick(z, target, start)
     out[PICK_S : MAX_T * len(z) : MAX_T] = z.gather(2, where.expand(len(z), -1, -1)).masked_fill_(~inside, 0)[:, :, 0]
     out[OWNED] = inside[:, 0]
 
 
 def partial(z: Tensor, kind: str, scratch: Tensor, out: Tensor) -> None:
-    """Write the other sums of logits z [models, n, w], student first, into out [PARTIALS, n, 1].
+    """Write the sums over logits z [models, n, w], student first, into out [PARTIALS, n, 1].
 
     scratch [2 models + 1, n, w] is overwritten.
     """
@@ -142,9 +142,9 @@ def merge(parts: Tensor, kind: str) -> Tensor:
 
 
 def statistics(sums: Tensor, kind: str) -> Tensor:
-    """Statistics [STATISTICS, n] of merged sums [PARTIALS, n].
+    """Return the statistics [STATISTICS, n] of merged sums [PARTIALS, n].
 
-    A mixture's DIVERGENCE and MEAN_SLOPE are 0 until the second look.
+    A mixture's DIVERGENCE and MEAN_SLOPE are 0 until `second_look`.
     """
     out = sums.new_zeros(STATISTICS, sums.shape[1])
     student = (MAX_S, SHIFT_S, LOG_S, ENTROPY, LOGP)
@@ -162,16 +162,16 @@ def statistics(sums: Tensor, kind: str) -> Tensor:
 
 
 def second_look(z: Tensor, stats: Tensor, mixture: Mixture) -> Tensor:
-    """A mixture's divergence and mean slope, [2, n], over logits z [2, n, w], once the normalisers are known.
+    """Return a mixture's divergence and mean slope [2, n] over logits z [2, n, w], from known normalisers.
 
-    stats is [STATISTICS, n, 1].
+    stats: [STATISTICS, n, 1].
     """
     log_p, log_q = (z - stats[SHIFTS]).sub_(stats[LOGS])
     return mixture.value(log_p.exp(), log_q.exp(), log_p, log_q)
 
 
 def factors(stats: Tensor, upstream: Tensor, kind: str) -> Tensor:
-    """Per-token factors [3, n] of a tile's gradient, exp(u_s) (own u_s + other x + constant).
+    """Return the factors (own, other, constant) [3, n] of a tile's gradient, exp(u_s) (own u_s + other x + constant).
 
     x is u_t for the reverse KL and f' for a mixture; the forward KL adds other exp(u_t) instead. 1/S and 1/Q are
     folded in. stats [STATISTICS, n]; upstream [3, n] of divergence, entropy and logp.
@@ -189,7 +189,7 @@ def factors(stats: Tensor, upstream: Tensor, kind: str) -> Tensor:
 
 
 def logit_gradient(z: Tensor, stats: Tensor, factors: Tensor, kind: str, mixture: Mixture | None, e: Tensor) -> Tensor:
-    """The gradient of the student's scaled logits, all but the target's onehot, written over z[0].
+    """Write the gradient of the student's scaled logits over z[0], without the target's onehot, and return it.
 
     z [models, n, w] and e [n, w] are overwritten; stats [STATISTICS, n, 1], factors [3, n, 1].
     """
@@ -205,8 +205,8 @@ def logit_gradient(z: Tensor, stats: Tensor, factors: Tensor, kind: str, mixture
 
 
 def softcap_slope(z: Tensor, cap: Tensor) -> Tensor:
-    """The slope 1 - tanh(raw / softcap)^2 of scaled logits z [n, w]; 0 for a masked one.
+    """Return the softcap's slope 1 - tanh(raw / softcap)^2 at scaled logits z [n, w]; 0 where masked.
 
-    cap [n, 1] is the softcap, scaled as z is.
+    cap: [n, 1], the softcap, scaled as z is.
     """
     return (z / cap).square_().clamp_(max=1).neg_().add_(1)

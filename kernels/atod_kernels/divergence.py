@@ -1,4 +1,4 @@
-"""Divergence, entropy and log-probability per token, exact, from hidden states and head weights.
+"""Compute exact divergence, entropy and log-probability per token from hidden states and head weights.
 
 No [T, V] matrix is made.
 """
@@ -15,12 +15,12 @@ from .validate import require
 
 
 class TokenDivergence(NamedTuple):
-    """What two models' next-token distributions are per token: [T] each, fp32 (fp64 if an input is fp64).
+    """Divergence, entropies and log-probabilities per token: [T] each, fp32 (fp64 if an input is fp64).
 
-    An ignored token is 0 in each.
+    All are 0 for an ignored token.
 
     Attributes:
-        divergence: of the two distributions; never negative but for rounding.
+        divergence: of the two distributions; negative only by rounding.
         entropy: the student's, in nats.
         logp: the student's log-probability of the target; None without a target.
         teacher_logp: the teacher's log-probability of the target; None without a target.
@@ -35,9 +35,9 @@ class TokenDivergence(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """What one model's next-token distribution is per token: [T] each, fp32 (fp64 if an input is fp64).
+    """Log-probability and entropy per token of one model: [T] each, fp32 (fp64 if an input is fp64).
 
-    An ignored token is 0 in both.
+    Both are 0 for an ignored token.
 
     Attributes:
         logp: log-probability of the target.
@@ -49,7 +49,7 @@ class TokenLogprob(NamedTuple):
 
 
 def divergence_outputs(statistics: Tensor, target: bool) -> TokenDivergence:
-    """Both models' outputs of statistics [STATISTICS, T]; the teacher's carry no gradient."""
+    """Return both models' outputs from statistics [STATISTICS, T]; the teacher's are detached."""
     return TokenDivergence(
         statistics[algebra.DIVERGENCE],
         statistics[algebra.ENTROPY],
@@ -60,7 +60,7 @@ def divergence_outputs(statistics: Tensor, target: bool) -> TokenDivergence:
 
 
 def logprob_outputs(statistics: Tensor) -> TokenLogprob:
-    """One model's outputs of statistics [STATISTICS, T]."""
+    """Return one model's outputs from statistics [STATISTICS, T]."""
     return TokenLogprob(statistics[algebra.LOGP], statistics[algebra.ENTROPY])
 
 
@@ -106,7 +106,7 @@ def linear_divergence(
             skew_reverse_kl: KL(p || alpha p + (1 - alpha) q), and
             skew_forward_kl: KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv 2402.03898).
         alpha: a number in [0, 1]; the two KLs do not use it.
-        temperature: a positive number or [T]. Everything returned is at it.
+        temperature: a positive number or [T]. All outputs are of logits divided by it.
         student_bias: [V_s]. A bias of -inf is a probability of 0 (without softcap); a target there gives NaN.
         teacher_bias: [V_t].
         softcap: z = softcap * tanh(raw / softcap) of the student, after the bias and before the temperature.

@@ -22,7 +22,7 @@ def logits(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> Tensor:
-    """Logits [T, columns] in fp32 (fp64 for fp64 inputs), with bias, softcap, then temperature applied."""
+    """Return logits [T, columns] in fp32 (fp64 for fp64 inputs), with bias, softcap, then temperature applied."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     z = hidden.to(dtype) @ weight[:columns].to(dtype).T
     if bias is not None:
@@ -33,26 +33,26 @@ def logits(
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL divergence of log-probabilities a from b per row, KL(a || b); a column where a is zero adds nothing."""
+    """Return KL(a || b) per row of log-probabilities; a column where a is zero adds nothing."""
     a = log_a.exp()
     return torch.where(a > 0, a * (log_a - log_b).masked_fill(a == 0, 0), 0).sum(-1)
 
 
 def sampled(log_p: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Entropy [T] and log-probability of the target [T] (None without one)."""
+    """Return entropy [T] and log-probability of the target [T] (None without targets)."""
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(-1)
     return entropy, None if target is None else log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
 
 
 def mixture(log_p: Tensor, log_q: Tensor, p_share: float) -> Tensor:
-    """Log-probabilities [T, V] of the mixture p_share p + (1 - p_share) q."""
+    """Return log-probabilities [T, V] of the mixture p_share p + (1 - p_share) q."""
     parts = [log + math.log(share) for log, share in ((log_p, p_share), (log_q, 1 - p_share)) if share > 0]
     return parts[0] if len(parts) == 1 else torch.logaddexp(*parts)
 
 
 def divergence_of(log_p: Tensor, log_q: Tensor, kind: str, alpha: float) -> Tensor:
-    """Divergence [T] of a kind in `names.DIVERGENCES` between log-probabilities [T, V]."""
+    """Return the divergence [T] of a kind in `names.DIVERGENCES` between log-probabilities [T, V]."""
     if kind == REVERSE_KL:
         return kl(log_p, log_q)
     if kind == FORWARD_KL:
@@ -84,7 +84,7 @@ def linear_divergence(
 ) -> TokenDivergence:
     """Compute `atod_kernels.linear_divergence` from full logits.
 
-    Finite logits only; excluded columns are cut out so that no -inf meets autograd.
+    Logits must be finite; excluded columns are cut out, so that autograd sees no -inf.
     """
     columns = min(student_weight.shape[0], teacher_weight.shape[0])
     keep = (

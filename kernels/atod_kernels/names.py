@@ -8,9 +8,9 @@ SKEW_REVERSE_KL = "skew_reverse_kl"  # KL(p || m), m = alpha p + (1 - alpha) q
 SKEW_FORWARD_KL = "skew_forward_kl"  # KL(q || m), m = alpha q + (1 - alpha) p
 MIXTURES = (JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL)  # their value needs both normalisers first
 DIVERGENCES = (REVERSE_KL, FORWARD_KL, *MIXTURES)
-NO_TEACHER = ""  # takes the place of a divergence where there is one model alone
+NO_TEACHER = ""  # stands for the divergence if there is only one model
 
-IGNORE = -100  # the target of a token that counts for nothing
+IGNORE = -100  # the target of an ignored token
 MASKED = -1e30  # a logit that means probability 0; finite, because 0 * -inf is NaN
 
 REDUCTIONS = ("mean", "sum", "max", "min")  # of tokens to turns
@@ -25,4 +25,4 @@ FUSE = (
     "uniform",
     "shuffled",
 )  # two signals to a weight
-FLAT = 1e-8  # a signal with a smaller range over its scope does not tell turns apart: it is 0.5 for all of them
+FLAT = 1e-8  # a signal whose range over its scope is smaller is 0.5 for all turns

@@ -1,9 +1,9 @@
-"""The head as operators of torch.library, so that torch.compile, fake tensors and autograd treat each as one node.
+"""Register the head's operators with torch.library, so that torch.compile and autograd treat each as one node.
 
 `head` is differentiable; `head_backward` is its gradient; `chunk_forward` and `chunk_backward` are the two passes of
 `linear_token_loss` over one chunk of tokens, between which the caller's loss is evaluated.
 
-An operator's schema knows no dataclass: the operators `*_op` take a problem's fields, the functions a `Problem`.
+A schema cannot contain a dataclass: the operators `*_op` take the fields of a problem, the functions a `Problem`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .torch import backend as torch_backend
 
 
 def compute(function: str, problem: Problem, *args: Any) -> Any:
-    """Call a function of the problem's backend, on its device: Triton launches on the current one."""
+    """Call a function of the problem's backend, with the problem's device as the current one for Triton."""
     if not problem.triton:
         return getattr(torch_backend, function)(problem, *args)
     from .triton import backend as triton_backend
@@ -30,7 +30,7 @@ def compute(function: str, problem: Problem, *args: Any) -> Any:
 
 
 def head(problem: Problem) -> Tensor:
-    """Statistics [STATISTICS, T] of all tokens, differentiable with respect to the student's tensors.
+    """Return the statistics [STATISTICS, T] of all tokens, differentiable with respect to the student's tensors.
 
     `algebra` names the rows.
     """
@@ -40,12 +40,12 @@ def head(problem: Problem) -> Tensor:
 def head_backward(
     problem: Problem, statistics: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden [T, H], weight [V, H] and bias [V], each empty if not wanted, for upstream [>= 3, T]."""
+    """Return gradients of hidden [T, H], weight [V, H] and bias [V], empty if not wanted, for upstream [>= 3, T]."""
     return head_backward_op(statistics, upstream, hidden, weight, bias, *problem.flat())
 
 
 def chunk_forward(problem: Problem, rows: slice, kept: Tensor) -> Tensor:
-    """Statistics [STATISTICS, n] of the tokens `rows`; leaves their logits in `kept` (`Problem.kept`)."""
+    """Return the statistics [STATISTICS, n] of the tokens `rows`; leaves their logits in `kept` (`Problem.kept`)."""
     return chunk_forward_op(rows.start, rows.stop, kept, *problem.flat())
 
 
@@ -76,7 +76,8 @@ def _(*problem: Any) -> Tensor:
     "atod_kernels::head_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor statistics, Tensor upstream, bool wants_hidden, bool wants_weight, bool wants_bias, {SCHEMA}) -> (Tensor, Tensor, Tensor)"
+        "(Tensor statistics, Tensor upstream, bool wants_hidden, bool wants_weight, bool wants_bias, "
+        f"{SCHEMA}) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def head_backward_op(
@@ -129,12 +130,13 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 head_op.register_autograd(_backward, setup_context=_save)
 
 
-# Called under no_grad alone: defined without custom_op's autograd wrapper, whose bookkeeping grows with the square of
-# the number of arguments.
+# Only called under no_grad, so defined without custom_op's autograd wrapper, whose cost grows with the square of the
+# number of arguments.
 LIBRARY = torch.library.Library("atod_kernels", "FRAGMENT")
 LIBRARY.define(f"chunk_forward(int first, int last, Tensor(a!) kept, {SCHEMA}) -> Tensor")
 LIBRARY.define(
-    f"chunk_backward(int first, int last, Tensor(a!) kept, Tensor statistics, Tensor upstream, Tensor(b!) dx, Tensor(c!) dw, Tensor(d!) db, {SCHEMA}) -> ()"
+    "chunk_backward(int first, int last, Tensor(a!) kept, Tensor statistics, Tensor upstream, "
+    f"Tensor(b!) dx, Tensor(c!) dw, Tensor(d!) db, {SCHEMA}) -> ()"
 )
 
 

@@ -1,4 +1,4 @@
-"""What the operators compute on: two output layers, options, how tokens and columns are cut, shards of a vocabulary."""
+"""The checked arguments of the operators, and how tokens and columns are cut into tiles and shards."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .names import NO_TEACHER
 # Tokens and columns of a tile. CPU: a product needs about 256 rows to run at full speed, and tiles of 512 columns cost
 # it 5 to 10%. Accelerators: enough rows for the product to be compute bound, few enough columns for small temporaries.
 TILE = {"cpu": (256, 8192), "accelerator": (2048, 8192)}
-# Elements of a tile's weight on the CPU, where 16-bit ones are held in fp32: 16 MiB. A product with a large hidden size
-# does with fewer columns.
+# Elements of a tile's weight on the CPU, where 16-bit ones are held in fp32: 16 MiB. With a large hidden size
+# a tile has fewer columns.
 OPERAND = 2**22
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One model's output layer: hidden [T, H], weight [V, H] and what is done to their product."""
+    """One model's output layer: hidden [T, H], weight [V, H], and what is applied to their product."""
 
     hidden: Tensor
     weight: Tensor
@@ -33,7 +33,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Problem:
-    """All that an operator computes from, checked: the models' tensors, the tokens' and columns' tensors, the options.
+    """The checked arguments of an operator: tensors of the models, of tokens and of columns, and options.
 
     The operators take the fields in this order, by position; their schema is made from the names and types here.
     """
@@ -58,18 +58,18 @@ class Problem:
     triton: bool = False
 
     def flat(self) -> tuple[Any, ...]:
-        """The fields' values in order; `Problem(*flat)` restores."""
+        """Return the values of the fields in order; `Problem(*flat)` restores them."""
         return tuple(getattr(self, name) for name in FIELDS)
 
     def detached(self) -> Problem:
-        """The same without gradients."""
+        """Return the same problem with the parameters detached."""
         values = {name: getattr(self, name) for name in FIELDS}
         parameters = {name: None if values[name] is None else values[name].detach() for name in PARAMETERS}
         return Problem(**(values | parameters))
 
     @property
     def student(self) -> Layer:
-        """The student's output layer. Its factor is in the temperature."""
+        """The student's output layer. Its scale is 1: a factor of its logits is part of the temperature."""
         return Layer(self.student_hidden, self.student_weight, self.student_bias, self.softcap, 1.0)
 
     @property
@@ -88,12 +88,12 @@ class Problem:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Number of tokens, T."""
         return self.student_hidden.shape[0]
 
     @property
     def columns(self) -> int:
-        """Size of the common vocabulary: what lies beyond belongs to neither softmax."""
+        """Size of the common vocabulary: columns beyond it belong to neither softmax."""
         return min(layer.weight.shape[0] for layer in self.layers)
 
     @property
@@ -103,15 +103,12 @@ class Problem:
 
     @property
     def mixture(self) -> Mixture | None:
-        """The divergence as a mixture, None where it is not one."""
+        """The divergence as a mixture; None for a KL."""
         return Mixture.of(self.kind, self.alpha)
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Rows and columns of a tile.
-
-        A small vocabulary gives it more rows, few tokens give it more columns on an accelerator.
-        """
+        """Rows and columns of a tile: more rows for a small vocabulary, on accelerators more columns for few tokens."""
         cpu = self.student_hidden.device.type == "cpu"
         rows, columns = TILE["cpu" if cpu else "accelerator"]
         area = rows * columns
@@ -123,7 +120,7 @@ class Problem:
         return rows, min(self.columns, columns)
 
     def parts(self) -> list[slice]:
-        """The tokens of each chunk."""
+        """Return the slice of tokens of each chunk."""
         rows = self.tile[0]
         return [slice(a, min(a + rows, self.tokens)) for a in range(0, self.tokens, rows)]
 
@@ -136,12 +133,12 @@ class Problem:
         return -(-self.tile[1] // 16) * 16 if self.triton else self.tile[1]
 
     def kept(self) -> Tensor:
-        """Room for both models' logits of one chunk."""
+        """Return an empty buffer for all models' logits of one chunk."""
         width = len(self.slices()) * self.stride if self.triton else self.columns
         return self.student_hidden.new_empty(len(self.layers), self.tile[0] * width, dtype=self.dtype)
 
     def slices(self) -> list[slice]:
-        """The columns of each tile."""
+        """Return the slice of columns of each tile."""
         columns = self.tile[1]
         return [slice(a, min(a + columns, self.columns)) for a in range(0, self.columns, columns)]
 
@@ -155,17 +152,17 @@ SCHEMA = ", ".join(f"{SCHEMA_TYPES.get(str(field.type), field.type)} {field.name
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 where an input is fp64 (tests), else fp32: logits are never rounded to 16 bits."""
+    """Return the dtype of logits: fp64 if an input is fp64 (tests), else fp32, never 16 bits."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def resolve(group: str) -> dist.ProcessGroup:
-    """The process group of a name. Raises RuntimeError where this process has none of that name."""
+    """Return the process group of a name. Raises RuntimeError if this process has none."""
     return dist.distributed_c10d._resolve_process_group(group)
 
 
 def over_shards(problem: Problem, part: Tensor) -> Tensor:
-    """Gather [k, ...] of each rank of the problem's group: [k, ranks, ...], in rank order."""
+    """Gather `part` [k, ...] from each rank of the problem's group into [k, ranks, ...], in rank order."""
     group = resolve(problem.group)
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)

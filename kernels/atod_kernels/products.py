@@ -1,4 +1,4 @@
-"""The matrix products of both backends, and where gradients are summed."""
+"""The matrix products of both backends, and the sums of gradients."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .problem import Problem, resolve
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix in the dtype in which its product takes it.
+    """Convert a matrix to the dtype that `product` takes it in.
 
-    16-bit as it is where the product can accumulate and return fp32, else the compute dtype.
+    16-bit matrices stay so on CUDA, where a product can accumulate and return fp32; others become the compute dtype.
     """
     return x if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32 else x.to(dtype)
 
@@ -22,14 +22,14 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """Compute out = a @ b, or out += a @ b, in the dtype of `out`; bf16 operands (CUDA) accumulate in fp32.
 
-    Operands of two dtypes are a gradient of logits and a 16-bit operand: they meet in bf16, which has the range of
-    fp32, never in fp16.
+    Operands of two dtypes are a gradient of logits and a 16-bit matrix: they become bf16, which has the range of fp32,
+    never fp16.
     """
     if a.dtype != b.dtype:
         common = torch.bfloat16 if torch.bfloat16 in (a.dtype, b.dtype) else torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(common), b.to(common)
     if a.is_cpu:
-        a, b = a.to(out.dtype), b.to(out.dtype)  # no product of 16-bit operands with a result in fp32 there
+        a, b = a.to(out.dtype), b.to(out.dtype)  # no CPU product takes 16-bit operands and returns fp32
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if not add:
@@ -41,7 +41,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
 
 @functools.cache
 def adds_in_fp32(device: torch.device) -> bool:
-    """Whether this release of torch adds a product of 16-bit operands to an fp32 matrix in one call."""
+    """Return whether torch can add a product of 16-bit operands to an fp32 matrix in one call."""
     a, out = torch.zeros(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
     try:
         torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
@@ -51,10 +51,9 @@ def adds_in_fp32(device: torch.device) -> bool:
 
 
 class Gradients:
-    """Where gradients are summed, in the compute dtype: dx [T, H], dw [V, H], db [V]; an empty tensor is not wanted.
+    """Sums of gradients in the compute dtype: dx [T, H], dw [V, H], db [V]; empty if not wanted.
 
-    The first chunk writes dw and the first slice of columns dx, the others add: clearing a [V, H] first would cost a
-    pass over it.
+    The first chunk writes dw, the first slice of columns writes dx, and later ones add: this saves clearing them.
     """
 
     def __init__(self, dx: Tensor, dw: Tensor, db: Tensor):
@@ -62,9 +61,9 @@ class Gradients:
 
     @staticmethod
     def of(problem: Problem, hidden: bool, weight: bool, bias: bool) -> Gradients:
-        """Room for the gradients that are wanted.
+        """Return empty sums for the gradients that are wanted.
 
-        The lean schedule finishes each slice of dw in fp32 by itself, so its dw is in the weight's dtype.
+        The lean schedule completes each slice of dw in fp32 elsewhere, so its dw has the weight's dtype.
         """
         layer, dtype = problem.student, problem.dtype
         rows, columns = layer.weight.shape
@@ -79,9 +78,9 @@ class Gradients:
         )
 
     def add(self, rows: slice, columns: slice, dz: Tensor, hidden: Tensor, weight: Tensor, dw: Tensor | None) -> None:
-        """Add one tile's share: the products of its logits' gradient dz [n, w] with its operands hidden and weight.
+        """Add the gradients of one tile: the products of its logits' gradient dz [n, w] with hidden and weight.
 
-        `dw` [w, H] is where the weight's gradient of these columns is summed.
+        dw: [w, H], the sum of the weight's gradient in these columns.
         """
         if self.dx.numel():
             product(dz, weight, self.dx[rows], add=columns.start > 0)
@@ -91,7 +90,7 @@ class Gradients:
             self.db[columns] += dz.sum(0, dtype=self.db.dtype)
 
     def results(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients in the dtypes of the parameters. Shards of the vocabulary add up in dx."""
+        """Return the gradients in the dtypes of the parameters. Sums dx over the shards of the vocabulary."""
         layer = problem.student
         if self.dx.numel() and problem.group:
             dist.all_reduce(self.dx, group=resolve(problem.group))

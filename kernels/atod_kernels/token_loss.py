@@ -1,4 +1,4 @@
-"""Any loss that treats each token by itself, in one pass: the logits' gradient is formed while they are at hand."""
+"""Compute any per-token loss and its gradient in one pass, while the logits of a chunk are in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LossFn = Callable[..., Tensor]
 
 
 def token_outputs(problem: Problem, statistics: Tensor) -> TokenOutputs:
-    """The outputs of statistics [STATISTICS, n]: of both models, or of one alone without a teacher."""
+    """Return the outputs from statistics [STATISTICS, n]: of both models, or of the student without a teacher."""
     if problem.teacher is None:
         return logprob_outputs(statistics)
     return divergence_outputs(statistics, problem.target is not None)
@@ -56,7 +56,7 @@ class TokenLoss:
 
 
 def assert_separable(loss: TokenLoss, stats: Tensor, losses: Tensor, upstream: Tensor, parts: list[slice]) -> None:
-    """Evaluate the loss in other parts than before and raise ValueError if values or gradients differ."""
+    """Evaluate the loss with the tokens grouped otherwise; raise ValueError if values or gradients differ."""
     tokens = stats.shape[1]
     middle = (tokens + 1) // 2
     others = [slice(0, tokens)] if len(parts) > 1 else [slice(0, middle), slice(middle, tokens)]
@@ -64,7 +64,10 @@ def assert_separable(loss: TokenLoss, stats: Tensor, losses: Tensor, upstream: T
     for a, b in zip((losses, upstream), loss.in_parts(stats, others), strict=True):
         scale = b.nan_to_num(posinf=0, neginf=0).abs().amax() if b.numel() else b.sum()
         same = same & ((a == b) | ((a - b).abs() <= 1e-4 * b.abs() + 1e-5 * scale) | (a.isnan() & b.isnan())).all()
-    message = "loss_fn is not a function of one token at a time: values or gradients change with how tokens are grouped; pass normalisers and [T] tensors as inputs"
+    message = (
+        "loss_fn is not a function of one token at a time: values or gradients change with how tokens are grouped; "
+        "pass normalisers and [T] tensors as inputs"
+    )
     if stats.device.type == "cpu" and not torch.compiler.is_compiling():
         require(bool(same), message)
     else:
@@ -72,7 +75,7 @@ def assert_separable(loss: TokenLoss, stats: Tensor, losses: Tensor, upstream: T
 
 
 class Attach(torch.autograd.Function):
-    """The loss with its gradients, already known, attached to the parameters."""
+    """Autograd node that gives a loss gradients computed beforehand."""
 
     @staticmethod
     def forward(
@@ -92,7 +95,7 @@ class Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         _, *wanted, _, _, _ = ctx.needs_input_grad
-        # Where the upstream can be read for free it is not rounded to 16 bits, and 1, the usual one of a loss, saves a
+        # If the upstream can be read without a sync, it is not rounded to 16 bits, and 1, the usual value, needs no
         # second [V, H].
         free = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
         scale = upstream.item() if free else upstream
@@ -134,7 +137,7 @@ def linear_token_loss(
         loss_fn: called as loss_fn(stats, **inputs) on a chunk of C tokens; returns their losses [C]. stats is a
             TokenDivergence, or a TokenLogprob without a teacher, of [C] tensors; the loss is differentiated with
             respect to divergence, entropy and logp. It must treat each token by itself: a mean or a normaliser over
-            the chunk is wrong, pass such things in as inputs. It is called several times, so it must not draw random
+            the chunk is wrong; pass normalisers as inputs. It is called several times, so it must not draw random
             numbers or keep state.
         student_hidden, student_weight, teacher_hidden, teacher_weight: as in `linear_divergence`; the teacher's may be
             None, both of them.
@@ -142,9 +145,8 @@ def linear_token_loss(
             loss_fn gives for it.
         inputs: by name; a tensor of one or more dimensions has a row per token and is cut to the chunk, anything else
             is passed as it is. No gradient flows to them.
-        schedule: fast (auto) keeps the logits of 256 tokens (CPU; 2048 elsewhere) and forms the gradient from them;
-        lean
-            holds a tile at a time and recomputes the logits for the gradient. auto is fast because it does a third
+        schedule: fast (auto) keeps the logits of 256 tokens (CPU; 2048 elsewhere) and computes the gradient from them;
+            lean holds a tile at a time and recomputes the logits for the gradient. auto is fast, as it needs a third
             fewer products.
         check: evaluate loss_fn once more with the tokens grouped otherwise and raise if values or gradients differ. It
             costs [T]-sized work; on by default unless Python runs with -O.
@@ -154,8 +156,8 @@ def linear_token_loss(
     Returns:
         (loss, stats): the scalar sum, fp32 (fp64 if an input is), differentiable once with respect to student_hidden,
         student_weight and student_bias, and the detached statistics of all tokens. The gradients are computed here and
-        held until the backward: not to be placed under activation checkpointing. With nothing to differentiate none is
-        computed.
+        held until the backward, so do not use it under activation checkpointing. If no input requires a gradient, none
+        is computed.
 
     Raises:
         ValueError: if an argument's type, shape, dtype, device or value is wrong; the message names it. Also if check
@@ -220,7 +222,7 @@ Gradient = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; empty wh
 
 
 def two_passes(loss: TokenLoss, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, Gradient | None]:
-    """Statistics of all tokens, the loss, and a backward that recomputes the logits (if a gradient is wanted)."""
+    """Compute statistics of all tokens, then the loss, then gradients from recomputed logits if any are wanted."""
     problem = loss.problem
     stats = operators.head(problem)
     parts = [slice(0, stats.shape[1])]
@@ -231,7 +233,7 @@ def two_passes(loss: TokenLoss, wanted: tuple[bool, ...], check: bool) -> tuple[
 
 
 def one_pass(loss: TokenLoss, wanted: tuple[bool, ...], check: bool) -> tuple[Tensor, Tensor, Gradient]:
-    """Chunk by chunk: logits, statistics, loss, gradients."""
+    """Compute logits, statistics, loss and gradients, chunk by chunk."""
     problem = loss.problem
     kept = problem.kept()
     gradients = Gradients.of(problem, *wanted)

@@ -1,7 +1,7 @@
-"""Segments of tokens: reductions over turns, and T-DUR, the weights of turns (ATOD, arXiv 2606.27814).
+"""Reduce per-token values over turns, and weigh turns by T-DUR (ATOD, arXiv 2606.27814).
 
-Segments are CSR offsets [K + 1]: segment k is offsets[k] to offsets[k + 1]. Results are the same from run to run. Here
-arguments are checked and the backend is chosen: `triton/turns.py` for fp32 tensors on a GPU, else `torch/turns.py`.
+Segments are CSR offsets [K + 1]: segment k is offsets[k] to offsets[k + 1]. Results are the same from run to run. This
+module checks arguments and chooses the backend: `triton/turns.py` for fp32 tensors on a GPU, else `torch/turns.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .validate import require
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the kernels of `triton/turns.py` take a tensor."""
+    """Return whether the kernels of `triton/turns.py` support a tensor."""
     return x.device.type == "cuda" and x.dtype == torch.float32 and validate.HAS_TRITON
 
 
@@ -52,7 +52,7 @@ def _(upstream: Tensor, values: Tensor, offsets: Tensor, out: Tensor, reduce: st
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
     values, offsets, ctx.reduce = inputs
-    ctx.offsets = offsets  # beside the saved tensors, which may not be made under torch.inference_mode
+    ctx.offsets = offsets  # not saved for backward, which refuses tensors made under torch.inference_mode
     ctx.save_for_backward(values, output)
 
 
@@ -135,13 +135,13 @@ class TurnWeights(NamedTuple):
 def unweighted(
     disagreement: Tensor, trajectory_offsets: Tensor, *, min_turns: int = 3, min_disagreement: float = 0.01
 ) -> Tensor:
-    """Say which trajectories T-DUR leaves at weight 1: those that are short or agree with the teacher in every turn.
+    """Return which trajectories keep weight 1: those that are short or agree with the teacher in every turn.
 
     Args:
         disagreement: [K], d_k of each turn.
         trajectory_offsets: [N + 1], the turns of each trajectory.
-        min_turns: a trajectory with fewer turns is left.
-        min_disagreement: a trajectory whose largest d_k is smaller is left.
+        min_turns: a trajectory with fewer turns keeps weight 1.
+        min_disagreement: a trajectory whose largest d_k is smaller keeps weight 1.
 
     Returns:
         bool [N].
@@ -172,7 +172,7 @@ def turn_weight_report(
     min_disagreement: float = 0.01,
     generator: torch.Generator | None = None,
 ) -> TurnWeights:
-    """Weigh turns as `turn_weights` does, and say which trajectories were left at weight 1.
+    """Weigh turns as `turn_weights` does, and also return which trajectories keep weight 1.
 
     The arguments and errors are those of `turn_weights`. In scope batch, `fallback` marks every weighted trajectory or
     none, as all of them have one scale.

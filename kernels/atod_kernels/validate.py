@@ -34,9 +34,9 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def use_triton(value: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton backend is used: on request, or by itself on a GPU where triton is installed.
+    """Return whether to use the Triton backend: on request, or with auto on a GPU if triton is installed.
 
-    dtype is that of the logits.
+    dtype: that of the logits.
     """
     one_of("backend", value, BACKENDS)
     if value == "torch" or (value == "auto" and not (device.type == "cuda" and dtype == torch.float32 and HAS_TRITON)):
@@ -54,9 +54,9 @@ def use_triton(value: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors and slowly: for tests.
+    """Return whether Triton's interpreter runs the kernels, slowly and on CPU tensors, for tests.
 
-    It is chosen when the kernels are imported, by the environment variable TRITON_INTERPRET.
+    The environment variable TRITON_INTERPRET decides when the kernels are imported.
     """
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -77,7 +77,7 @@ def tensor(name: str, value: object, rank: int) -> Tensor:
 
 
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
-    """Check that a tensor is where the student's hidden states are."""
+    """Check that a tensor is on the device of the student's hidden states."""
     require(
         value.device == device, f"{name} is on {value.device}; expected {device}, where the student's hidden states are"
     )
@@ -102,7 +102,8 @@ def layer(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, devi
     )
     require(
         weight.is_contiguous(),
-        f"{w} is not contiguous (strides {list(weight.stride())}); expected rows of H one after the other, pass {w}.contiguous()",
+        f"{w} is not contiguous (strides {list(weight.stride())}); "
+        f"expected rows of H one after the other, pass {w}.contiguous()",
     )
     same_device(h, hidden, device)
     same_device(w, weight, device)
@@ -159,7 +160,8 @@ def target_ids(value: Tensor, tokens: int, columns: int | None, valid: Tensor | 
             at = int(bad.nonzero()[0])
             require(
                 False,
-                f"target[{at}] is {int(value[at])}; expected 0 to {columns - 1} (the columns both models have) or {IGNORE} for an ignored token",
+                f"target[{at}] is {int(value[at])}; expected 0 to {columns - 1} (the columns both models have) "
+                f"or {IGNORE} for an ignored token",
             )
         if valid is not None:
             bad = (value != IGNORE) & ~valid[value.clamp(min=0)]
@@ -167,7 +169,8 @@ def target_ids(value: Tensor, tokens: int, columns: int | None, valid: Tensor | 
                 at = int(bad.nonzero()[0])
                 require(
                     False,
-                    f"target[{at}] is {int(value[at])}, a column that valid_columns leaves out; expected a valid column or {IGNORE}",
+                    f"target[{at}] is {int(value[at])}, a column that valid_columns leaves out; "
+                    f"expected a valid column or {IGNORE}",
                 )
     return value
 
@@ -196,7 +199,10 @@ def temperatures(value: float | Tensor, tokens: int, dtype: torch.dtype, device:
 
 
 def columns_mask(value: Tensor | None, sizes: tuple[int, ...], sharded: bool, device: torch.device) -> Tensor | None:
-    """Check a mask of either model's vocabulary and cut it to the common one. A shard may hold no valid column."""
+    """Check a mask of either model's vocabulary and return it cut to the common one.
+
+    A shard may have no valid column.
+    """
     if value is None:
         return None
     tensor("valid_columns", value, 1)
@@ -213,7 +219,7 @@ def columns_mask(value: Tensor | None, sizes: tuple[int, ...], sharded: bool, de
 
 
 def group(name: str) -> None:
-    """Check that this process has a process group of some name."""
+    """Check that this process has a process group of a name."""
     try:
         resolve(name)
     except RuntimeError:
@@ -259,7 +265,7 @@ def problem(
     backend: str = "auto",
     prefix: str = "student_",
 ) -> Problem:
-    """Check the arguments of a public function and return them as the operators take them.
+    """Check the arguments of a public function and return them as a Problem.
 
     `prefix` is how the caller names the student's tensors; `lean_on_cpu` is what the schedule auto means on the torch
     backend.
@@ -283,7 +289,7 @@ def problem(
     dtype = compute_dtype(student_hidden, teacher_hidden)
     triton = use_triton(backend, device, dtype)
     alpha = share(alpha)
-    # A mixture that is one of the two models alone is the plain KL, exactly.
+    # With alpha 0 the mixture is one of the two models, and the divergence a plain KL.
     if alpha == 0:
         divergence = {SKEW_REVERSE_KL: REVERSE_KL, SKEW_FORWARD_KL: FORWARD_KL}.get(divergence, divergence)
     if vocab_group is None:

@@ -1,1 +1,1 @@
-"""The torch backend: runs everywhere, and is what CPUs use."""
+"""The torch backend: runs on any device, and is the one for CPUs."""

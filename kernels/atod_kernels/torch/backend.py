@@ -27,9 +27,8 @@ from ..products import Gradients, operand, product
 
 AMX = torch.cpu._is_amx_tile_supported()
 MATRIX_UNIT = threading.Lock()
-GROUP = (
-    2**16
-)  # logits of one model in a group of rows, per thread: with the scratch of a pass seven times that, 1.75 MiB of fp32
+# Logits of one model in a group of rows, per thread. A pass with its scratch needs seven times that: 1.75 MiB of fp32.
+GROUP = 2**16
 
 
 @contextmanager
@@ -37,15 +36,15 @@ def products_of(p: Problem) -> Iterator[None]:
     """Let a CPU with AMX make the products of bf16 inputs, held in fp32, in bf16 and sum in fp32: half the time.
 
     The logits lose nothing by it; their gradient is rounded to bf16 before the last two products, as on a GPU. torch
-    has no such choice for one call, so it is made for the process and taken back: meanwhile fp32 products of other
-    threads are made of bf16, too.
+    has no such option for one call, so it is set for the process and reset after: meanwhile fp32 products of other
+    threads use bf16, too.
     """
     inputs = {layer.hidden.dtype for layer in p.layers}
     if not (AMX and inputs == {torch.bfloat16} and p.dtype == torch.float32 and p.student.hidden.is_cpu):
         yield
         return
     settings = torch.backends.mkldnn.matmul
-    with MATRIX_UNIT:  # one thread at a time, or the setting that is given back would be another's
+    with MATRIX_UNIT:  # one thread at a time, or one would restore another's setting
         before, settings.fp32_precision = settings.fp32_precision, "bf16"
         try:
             yield
@@ -54,7 +53,7 @@ def products_of(p: Problem) -> Iterator[None]:
 
 
 class Chunk:
-    """Some tokens of a problem: their operands, ready for the products."""
+    """A chunk of a problem's tokens, with their operands ready for the products."""
 
     def __init__(self, problem: Problem, rows: slice):
         self.problem, self.rows = problem, rows
@@ -67,7 +66,7 @@ class Chunk:
         self.inverse = None if p.temperature is None else self.temperature.reciprocal()
 
     def _hidden(self, layer: Layer) -> Tensor:
-        """Hidden rows as an operand, ignored ones zeroed: what they hold, NaN too, must not reach a sum over tokens."""
+        """Return the hidden rows as an operand, ignored rows zeroed: their NaN must not reach a sum over tokens."""
         x = operand(layer.hidden[self.rows], self.problem.dtype)
         return (
             x
@@ -96,13 +95,13 @@ class Chunk:
                 z.clamp_(min=MASKED)  # a bias of -inf is probability 0, not NaN
         if p.valid is not None:
             excluded = ~p.valid[columns]
-            # A mask of columns alone is not vectorised on a CPU; there its few True can be read.
+            # masked_fill_ with a mask of columns is not vectorised on a CPU, where the mask can be read.
             out.index_fill_(2, excluded.nonzero()[:, 0], MASKED) if out.is_cpu else out.masked_fill_(excluded, MASKED)
         return out
 
 
 def group_rows(p: Problem, columns: slice) -> int:
-    """Rows of a tile that the element-wise passes take at a time."""
+    """Return how many rows of a tile the element-wise passes take at a time."""
     cpu = p.student.hidden.device.type == "cpu"
     return (
         min(p.tile[0], max(1, GROUP // (columns.stop - columns.start)) * torch.get_num_threads()) if cpu else p.tile[0]
@@ -110,19 +109,19 @@ def group_rows(p: Problem, columns: slice) -> int:
 
 
 def weights(p: Problem, columns: slice) -> list[Tensor]:
-    """The operands [w, H] of a tile, student first."""
+    """Return the weight operands [w, H] of a tile, student first."""
     return [operand(layer.weight[columns], p.dtype) for layer in p.layers]
 
 
 class Room:
-    """Memory [count, elements] for tiles [count, n, w]; `kept` tiles lie one after the other over all columns."""
+    """Memory [count, elements] for tiles [count, n, w]; if `kept`, for those of all columns, one after the other."""
 
     def __init__(self, memory: Tensor, kept: bool = False):
         self.memory, self.kept = memory, kept
 
     @staticmethod
     def of(p: Problem, count: int, group: bool = False) -> Room:
-        """Room for `count` tiles, or for groups of their rows."""
+        """Return memory for `count` tiles, or for groups of their rows."""
         slices = p.slices()
         elements = max((group_rows(p, c) if group else p.tile[0]) * (c.stop - c.start) for c in (slices[0], slices[-1]))
         return Room(p.student.hidden.new_empty(count, elements, dtype=p.dtype))
@@ -133,7 +132,7 @@ class Room:
 
 
 def statistics(chunk: Chunk, kept: Room | None) -> Tensor:
-    """Statistics [STATISTICS, n] of one chunk; leaves the scaled logits in `kept` if given."""
+    """Return the statistics [STATISTICS, n] of one chunk; leaves the scaled logits in `kept` if given."""
     p, n, slices = chunk.problem, chunk.size, chunk.problem.slices()
     models = len(p.layers)
     place = Room.of(p, models) if kept is None else kept
@@ -177,8 +176,8 @@ class ChunkGradient:
     def __init__(self, chunk: Chunk, stats: Tensor, upstream: Tensor):
         upstream = upstream[: algebra.LOGP + 1].to(stats.dtype)
         if chunk.ignored is not None:
-            # Ignored and out-of-range tokens add nothing to any gradient; the latter's outputs are NaN. The
-            # normalisers stay.
+            # Ignored and out-of-range tokens (whose outputs are NaN) add nothing to any gradient. The normalisers
+            # stay.
             dead = chunk.ignored | stats[algebra.LOGP].isnan()
             stats, upstream = stats.clone(), upstream.masked_fill(dead, 0)
             stats[: algebra.OUTPUTS].masked_fill_(dead, 0)
@@ -215,7 +214,7 @@ class ChunkGradient:
 
 
 def head_statistics(p: Problem) -> Tensor:
-    """Statistics [STATISTICS, T] of all tokens."""
+    """Return the statistics [STATISTICS, T] of all tokens."""
     out = p.student.hidden.new_zeros(algebra.STATISTICS, p.tokens, dtype=p.dtype)
     kept = Room(p.kept(), kept=True) if p.mixture is not None and not p.lean else None
     with products_of(p):
@@ -227,7 +226,7 @@ def head_statistics(p: Problem) -> Tensor:
 def head_gradients(
     p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden [T, H], weight [V, H] and bias [V], with recomputed logits.
+    """Return gradients of hidden [T, H], weight [V, H] and bias [V], from recomputed logits.
 
     stats [STATISTICS, T], upstream [>= 3, T]; an empty tensor stands for a gradient that is not wanted.
     """
@@ -258,7 +257,7 @@ def head_gradients(
 
 
 def chunk_statistics(p: Problem, rows: slice, kept: Tensor) -> Tensor:
-    """Statistics [STATISTICS, n] of the tokens `rows`; leaves their logits in `kept` (`Problem.kept`)."""
+    """Return the statistics [STATISTICS, n] of the tokens `rows`; leaves their logits in `kept` (`Problem.kept`)."""
     with products_of(p):
         return statistics(Chunk(p, rows), Room(kept, kept=True))
 

@@ -12,7 +12,7 @@ from ..names import FLAT
 
 
 def segment_ids(offsets: Tensor, total: int) -> Tensor:
-    """Index of the segment that each of `total` elements lies in, [total]; an empty segment holds none."""
+    """Return the index of the segment that each of `total` elements lies in, [total]."""
     positions = torch.arange(total, dtype=offsets.dtype, device=offsets.device)
     return torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
 
@@ -24,7 +24,7 @@ def segment_reduce(values: Tensor, offsets: Tensor, reduce: str) -> Tensor:
 
 
 def well_formed(offsets: Tensor, total: int) -> Tensor:
-    """Say which segments lie within [0, total], bool [K]. The first must start at 0, the last end at total."""
+    """Return which segments lie within [0, total], bool [K]. The first must start at 0, the last end at total."""
     low, high = offsets[:-1], offsets[1:]
     good = (low >= 0) & (low <= high) & (high <= total)
     good[:1] &= low[:1] == 0
@@ -42,7 +42,7 @@ def turn_reduce(values: Tensor, offsets: Tensor, reduce: str) -> Tensor:
 
 
 def turn_reduce_backward(upstream: Tensor, values: Tensor, offsets: Tensor, out: Tensor, reduce: str) -> Tensor:
-    """Gradient [T] of `turn_reduce`, whose result was `out` [K], for upstream [K].
+    """Return the gradient [T] of `turn_reduce`, whose result was `out` [K], for upstream [K].
 
     The mean shares a turn's gradient evenly over its tokens, max and min over the tokens that attain them.
     """
@@ -63,7 +63,7 @@ def minmax(x: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
 
 
 def rank(x: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
-    """Average rank of x [n] within its segment over the length less one, in [0, 1]; 0.5 where all values are equal."""
+    """Return the average rank of x [n] within its segment, scaled to [0, 1]; 0.5 where all values are equal."""
     order = x.argsort(stable=True)
     order = order[ids[order].argsort(stable=True)]
     x, ids_sorted = x[order], ids[order]
@@ -87,7 +87,7 @@ def shuffle(x: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fuse_signals(d: Tensor, h: Tensor, fuse: str) -> Tensor:
-    """Weights [n] of turns from their normalised disagreement d and uncertainty h."""
+    """Return the weights [n] of turns from their normalised disagreement d and uncertainty h."""
     if fuse in ("softor", "shuffled"):
         return 1 - (1 - d) * (1 - h)
     if fuse == "mean":
@@ -141,7 +141,7 @@ def turn_weights(
     clip: tuple[float, float],
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """T-DUR weights [K] of turns, and for which trajectories [N] no scale has mean 1 (`turns.turn_weight_report`).
+    """Return T-DUR weights [K] of turns, and the trajectories [N] where no scale has mean 1.
 
     offsets [N + 1] int64; left [N] marks the trajectories that keep weight 1; lengths [K] are given where the mean
     weight is to be 1.

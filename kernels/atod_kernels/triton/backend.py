@@ -30,23 +30,23 @@ COMBINE_BLOCK = 128  # rows a program of `combine_sums_fwd_kernel` takes
 
 
 def constants(p: Problem) -> dict[str, Any]:
-    """Compile-time constants that all kernels of tiles take."""
+    """Return the compile-time constants of all kernels over tiles."""
     cap, scale = (p.teacher.softcap, p.teacher.scale) if p.teacher else (0.0, 1.0)
     return {"KIND": p.kind, "CAP_S": p.student.softcap, "CAP_T": cap, "SCALE_T": scale}
 
 
 def shares(p: Problem) -> dict[str, float]:
-    """The shares of p and q in a mixture, as compile-time constants; 0 where there is none."""
+    """Return the shares of p and q in a mixture, as compile-time constants; 0 without a mixture."""
     return {"A": 0.0, "B": 0.0} if p.mixture is None else {"A": p.mixture.a, "B": p.mixture.b}
 
 
 def sliced(x: Tensor | None, part: slice) -> Tensor | None:
-    """A part of x; None stays None."""
+    """Return a part of x; None stays None."""
     return None if x is None else x[part]
 
 
 def pointers(p: Problem, rows: slice, columns: slice) -> dict[str, Tensor | None]:
-    """What is applied to raw logits on the way in, from the tile's first row and column on."""
+    """Return the tensors that scale and mask raw logits, from the tile's first row and column on."""
     valid = None if p.valid is None else p.valid.view(torch.uint8)
     inverse = None if p.temperature is None else p.temperature[rows].float().reciprocal()
     bias_s, bias_t = sliced(p.student_bias, columns), sliced(p.teacher_bias, columns)
@@ -54,7 +54,7 @@ def pointers(p: Problem, rows: slice, columns: slice) -> dict[str, Tensor | None
 
 
 def config(p: Problem, kernel: str) -> dict[str, Any]:
-    """Block sizes and launch options of a kernel for the problem's operands and device."""
+    """Return block sizes and launch options of a kernel for the problem's operands and device."""
     bits = 32 if torch.float32 in [layer.hidden.dtype for layer in p.layers] else 16
     return configuration(kernel, architecture(p.student_hidden.device), bits)
 
@@ -71,21 +71,21 @@ class Tiles:
 
     @staticmethod
     def of(p: Problem) -> Tiles:
-        """Room for one tile of each model."""
+        """Return memory for one tile of each model."""
         buffer = p.student_hidden.new_empty(len(p.layers), p.tile[0] * p.stride, dtype=torch.float32)
         return Tiles(p, buffer, keep=False)
 
     def __call__(self, model: int, n: int, columns: slice) -> Tensor:
-        """The tile [n, w] of a model, 0 the student or 1 the teacher."""
+        """Return the tile [n, w] of a model: 0 the student, 1 the teacher."""
         first = columns.start // self.p.tile[1] * n * self.p.stride if self.keep else 0
         return self.buffer[model, first : first + n * self.p.stride].view(n, -1)[:, : columns.stop - columns.start]
 
     def pair(self, n: int, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """The tiles of both models; None without a teacher."""
+        """Return the tiles of student and teacher; None without a teacher."""
         return self(0, n, columns), None if self.p.teacher is None else self(1, n, columns)
 
     def make(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """Write the raw logits of one tile, by the library's products."""
+        """Compute the raw logits of one tile by the library's products, and return the tiles."""
         pair = self.pair(rows.stop - rows.start, columns)
         for layer, out in zip(self.p.layers, pair, strict=False):
             x, weight = operand(layer.hidden[rows], torch.float32), operand(layer.weight[columns], torch.float32)
@@ -122,7 +122,7 @@ def add_mixture(p: Problem, stats: Tensor, look: Tensor, rows: slice) -> None:
     total = look.sum(1)
     if p.group:
         total = over_shards(p, total).sum(1)
-    # The log-probability of an ignored row is 0, that of a row whose target no shard holds NaN: so is the divergence.
+    # As its log-probability, the divergence of an ignored row is 0, that of a row whose target is on no shard NaN.
     if p.target is not None:
         total[0].masked_fill_(p.target[rows] == IGNORE, 0).masked_fill_(stats[algebra.LOGP].isnan(), torch.nan)
     stats[algebra.DIVERGENCE :: algebra.MEAN_SLOPE - algebra.DIVERGENCE] = total
@@ -171,10 +171,10 @@ def tile_statistics(p: Problem, rows: slice, logits: Tiles) -> Tensor:
 
 
 def gradient_dtype(p: Problem) -> torch.dtype:
-    """The dtype of the logits' gradient: bf16 for bf16 inputs, else fp32.
+    """Return the dtype of the logits' gradient: bf16 for bf16 inputs, else fp32.
 
-    fp16 has not the range for it: a probability times a weight of 1/tokens is below its smallest number. So the last
-    two products of fp16 inputs are made in fp32, without the tensor cores' 16-bit speed.
+    The range of fp16 is too small: a probability times a weight of 1/tokens is below its smallest number. So the last
+    two products of fp16 inputs are computed in fp32, without the tensor cores' 16-bit speed.
     """
     return torch.bfloat16 if p.student_hidden.dtype == torch.bfloat16 else torch.float32
 
@@ -212,7 +212,7 @@ def tile_gradient(
 
 
 class Fused:
-    """Launches of the kernels without logits in memory; one set of operands for all tokens and columns."""
+    """Launches the kernels that keep no logits in memory, with one set of operands for all tokens and columns."""
 
     def __init__(self, p: Problem):
         self.p = p
@@ -243,15 +243,15 @@ class Fused:
         self.arguments |= self.launch | {"TMA": descriptors, "EVEN": even, "PRECISION": precision}
 
     def __call__(self, kernel: Any, grid: tuple[int, int], columns: slice, **arguments: Any) -> None:
-        """Launch a kernel with those of the shared arguments that it takes, and some of its own."""
+        """Launch a kernel with the shared arguments that it takes and with `arguments`."""
         takes = set(kernel.arg_names) | {"num_warps", "num_stages"}
         shared = self.arguments | pointers(self.p, slice(0, self.p.tokens), columns)
         kernel[grid](**{k: v for k, v in shared.items() if k in takes}, **arguments)
 
     def splits(self) -> tuple[int, int]:
-        """How many programs share a row of blocks, and columns of each.
+        """Return how many programs share a row of blocks, and the columns of each.
 
-        As many as leave the fewest units idle, the fewest of these.
+        The smallest number that leaves the fewest multiprocessors idle.
         """
         p, device = self.p, self.p.student_hidden.device
         rows, blocks = triton.cdiv(p.tokens, self.launch["BM"]), triton.cdiv(p.columns, self.launch["BN"])
@@ -325,12 +325,12 @@ class Fused:
 
 
 def aligned(x: Tensor) -> bool:
-    """Whether a tensor-memory descriptor can stand for a matrix: contiguous, its address and rows whole 16 bytes."""
+    """Return whether a matrix can have a TMA descriptor: contiguous, address and rows multiples of 16 bytes."""
     return x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0
 
 
 def clean(p: Problem, rows: slice) -> Tensor:
-    """Student's hidden rows as an operand of the weight's gradient: an ignored row's NaN must not meet its 0."""
+    """Return the student's hidden rows for the weight's gradient, ignored rows zeroed: NaN times 0 is NaN."""
     x = p.student_hidden[rows]
     if p.target is not None:
         x = x.masked_fill((p.target[rows] == IGNORE)[:, None], 0)
@@ -350,7 +350,7 @@ def head_statistics(p: Problem) -> Tensor:
 def head_gradients(
     p: Problem, stats: Tensor, upstream: Tensor, hidden: bool, weight: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden [T, H], weight [V, H] and bias [V], with recomputed logits.
+    """Return gradients of hidden [T, H], weight [V, H] and bias [V], from recomputed logits.
 
     stats [STATISTICS, T], upstream [>= 3, T]; an empty tensor stands for a gradient that is not wanted.
     """
@@ -382,7 +382,7 @@ def head_gradients(
 
 
 def chunk_statistics(p: Problem, rows: slice, kept: Tensor) -> Tensor:
-    """Statistics [STATISTICS, n] of the tokens `rows`; leaves their raw logits in `kept` (`Problem.kept`)."""
+    """Return the statistics [STATISTICS, n] of the tokens `rows`; leaves raw logits in `kept` (`Problem.kept`)."""
     return tile_statistics(p, rows, Tiles(p, kept, keep=True))
 
 

@@ -1,7 +1,7 @@
 """Launch configurations per architecture, from the table `configs.json`; nothing is searched at run time.
 
 A row names a kernel, an architecture ("any" for all) and a configuration, and where they matter the operands' bits
-and the versions of Triton ("3.9": all of 3.9). The most particular row wins. `bench/tune.py` searches on a GPU and
+and the versions of Triton ("3.9": all of 3.9). The most specific row wins. `bench/tune.py` searches on a GPU and
 writes the table.
 """
 
@@ -28,7 +28,7 @@ INTERPRETER = {  # small blocks, so that the small tensors of tests have several
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture in the table that a device is tuned as: its own, or the nearest with no more shared memory."""
+    """Return the table's architecture for a device: its own, or the nearest with no more shared memory."""
     if interpreted():
         return "interpreter"
     if torch.version.hip:
@@ -38,7 +38,7 @@ def architecture(device: torch.device) -> str:
 
 
 def choose(rows: list[dict[str, Any]], kernel: str, arch: str, bits: int, version: str) -> dict[str, Any]:
-    """The configuration of the most particular row of the table that fits."""
+    """Return the configuration of the most specific row of the table that fits."""
     fits = [
         row
         for row in rows
@@ -52,7 +52,7 @@ def choose(rows: list[dict[str, Any]], kernel: str, arch: str, bits: int, versio
 
 @functools.cache
 def configuration(kernel: str, arch: str, bits: int) -> dict[str, Any]:
-    """Block sizes and launch options of a kernel.
+    """Return block sizes and launch options of a kernel.
 
     kernel is fused, ragged (for operands that fused cannot take), sums, mixture or gradient; bits are those of the
     operands, 16 or 32.

@@ -1,4 +1,4 @@
-"""Both models' logits made and used in registers: a tile of the two matrix products, then the algebra of `tiles.py`.
+"""Kernels that compute both models' logits in registers, tile by tile, and apply the algebra of `tiles.py`.
 
 No logits reach memory. The three passes share one loop over the hidden dimension, so that the statistics, a mixture's
 second look and the gradient see the same logits to the last bit. The teacher's product comes first and its tile waits
@@ -33,7 +33,7 @@ from .tiles import (
 
 @triton.jit
 def multiply(b_x, b_w, b_z, PRECISION: tl.constexpr):
-    """z + x @ w."""
+    """Return z + x @ w."""
     if PRECISION == "interpreter":
         # its dot multiplies bf16 operands as if they were integers
         b_z = tl.dot(b_x.to(tl.float32), b_w.to(tl.float32), b_z, input_precision="ieee")
@@ -47,7 +47,7 @@ def product(
     p_x, p_w, i_row, i_column, tokens, width, H, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The product x[i_row : i_row + BM] @ w[i_column : i_column + BN].T in fp32.
+    """Return x[i_row : i_row + BM] @ w[i_column : i_column + BN].T in fp32.
 
     p_x and p_w are pointers or, with TMA, descriptors. Rows beyond `tokens` and `width` read others' memory,
     harmlessly, or zeros.

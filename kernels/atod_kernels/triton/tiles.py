@@ -1,4 +1,4 @@
-"""The algebra of `algebra.py` as Triton kernels over tiles of logits in memory. A function has the name it has there.
+"""The algebra of `algebra.py` as Triton kernels over tiles of logits in memory. Functions have the same names.
 
 Logits are fp32 [n, w] as the matrix product left them; bias, softcap, temperature and excluded columns are applied on
 the way in, so that no pass over memory is spent on them. One program takes one row: the sums of a row stay in
@@ -45,7 +45,7 @@ MEAN_SLOPE = tl.constexpr(algebra.MEAN_SLOPE)
 
 @triton.jit
 def exp(b_x):
-    """exp by exp2, which the hardware has; tl.exp adds a scaling for denormal results, which are worth 0 here."""
+    """Compute exp by the hardware's exp2; tl.exp adds a scaling for denormal results, which count as 0 here."""
     return tl.exp2(b_x * LOG2E)
 
 
