@@ -388,11 +388,15 @@ def markdown(rows: list[dict[str, str]]) -> str:
     lines = [
         "# Ahead-of-time audit of the Triton kernels",
         "",
-        f"Compiled without a GPU by Triton {', '.join(versions)}; nothing here was run. {len(rows)} compilations, {len(faults)} with a fault.",
-        "Ranges are over the variants of a kernel (`aot_audit.csv` has them one by one); spills are bytes, stack or scratch; loads and stores",
-        "are those of 128 bits; instructions per pair are static counts of a pass over the tile, products' loops left out.",
+        f"Compiled without a GPU by Triton {', '.join(versions)}; nothing here was run. {len(rows)} compilations, "
+        f"{len(faults)} with a fault.",
+        "Ranges are over the variants of a kernel (`aot_audit.csv` has them one by one); spills are bytes, "
+        "stack or scratch; loads and stores",
+        "are those of 128 bits; instructions per pair are static counts of a pass over the tile, "
+        "products' loops left out.",
         "",
-        "| arch | kernel | triton | variants | registers | spills | shared KiB (limit) | tensor core | loads | stores | per pair | seconds | faults |",
+        "| arch | kernel | triton | variants | registers | spills | shared KiB (limit) "
+        "| tensor core | loads | stores | per pair | seconds | faults |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -462,14 +466,19 @@ def main() -> None:
             for row in audit(arch, chosen):
                 rows.append(row)
                 tensor = row.tensor or "no tensor cores"
-                found = f"{row.registers} registers, {row.shared} B shared, {row.per_pair or '-'} per pair, {row.loads} loads {row.stores} stores, {tensor}"
+                found = (
+                    f"{row.registers} registers, {row.shared} B shared, {row.per_pair or '-'} per pair, "
+                    f"{row.loads} loads {row.stores} stores, {tensor}"
+                )
                 print(
-                    f"{'FAULT' if row.fault else 'ok   '} {arch} {row.kernel} ({row.variant}): {row.fault or found}, {row.seconds} s",
+                    f"{'FAULT' if row.fault else 'ok   '} {arch} {row.kernel} ({row.variant}): {row.fault or found}, "
+                    f"{row.seconds} s",
                     flush=True,
                 )
     faults = sum(bool(row.fault) for row in rows)
     print(
-        f"triton {triton.__version__}: {len(rows)} compilations, {faults} with a fault, {sum(float(row.seconds or 0) for row in rows):.0f} s"
+        f"triton {triton.__version__}: {len(rows)} compilations, {faults} with a fault, "
+        f"{sum(float(row.seconds or 0) for row in rows):.0f} s"
     )
     if args.out and not args.kernel:
         store(Path(args.out), rows)

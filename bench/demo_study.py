@@ -201,8 +201,8 @@ other rows have ATOD's.
 
 Success on {result["games"]:,} held-out games that no setting was chosen on, the same for all: mean over seeds {seeds},
 and 95% interval of a bootstrap over seeds and games at once ({result["draws"]:,} draws); differences are paired by
-game. With few seeds their part is coarse: of n seeds a draw shows (n - 1) / n of the variance between seeds, so that the
-intervals are somewhat too narrow. Teacher and student before are one model each.
+game. With few seeds their part is coarse: of n seeds a draw shows (n - 1) / n of the variance between seeds, so that
+the intervals are somewhat too narrow. Teacher and student before are one model each.
 
 {readme_table(result)}
 

@@ -104,7 +104,8 @@ def main() -> None:
 {machine}.
 
 One run each of `torchrun --nproc_per_node 2 -m atod_fast.train --preset ...` with the preset's seed. Success at T = 1 on
-400 held-out tasks that no setting was chosen on (`env.eval.seed`: {", ".join(map(str, PRESETS.values()))}); the standard error is at most .025.
+400 held-out tasks that no setting was chosen on \
+(`env.eval.seed`: {", ".join(map(str, PRESETS.values()))}); the standard error is at most .025.
 
 {readme_table(runs)}
 

@@ -180,10 +180,13 @@ def main() -> None:
     lines = [
         "# Steps a second of the worlds, on one core",
         "",
-        f"`python bench/env_steps.py`: random play, whole episodes of at most {MOST} steps; CPU time; the median, least and greatest of {args.rounds} rounds "
-        f"of {args.episodes} episodes (with TextWorld's engine one round of {args.textworld}). How it is played and timed stands in the script.",
+        f"`python bench/env_steps.py`: random play, whole episodes of at most {MOST} steps; CPU time; the median, "
+        f"least and greatest of {args.rounds} rounds "
+        f"of {args.episodes} episodes (with TextWorld's engine one round of {args.textworld}). "
+        f"How it is played and timed stands in the script.",
         "",
-        f"{processor()}, {os.cpu_count()} cores, load {load} at the start. Python {platform.python_version()}, {versions}.",
+        f"{processor()}, {os.cpu_count()} cores, load {load} at the start. Python {platform.python_version()}, "
+        f"{versions}.",
         "",
         "| world | tasks | steps timed | steps/s | of the rounds | ms a step | ms a reset |",
         "|---|---|---|---|---|---|---|",

@@ -108,7 +108,10 @@ class Case:
 
     def __str__(self) -> str:
         extra = [f"{self.wider} wider"] + ["options"] * self.options + ["no target"] * (not self.target)
-        return f"{self.kind} {self.schedule} {str(self.dtype).removeprefix('torch.')} std {self.spread:g} ({', '.join(extra)})"
+        return (
+            f"{self.kind} {self.schedule} {str(self.dtype).removeprefix('torch.')} std {self.spread:g} "
+            f"({', '.join(extra)})"
+        )
 
 
 def cases(interpreted: bool) -> Iterator[Case]:
@@ -173,10 +176,21 @@ def make(case: Case, device: torch.device, interpreted: bool, seed: int = 0) -> 
 
 
 def plain(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target: Tensor | None = None, *, divergence: str,
-    alpha: float, temperature: Tensor | None = None, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, softcap: float | None = None,
-    teacher_softcap: float | None = None, valid_columns: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    divergence: str,
+    alpha: float,
+    temperature: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    valid_columns: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     """linear_divergence in plain torch: products in the inputs' dtype, the rest in fp32 (fp64 for fp64). The reference and the yardstick."""
     columns = min(len(student_weight), len(teacher_weight))
 
@@ -434,7 +448,8 @@ def table(lane: Lane) -> str:
         floor = min((row["milliseconds"] for row in rows if row["role"] == "floor"), default=math.nan)
         lines += [f"\n{which:48} {'ms':>8} {'x floor':>8} {'MiB':>8}"]
         lines += [
-            f"{row['contender']:48} {row['milliseconds']:8.1f} {row['milliseconds'] / floor:8.2f} {row['peak_mib']:8.0f}"
+            f"{row['contender']:48} {row['milliseconds']:8.1f} {row['milliseconds'] / floor:8.2f} "
+            f"{row['peak_mib']:8.0f}"
             for row in rows
         ]
     passed = sum(check["passed"] for check in lane.checks)

@@ -99,7 +99,10 @@ def clauses(results: Results) -> list[str]:
     for name in [] if peer is None else results.ours("linear_divergence lean") + results.ours("linear_token_loss lean"):
         to_peer, of_memory = results(name, TO_PEER), results(name, BEYOND_GRADIENTS) / results(peer, BEYOND_GRADIENTS)
         products = number(results("products (4+2r)G", TO_PEER))
-        text = f"{name} at most 0.9 of the time of {peer} and 0.2 of its memory: {to_peer:.2f}, {of_memory:.2f} (its products alone: {products})"
+        text = (
+            f"{name} at most 0.9 of the time of {peer} and 0.2 of its memory: "
+            f"{to_peer:.2f}, {of_memory:.2f} (its products alone: {products})"
+        )
         lines.append(clause(to_peer <= 0.9 and of_memory <= 0.2, text))
     return lines
 

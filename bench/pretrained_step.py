@@ -30,8 +30,9 @@ logging.disable_progress_bar()
 SETTINGS = """
 env.train={games='GAMES'} env.eval={games='GAMES'} env.max_turns=3 eval.tasks=1 eval.every=0 eval.teacher=false
 rollout.context=window rollout.prompt_tokens=1024 rollout.response_tokens=48 rollout.history=2 rollout.concurrency=8
-train.steps=1 train.tasks_per_step=1 train.group_size=2 train.minibatch_rows=4 train.microbatch_tokens=4096 train.learning_rate=1e-6
-train.warmup_steps=0 observe.trajectories_every=1 checkpoint.every=0 schedule.kappa.horizon=80 schedule.rho.horizon=80
+train.steps=1 train.tasks_per_step=1 train.group_size=2 train.minibatch_rows=4 train.microbatch_tokens=4096
+train.learning_rate=1e-6 train.warmup_steps=0 observe.trajectories_every=1 checkpoint.every=0
+schedule.kappa.horizon=80 schedule.rho.horizon=80
 """.split()
 
 
@@ -92,7 +93,8 @@ def main(archive: str) -> int:
             first = json.loads((run / "trajectories" / "step_000001.jsonl").read_text().splitlines()[0])
             for number, turn in enumerate(first["turns"]):
                 print(
-                    f"--- turn {number}: d {turn['disagreement']:.3f} h {turn['uncertainty']:.3f} w {turn['weight']:.3f} valid {turn['valid']}"
+                    f"--- turn {number}: d {turn['disagreement']:.3f} h {turn['uncertainty']:.3f} "
+                    f"w {turn['weight']:.3f} valid {turn['valid']}"
                 )
                 print(f"{turn['observation'][:400]}\n> {turn['text'][:300]}")
         return code

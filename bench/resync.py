@@ -137,7 +137,8 @@ def report(rows: list[tuple]) -> str:
         "",
         "`torchrun --nproc_per_node 2 bench/resync.py --out bench/results/resync.md`",
         "",
-        f"{ranks.world_size()} gloo ranks with one thread each on {processor()}, torch {torch.__version__}. Median (minimum to maximum) of {ROUNDS}",
+        f"{ranks.world_size()} gloo ranks with one thread each on {processor()}, torch {torch.__version__}. "
+        f"Median (minimum to maximum) of {ROUNDS}",
         "alternating rounds on a shared machine. Every way leaves the replica bit for bit the same.",
         "",
         "| model | way | seconds | of `parameters` | MiB received by a rank |",

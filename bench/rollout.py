@@ -243,7 +243,8 @@ def main() -> None:
                 engine = make_engine(config, kind, Runtime.of(config, device).student, device)
                 tokens, played, alone, raw, ratio = efficiency(actor, engine, config)
                 efficient.append(
-                    f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} | {tokens / raw:.0f} |"
+                    f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} "
+                    f"| {tokens / raw:.0f} |"
                 )
                 rollout, teacher, both, share = overlap(actor, engine, score)
                 gained.append(f"| {name} | {kind} | {rollout:.2f} | {teacher:.2f} | {both:.2f} | {share:.2f} |")
@@ -277,14 +278,17 @@ def report(efficient: list[str], gained: list[str]) -> str:
             "",
             "`python bench/rollout.py --out bench/results/rollout.md`",
             "",
-            f"{processor()}, one thread, {versions}. 64 episodes, concurrency 64; medians of {ROUNDS} alternating rounds on a",
-            "shared machine. Efficiency is the loop's tokens per second by those of the same requests without worlds (goal: 0.9).",
+            f"{processor()}, one thread, {versions}. 64 episodes, concurrency 64; "
+            f"medians of {ROUNDS} alternating rounds on a",
+            "shared machine. Efficiency is the loop's tokens per second by those of the same requests without worlds "
+            "(goal: 0.9).",
             "",
             "| model | engine | tokens | loop, tokens/s | bare, tokens/s | efficiency | batch, tokens/s |",
             "|---|---|---|---|---|---|---|",
             *efficient,
             "",
-            "Teacher after the rollout, or in a thread of its own during it (one process on two cores, the second one otherwise idle):",
+            "Teacher after the rollout, or in a thread of its own during it (one process on two cores, "
+            "the second one otherwise idle):",
             "",
             "| model | engine | rollout s | teacher s | overlapped s | overlapped by the sum |",
             "|---|---|---|---|---|---|",

@@ -156,16 +156,24 @@ def report(shape: Shape, machine: Machine) -> str:
     lines = [
         "# Predicted times on an H100",
         "",
-        "**Predictions**, made before a kernel had run; `gpu_lane.md` has what was measured. Instruction counts are from kernels "
-        f"compiled ahead of time for sm_90 by Triton {triton.__version__}, bytes and FLOPs from the shapes; the rest is assumed:",
+        "**Predictions**, made before a kernel had run; `gpu_lane.md` has what was measured. "
+        "Instruction counts are from kernels "
+        f"compiled ahead of time for sm_90 by Triton {triton.__version__}, bytes and FLOPs from the shapes; "
+        f"the rest is assumed:",
         "",
-        f"- cuBLAS at {machine.products / 1e12:.0f} TFLOP/s (peak {machine.peak / 1e12:.0f}), {machine.clock / 1e9:.2f} GHz under load, {machine.units} units;",
-        f"- main memory at {machine.memory / 1e12:.2f} TB/s; {machine.issue:.0%} of issue slots used; {machine.l2:.0f} B a clock from L2;",
-        f"- {machine.exposed:.0%} of the traffic of fp32 gradient sums is not hidden behind products; {machine.launch * 1e6:.0f} us a launch;",
-        "- fused kernels run one block a unit, so that their epilogue is not hidden; the hidden states' blocks come from L2.",
+        f"- cuBLAS at {machine.products / 1e12:.0f} TFLOP/s (peak {machine.peak / 1e12:.0f}), "
+        f"{machine.clock / 1e9:.2f} GHz under load, {machine.units} units;",
+        f"- main memory at {machine.memory / 1e12:.2f} TB/s; {machine.issue:.0%} of issue slots used; "
+        f"{machine.l2:.0f} B a clock from L2;",
+        f"- {machine.exposed:.0%} of the traffic of fp32 gradient sums is not hidden behind products; "
+        f"{machine.launch * 1e6:.0f} us a launch;",
+        "- fused kernels run one block a unit, so that their epilogue is not hidden; "
+        "the hidden states' blocks come from L2.",
         "",
-        f"T {shape.tokens}, V {shape.columns}, H_s {shape.student}, H_t {shape.teacher}: G = 2 T V H_s = {flops / 1e12:.2f} TFLOP, r = {shape.ratio:g}, "
-        f"{shape.pairs / 1e9:.2f}e9 logit pairs. Tiles in memory are {TILE['accelerator'][0]} x {TILE['accelerator'][1]}.",
+        f"T {shape.tokens}, V {shape.columns}, H_s {shape.student}, H_t {shape.teacher}: "
+        f"G = 2 T V H_s = {flops / 1e12:.2f} TFLOP, r = {shape.ratio:g}, "
+        f"{shape.pairs / 1e9:.2f}e9 logit pairs. Tiles in memory are {TILE['accelerator'][0]} x "
+        f"{TILE['accelerator'][1]}.",
     ]
     for kind, mixture in (("reverse_kl", False), ("jsd", True)):
         found = schedules(kind, mixture, shape, machine)

@@ -125,7 +125,8 @@ def main() -> None:
         }
     query = found["query_ms"]
     print(
-        f"{args.passages:,} passages of {args.words} words: corpus {result['corpus_mb']:,.0f} MB, index {result['index_mb']:,.0f} MB"
+        f"{args.passages:,} passages of {args.words} words: corpus {result['corpus_mb']:,.0f} MB, "
+        f"index {result['index_mb']:,.0f} MB"
     )
     print(f"build   {built:8.1f} s   {peak:8,.0f} MB at most, {cpu:.1f} s of one core")
     print(f"open    {found['open_ms']:8.1f} ms  {found['peak_mb']:8,.0f} MB at most, with the queries")

@@ -51,15 +51,20 @@ STEPS = {"demo": 9, "larger": 4}  # of a process, by model, the first one includ
 DIFFERENCES = f"""\
 What is not alike, in either's favour:
 
-- TRL does not score: with one update a batch the old log-probs are those of the update's own forward pass. atod_fast always takes them in a
-  pass of its own (`score`), for the guard on the rollout engine and for importance weights. TRL's `score` is reward and advantages.
-- TRL generates with the model it trains, by transformers' `generate` (`use_vllm=False`), and has nothing to sync; atod_fast's engine owns a copy.
-  `generate` samples by `torch.multinomial`, which on a CPU draws a random number for every column of the vocabulary, and lengthens its cache
-  by copying it at every token; atod_fast's engine `transformers` draws one number a token and writes its cache in place.
-- Without Triton, TRL's fused head computes the log-probs of all {PROMPT + RESPONSE - 1} positions of a row, prompt included, and their logits
-  again in the backward pass; atod_fast's those of the {RESPONSE} response tokens, once. On CUDA TRL leaves the prompt out too.
-- atod_fast leaves the tokenizer's six control tokens out of its distributions; TRL forbids sampling the stop token, and none of the others.
-- TRL's defaults gradient_checkpointing and bf16 are off: fp32 and no recomputation of activations on both sides, all rows in one micro-batch.
+- TRL does not score: with one update a batch the old log-probs are those of the update's own forward pass. atod_fast
+  always takes them in a pass of its own (`score`), for the guard on the rollout engine and for importance weights.
+  TRL's `score` is reward and advantages.
+- TRL generates with the model it trains, by transformers' `generate` (`use_vllm=False`), and has nothing to sync;
+  atod_fast's engine owns a copy. `generate` samples by `torch.multinomial`, which on a CPU draws a random number for
+  every column of the vocabulary, and lengthens its cache by copying it at every token; atod_fast's engine
+  `transformers` draws one number a token and writes its cache in place.
+- Without Triton, TRL's fused head computes the log-probs of all {PROMPT + RESPONSE - 1} positions of a row, prompt
+  included, and their logits again in the backward pass; atod_fast's those of the {RESPONSE} response tokens, once.
+  On CUDA TRL leaves the prompt out too.
+- atod_fast leaves the tokenizer's six control tokens out of its distributions; TRL forbids sampling the stop token, and
+  none of the others.
+- TRL's defaults gradient_checkpointing and bf16 are off: fp32 and no recomputation of activations on both sides, all
+  rows in one micro-batch.
 """
 
 
@@ -95,7 +100,8 @@ def reward(response: str) -> float:
 def check(tokens: float, gradient_norm: float) -> None:
     if tokens != RESPONSE or not gradient_norm > 0:
         raise SystemExit(
-            f"not the step that is compared: responses of {tokens:g} tokens in place of {RESPONSE}, gradient norm {gradient_norm:g}"
+            f"not the step that is compared: responses of {tokens:g} tokens in place of {RESPONSE}, "
+            f"gradient norm {gradient_norm:g}"
         )
 
 
@@ -168,12 +174,14 @@ def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, flo
 
     run.make_renderer, Run.reported = endless, marked
     settings = f"""
-    student.path={folder} teacher.path={folder} student.compute_dtype=fp32 env.name=__main__:Recital env.options.prompts={folder / "prompts.json"}
-    env.max_turns=1 rollout.engine={engine} rollout.context=full rollout.prompt_tokens={PROMPT + RESPONSE} rollout.response_tokens={RESPONSE}
-    rollout.concurrency={ROWS} objective.preset=grpo train.tasks_per_step={PROMPTS} train.group_size={GROUP} train.minibatch_rows=0
-    train.microbatch_tokens={ROWS * (PROMPT + RESPONSE)} train.steps={steps} train.learning_rate={RATE} train.betas=[{BETAS[0]},{BETAS[1]}]
-    train.grad_clip={CLIP} train.warmup_steps=0 train.final_learning_rate=1.0 eval.tasks=1 eval.every=0 eval.teacher=false checkpoint.every=0
-    observe.trajectories_every=0
+    student.path={folder} teacher.path={folder} student.compute_dtype=fp32
+    env.name=__main__:Recital env.options.prompts={folder / "prompts.json"} env.max_turns=1
+    rollout.engine={engine} rollout.context=full rollout.prompt_tokens={PROMPT + RESPONSE}
+    rollout.response_tokens={RESPONSE} rollout.concurrency={ROWS} objective.preset=grpo
+    train.tasks_per_step={PROMPTS} train.group_size={GROUP} train.minibatch_rows=0
+    train.microbatch_tokens={ROWS * (PROMPT + RESPONSE)} train.steps={steps} train.learning_rate={RATE}
+    train.betas=[{BETAS[0]},{BETAS[1]}] train.grad_clip={CLIP} train.warmup_steps=0 train.final_learning_rate=1.0
+    eval.tasks=1 eval.every=0 eval.teacher=false checkpoint.every=0 observe.trajectories_every=0
     """
     scratch = Path(tempfile.mkdtemp(dir=folder))
     if code := train.main([*settings.split(), "--run-dir", str(scratch)]):
@@ -215,10 +223,12 @@ def trl_steps(folder: Path, steps: int) -> list[dict[str, float]]:
                 return super()._prepare_inputs(*arguments)
 
     settings = f"""
-    --output_dir {tempfile.mkdtemp(dir=folder)} --max_steps {steps} --use_cpu true --bf16 false --gradient_checkpointing false --loss_type grpo
-    --per_device_train_batch_size {ROWS} --num_generations {GROUP} --max_completion_length {RESPONSE} --generation_kwargs {{"min_new_tokens":{RESPONSE}}}
-    --learning_rate {RATE} --lr_scheduler_type constant --adam_beta1 {BETAS[0]} --adam_beta2 {BETAS[1]} --max_grad_norm {CLIP}
-    --model_init_kwargs {{"dtype":"float32"}} --dataloader_pin_memory false --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true
+    --output_dir {tempfile.mkdtemp(dir=folder)} --max_steps {steps} --use_cpu true --bf16 false
+    --gradient_checkpointing false --loss_type grpo --per_device_train_batch_size {ROWS} --num_generations {GROUP}
+    --max_completion_length {RESPONSE} --generation_kwargs {{"min_new_tokens":{RESPONSE}}}
+    --learning_rate {RATE} --lr_scheduler_type constant --adam_beta1 {BETAS[0]} --adam_beta2 {BETAS[1]}
+    --max_grad_norm {CLIP} --model_init_kwargs {{"dtype":"float32"}} --dataloader_pin_memory false
+    --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true
     """
     trainer = Timed(
         model=str(folder),
@@ -287,7 +297,8 @@ def measure(name: str, rounds: int, engine: str) -> tuple[list[dict], str]:
             )
             if done.returncode:
                 sys.exit(
-                    f"bench/step.py: {trainer} on {name} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}"
+                    f"bench/step.py: {trainer} on {name} ended with {done.returncode}: "
+                    f"{(done.stderr.strip().splitlines() or ['killed'])[-1]}"
                 )
             found = json.loads(done.stdout.splitlines()[-1])
             rows += [
@@ -295,7 +306,8 @@ def measure(name: str, rounds: int, engine: str) -> tuple[list[dict], str]:
                 for number, step in enumerate(found, 2)
             ]
             print(
-                f"measured: {name}, round {round_}, {trainer}: {median(step['step'] for step in found):.3f} CPU seconds a step",
+                f"measured: {name}, round {round_}, {trainer}: {median(step['step'] for step in found):.3f} "
+                "CPU seconds a step",
                 flush=True,
             )
     return rows, table(name, about, rows)
@@ -330,7 +342,10 @@ def main() -> None:
         rows, tables = rows + found, [*tables, text]
         print(text, flush=True)
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "accelerate"))
-    stack = f"{hardware('cpu')}, 1 thread; {versions}; atod_fast's rollouts by {args.engine}; load average {load:.2f} at the start."
+    stack = (
+        f"{hardware('cpu')}, 1 thread; {versions}; atod_fast's rollouts by {args.engine}; "
+        f"load average {load:.2f} at the start."
+    )
     work = f"{PROMPTS} prompts x {GROUP} responses, {PROMPT} + {RESPONSE} tokens a row, one update"
     made = f"Made by `{' '.join(['python bench/step.py', *sys.argv[1:]])}`."
     note = "With one thread, CPU seconds are what the clock shows on a machine that does nothing else."

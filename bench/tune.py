@@ -273,7 +273,8 @@ def main() -> int:
         times = tune_tile(shape, dtype, timer, args.rounds)
         for tile, milliseconds in sorted(times.items(), key=lambda item: item[1]):
             print(
-                f"tile {tile[0]} x {tile[1]}: {milliseconds:.2f} ms{' (problem.TILE)' if tile == problem.TILE['accelerator'] else ''}"
+                f"tile {tile[0]} x {tile[1]}: "
+                f"{milliseconds:.2f} ms{' (problem.TILE)' if tile == problem.TILE['accelerator'] else ''}"
             )
     return 0
 

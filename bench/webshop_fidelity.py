@@ -58,7 +58,10 @@ def lucene(jar: Path, products: Iterable[Product], asked: list[str]) -> list[lis
         lines = (json.dumps({"id": product.asin, "contents": document(product).lower()}) for product in products)
         (folder / "documents" / "all.jsonl").write_text("\n".join(lines), encoding="utf-8")
         (folder / "Searcher.java").write_text(SEARCHER)
-        options = "-collection JsonCollection -input documents -index index -generator DefaultLuceneDocumentGenerator -threads 1"
+        options = (
+            "-collection JsonCollection -input documents -index index -generator DefaultLuceneDocumentGenerator "
+            "-threads 1"
+        )
         java = ["java", "-Xmx1g", "-cp", str(jar.resolve())]
         subprocess.run(
             [*java, "io.anserini.index.IndexCollection", *options.split()], cwd=folder, check=True, capture_output=True

@@ -41,7 +41,8 @@ def main(overrides: list[str], run_dir: Path | None = None, table: Path = Path("
     rows = Table(table, ["train/success", "turns/weight_mean", "loss/total"])
     done = train(config, run_dir=run_dir, callbacks=[rows])
     print(
-        f"success {done.before['eval/success']:.1%} before, {done.metrics['eval/success']:.1%} after; model {done.model}"
+        f"success {done.before['eval/success']:.1%} before, {done.metrics['eval/success']:.1%} after; "
+        f"model {done.model}"
     )
 
     greedy = config.model_copy(update={"eval": config.eval.model_copy(update={"temperature": 0.0})})

@@ -17,9 +17,10 @@ SIZES = {
     "head_dim": 16,
 }
 # A run of one step in the world of `worlds.Corridor`.
-SHORT = """rollout.context=window rollout.prompt_tokens=600 rollout.response_tokens=6 rollout.concurrency=8 env.max_turns=3
-env.name=worlds:Rooms env.train={tasks=20} env.eval={tasks=20} eval.teacher=false eval.every=0 eval.tasks=2 train.steps=1 train.tasks_per_step=2
-train.group_size=2 train.minibatch_rows=0 checkpoint.every=0 observe.trajectories_every=1""".split()
+SHORT = """rollout.context=window rollout.prompt_tokens=600 rollout.response_tokens=6 rollout.concurrency=8
+env.max_turns=3 env.name=worlds:Rooms env.train={tasks=20} env.eval={tasks=20} eval.teacher=false eval.every=0
+eval.tasks=2 train.steps=1 train.tasks_per_step=2 train.group_size=2 train.minibatch_rows=0 checkpoint.every=0
+observe.trajectories_every=1""".split()
 
 
 def save_chat_model(

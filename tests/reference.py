@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-# (group, [(reward of the turn, "valid", "refused" or "malformed", what its observation is recognised by), ...]) of each trajectory
+# For each trajectory (group, turns), where a turn is (reward, verdict, anchor): the verdict "valid", "refused" or
+# "malformed"; turns with equal anchors saw the same observation.
 Episodes = Sequence[tuple[int, Sequence[tuple[float, str, object]]]]
 INVALID = {"form": ["malformed"], "accepted": ["malformed", "refused"]}  # by objective.invalid
 

@@ -124,7 +124,7 @@ def won_by_halving(played) -> None:
     assert len({trajectory.task_id for trajectory in played}) == len(played)
 
 
-# --- the page -----------------------------------------------------------------------------------------------------------------
+# --- the page
 
 
 def test_the_page_s_world_is_played_by_the_agent_loop(page):
@@ -233,7 +233,7 @@ def test_what_makes_no_environment_is_refused(page, name, words):
         make(name)
 
 
-# --- the plain prompt ---------------------------------------------------------------------------------------------------------
+# --- the plain prompt
 
 
 def make_turn(observation: str, command: str) -> Turn:
@@ -271,7 +271,7 @@ def test_projection_keeps_what_stands_between_the_tags(text, thinking, expected)
     assert PlainPrompt(thinking, 2).project(text) == expected
 
 
-# --- gymnasium ----------------------------------------------------------------------------------------------------------------
+# --- gymnasium
 
 FROZEN = {"id": "FrozenLake-v1", "tasks": 50, "observation": "render", "actions": ["left", "down", "right", "Up"]}
 
@@ -470,7 +470,7 @@ def test_without_gymnasium_or_websockets_the_extra_is_named(monkeypatch):
         OpenEnv(url="http://127.0.0.1:1", tasks=1)
 
 
-# --- what both show -----------------------------------------------------------------------------------------------------------
+# --- what both show
 
 
 @given(st.text(max_size=200), st.integers(16, 120))
@@ -543,7 +543,7 @@ def test_closing_closes_the_gymnasium_environment_and_a_reset_makes_another(gymn
     assert len(closed) == 2 and env.reset(0, 0)[0] == "start 0"
 
 
-# --- OpenEnv ------------------------------------------------------------------------------------------------------------------
+# --- OpenEnv
 
 
 class Served:

@@ -314,7 +314,10 @@ def test_a_missing_textworld_is_said_at_once(monkeypatch):
 
 
 def test_environments_do_not_import_torch():
-    code = "import sys; from atod_fast.envs import make; make('alfworld', generate=2).reset(0, 0); print({'torch', 'textworld', 'alfworld'} & set(sys.modules))"
+    code = (
+        "import sys; from atod_fast.envs import make; make('alfworld', generate=2).reset(0, 0); "
+        "print({'torch', 'textworld', 'alfworld'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

@@ -168,7 +168,9 @@ def test_a_model_that_nothing_runs_is_refused_with_the_reason_and_the_remedy(mon
     monkeypatch.setattr(tryout, "FORWARDS", (SlotForward,))
     with pytest.raises(
         UserError,
-        match=r"^rollout.engine=transformers cannot run a mamba model \(.+\); use another model, or rollout.engine=vllm$",
+        match=(
+            r"^rollout.engine=transformers cannot run a mamba model \(.+\); use another model, or rollout.engine=vllm$"
+        ),
     ):
         chosen(make(NAMES["Mamba"]), 64)
     torch.manual_seed(0)
@@ -399,7 +401,10 @@ def test_a_hybrid_student_trains(tmp_path, capsys):
     )
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    small = "train.steps=2 train.tasks_per_step=2 train.group_size=2 train.minibatch_rows=0 train.learning_rate=1e-2 eval.tasks=2 eval.teacher=false"
+    small = (
+        "train.steps=2 train.tasks_per_step=2 train.group_size=2 train.minibatch_rows=0 train.learning_rate=1e-2 "
+        "eval.tasks=2 eval.teacher=false"
+    )
     paths = [f"student.path={tmp_path / 'student'}", "--run-dir", str(tmp_path / "run")]
     assert train.main([*small.split(), "env.max_turns=4", "objective.preset=exact", *paths]) == 0
     said = capsys.readouterr()

@@ -155,9 +155,9 @@ def test_a_checkpoint_named_from_inside_its_folder_is_exported_with_its_runs_set
 def test_a_checkpoint_that_was_copied_elsewhere_needs_a_run_folder(run_dir, tmp_path, capsys):
     copied = shutil.copytree(run_dir / "checkpoints/step_000003", tmp_path / "backup/deep/step_000003")
     line = refused(capsys, "--resume", copied, "train.steps=4", "--dry-run")
-    assert (
-        line
-        == f"atod_fast: --resume {copied} lies in no run's checkpoints/; add --run-dir NEW for the run that goes on from it"
+    assert line == (
+        f"atod_fast: --resume {copied} lies in no run's checkpoints/; "
+        f"add --run-dir NEW for the run that goes on from it"
     )
     assert choose("--resume", copied, "--run-dir", tmp_path / "new", "train.steps=4") == (
         tmp_path / "new",

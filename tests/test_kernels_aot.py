@@ -81,9 +81,12 @@ import json, types
 import tune
 start = {"BLOCK": 4096, "num_warps": 4}
 grid = list(tune.candidates("sums", "sm_90", 16))
-judge = lambda variant, arch, config: types.SimpleNamespace(fault="spills" if config["num_warps"] == 2 and variant.extras else "")
+def judge(variant, arch, config):
+    return types.SimpleNamespace(fault="spills" if config["num_warps"] == 2 and variant.extras else "")
 kept = [c for c in grid if tune.faultless("sums", "sm_90", 16, c, every=True, judge=judge)]
-clock = lambda base: tune.ranked(kept, start, lambda config: config, lambda c: 1.0 if c == start else base + c["BLOCK"] / 1e6, rounds=3)
+def clock(base):
+    time = lambda c: 1.0 if c == start else base + c["BLOCK"] / 1e6
+    return tune.ranked(kept, start, lambda config: config, time, rounds=3)
 rows = json.loads(tune.TABLE.read_text())
 won = clock(0.5)[0][1]
 fused = list(tune.candidates("fused", "sm_90", 16))

@@ -53,7 +53,10 @@ finally:
 
 
 def test_a_console_script_exits_with_the_codes_of_its_module():
-    code = "import sys; from atod_fast.scripts import export; sys.argv = ['atod-export', 'nowhere', '--out', 'x']; export()"
+    code = (
+        "import sys; from atod_fast.scripts import export; sys.argv = ['atod-export', 'nowhere', '--out', 'x']; "
+        "export()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("atod_fast: nowhere is neither a checkpoint nor a run")
 

@@ -22,7 +22,8 @@ WORLD = """
 class Counted:
     instant = True
 
-    def __init__(self, *, tasks: int = 5, names: list[str] | None = None, share: float = 0.5, easy: bool = True, fail: str = ""):
+    def __init__(self, *, tasks: int = 5, names: list[str] | None = None, share: float = 0.5, easy: bool = True, \
+        fail: str = ""):
         if fail:
             raise {"file": FileNotFoundError, "value": ValueError, "server": ConnectionRefusedError}[fail]("no\\nluck")
         self.tasks = tasks
@@ -348,7 +349,10 @@ def test_what_a_constructor_raises_is_one_line(counted):
 
     with pytest.raises(
         UserError,
-        match=r"^env.name='counted:Counted' cannot be made with fail='value': ValueError: no luck \(counted.py:7\); [^\n]*$",
+        match=(
+            r"^env.name='counted:Counted' cannot be made with fail='value': "
+            r"ValueError: no luck \(counted.py:7\); [^\n]*$"
+        ),
     ):
         make("counted:Counted", fail="value")
     with pytest.raises(NotHere, match="FileNotFoundError"):

@@ -106,7 +106,10 @@ def test_whatever_stops_a_rollout_is_saved_before(tmp_path, monkeypatch, capfd, 
     assert train.main([*QUICK, "train.steps=3", "--run-dir", str(folder)]) == code
     out, err = capfd.readouterr()
     assert err.splitlines()[-1] == said and ("Traceback" in err) == (code == 1)
-    last = f"saved after step 1; go on with --run-dir {folder} --resume auto; for a model of it: python -m atod_fast.export {folder} --out DIR"
+    last = (
+        f"saved after step 1; go on with --run-dir {folder} --resume auto; for a model of it: "
+        f"python -m atod_fast.export {folder} --out DIR"
+    )
     assert out.splitlines()[-1] == last
     assert checkpoints(folder) == [1] and (folder / "curves.png").stat().st_size > 10_000
     monkeypatch.undo()
@@ -222,9 +225,9 @@ def wait_in_vain(late):
 
 def test_the_rank_that_does_not_come_is_named_with_what_is_done():
     lines = run_ranks(3, wait_in_vain, 1)
-    assert (
-        re.sub(r"0\.0\d+", "0.02", lines[0])
-        == "rank 0 waited 0.02 min for rank 1 in 'rollout of step 3': see what holds it up there, or raise guard.wait_minutes"
+    assert re.sub(r"0\.0\d+", "0.02", lines[0]) == (
+        "rank 0 waited 0.02 min for rank 1 in 'rollout of step 3': see what holds it up there, "
+        "or raise guard.wait_minutes"
     )
     assert lines[2] == "rank 0 is gone (seen by rank 2 in 'rollout of step 3'); what it last said tells why"
 
@@ -337,7 +340,10 @@ def test_what_cannot_be_exported_is_one_line(three, copy, tmp_path, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from atod_fast import export\ntry: export.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; from atod_fast import export\ntry: export.main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith(
         "False\n"
     )

@@ -22,7 +22,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed: see .ci/run")
 pytestmark = pytest.mark.vllm
 
 STOP, SIZES = 1, {"hidden": 64, "kv_heads": 2, "head_dim": 32}  # a width that vLLM's CPU attention takes
-SMALL = "train.tasks_per_step=2 train.group_size=4 train.minibatch_rows=4 eval.tasks=10 eval.every=2 observe.trajectories_every=2 train.steps=3".split()
+SMALL = (
+    "train.tasks_per_step=2 train.group_size=4 train.minibatch_rows=4 eval.tasks=10 eval.every=2 "
+    "observe.trajectories_every=2 train.steps=3"
+).split()
 
 
 def build(folder: str, *, filled: bool = False, concurrency: int = 8):
@@ -160,7 +163,7 @@ def check_engine(first: str, second: str) -> None:
     with pytest.raises(UserError, match="rollout.prompt_tokens: a prompt of 120 tokens, the engine takes 1 to 116"):
         engine.add(Request(0, [6] * 120, seed=0))
 
-    # vLLM itself only warns of weights that did not come, which a trainer's model may lack and still agree with its own shapes.
+    # vLLM itself only warns of a missing weight, and a trainer's model that lacks it still agrees with its own shapes.
     engine._shapes = {
         name: shape for name, shape in engine._shapes.items() if name != "model.layers.1.mlp.down_proj.weight"
     }
@@ -287,7 +290,10 @@ def evaluations(arguments: list[str]) -> list:
 
 
 def test_without_a_learning_rate_nothing_moves(tmp_path):
-    settings = "rollout.engine=vllm train.learning_rate=0.0 train.steps=10 eval.every=5 eval.temperature=0.0 eval.teacher=false".split()
+    settings = (
+        "rollout.engine=vllm train.learning_rate=0.0 train.steps=10 eval.every=5 eval.temperature=0.0 "
+        "eval.teacher=false"
+    ).split()
     ((first, second),) = run_ranks(1, evaluations, [*SMALL, *settings, "--run-dir", str(tmp_path / "run")])
     assert first == second and len(first) > 50, "greedy rollouts, bit for bit"
     from atod_fast.models import resolve

@@ -259,7 +259,8 @@ def formula(goal, bought, price: float, chosen: dict[str, str], find_nouns=nouns
     named = isinstance(goal.options, dict)
     options = 0
     for want in goal.options.items() if named else goal.options:
-        # Of a pair (name, value) only a value that is a bare colour becomes one; a plain value becomes the first colour in it.
+        # In a (name, value) pair the value is normalised only if it is exactly a colour; a plain value becomes the
+        # first colour that it contains.
         inside = want if named else [want]
         colour = [c for c in COLOURS if (c in inside if named else c in want)]
         target = colour[0] if colour else " ".join(inside)
@@ -729,7 +730,10 @@ def test_malformed_lines_are_named_counted_and_left_out_up_to_a_limit(tmp_path, 
         assert told in caplog.text
     with pytest.raises(
         UserError,
-        match=r"products='.*items.jsonl' has more than malformed=2 malformed entries, the first line 4: not JSON.*mend the file",
+        match=(
+            r"products='.*items.jsonl' has more than malformed=2 malformed entries, "
+            r"the first line 4: not JSON.*mend the file"
+        ),
     ):
         WebShop(products=path, attributes=attributes, malformed=2, nouns="heuristic")
 
@@ -859,7 +863,10 @@ def test_missing_libraries_are_named(monkeypatch):
 
 
 def test_importing_the_world_imports_nothing_heavy():
-    code = "import sys, atod_fast.envs.webshop.env; print(sorted({'torch', 'bm25s', 'Stemmer', 'rapidfuzz', 'spacy'} & set(sys.modules)))"
+    code = (
+        "import sys, atod_fast.envs.webshop.env; "
+        "print(sorted({'torch', 'bm25s', 'Stemmer', 'rapidfuzz', 'spacy'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
