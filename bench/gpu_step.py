@@ -1,10 +1,10 @@
-"""Steps of ATOD on one GPU with models of real shapes: seconds of each phase, and the peak of memory beside `--dry-run`'s plan.
+"""Time ATOD's steps on one GPU with models of real shapes; compare the memory peak with the plan of `--dry-run`.
 
     python bench/gpu_step.py TOKENIZER --out bench/results/gpu_step.json
 
-TOKENIZER is a folder with a chat model's tokenizer. The models are Qwen3 in shape (0.6B and 1.7B less what a smaller vocabulary saves),
-their weights random: what is shown is that the path runs and what it takes, not that it learns. The worlds are generated ALFWorld games;
-random models end no trajectory early, so that every step is as large as its bounds allow.
+TOKENIZER is a folder with a chat model's tokenizer. The models have the shapes of Qwen3 0.6B and 1.7B with a smaller
+vocabulary, and random weights: this shows that training runs and what it costs, not that it learns. The environment is
+generated ALFWorld games. Random models end no trajectory early, so that every step is as large as its bounds allow.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHAPES = {"student": (1024, 3072), "teacher": (2048, 6144)}  # hidden and interm
 
 
 def make_models(tokenizer: str, folder: Path) -> list[str]:
-    """Both models on disk; the settings that name them."""
+    """Write both models to disk; return the settings that name them."""
     tokens = AutoTokenizer.from_pretrained(tokenizer)
     for seed, (role, (hidden, intermediate)) in enumerate(SHAPES.items()):
         torch.manual_seed(seed)

