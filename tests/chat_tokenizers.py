@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of different make, small ones made on the spot after those of well-known families."""
+"""Small tokenizers and chat templates of different kinds, made on the spot after those of well-known families."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _byte_level() -> Tokenizer:
 
 
 def _sentencepiece(prepend: bool) -> Tokenizer:
-    """BPE over text whose blanks are lower blocks; what it has no piece for is spelled in bytes."""
+    """Return BPE that marks blanks as lower blocks and spells what it has no piece for in bytes."""
     inner = Tokenizer(models.BPE(unk_token="<unk>"))
     replace = normalizers.Replace(" ", "\u2581")
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prepend else replace
@@ -109,7 +109,7 @@ def _unigram() -> Tokenizer:
 
 @cache
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """One of KINDS."""
+    """Return the tokenizer of that name in KINDS."""
     options = {}
     match kind:
         case "qwen" | "qwen-reasoning":

@@ -68,7 +68,8 @@ SOME = (
 
 @pytest.mark.parametrize("name", SOME)
 def test_a_family_is_as_the_documents_say(name):
-    """Log-probs, gradients, streamed weights, exports and rollouts against transformers' own: see bench/architectures.py."""
+    """Log-probs, gradients, streamed weights, exports and rollouts equal transformers' own: see
+    bench/architectures.py."""
     lines = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
     assert architectures.row(NAMES[name]) in lines
 
@@ -85,7 +86,7 @@ def test_no_row_of_the_documents_is_a_fault_and_none_is_missing():
     [("Granite", "Cohere (Command R)"), ("Cohere (Command R)", "Gemma 2"), ("Gemma 2", "HyperCLOVA X")],
 )
 def test_the_exact_divergence_is_that_of_the_models_own_logits(student, teacher, divergence):
-    """Each with a scale and a softcap of its own, at a temperature."""
+    """Each model has its own scale and softcap; at a temperature."""
     models = [make(NAMES[name]) for name in (student, teacher)]
     rows = architectures.batch_rows()
     batch = collate(rows, packed=False)
@@ -322,7 +323,7 @@ def test_vllm_is_not_sent_buffers_so_their_students_are_refused(name, buffer):
 
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen3 MoE", "GPT-NeoX (Pythia)", "ERNIE 4.5 MoE"])
 def test_weights_one_by_one_are_as_saved(name):
-    """And a checkpoint's own names cost nothing."""
+    """Names that differ in the checkpoint cost nothing."""
     model = make(NAMES[name])
     weights = dict(model.named_parameters(remove_duplicate=False))
     one, found = one_as_saved(skeleton(model.config)), {}
@@ -380,7 +381,8 @@ def test_vllm_refuses_to_train_experts_on_a_cpu():
 
 
 def test_a_hybrid_student_trains(tmp_path, capsys):
-    """A recurrent layer beside attention: rollouts by its own cache, weights that come back, a teacher of another family."""
+    """With recurrent and attention layers: rollouts with the model's own cache, weights sent back, a teacher of
+    another family."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_WEIGHTS / "student")
     columns = AutoConfig.from_pretrained(DEMO_WEIGHTS / "student").vocab_size
     sizes = {

@@ -1,4 +1,6 @@
-"""The demo beyond ALFWorld: what its tiny models read and say in Search-QA and WebShop, whom they learnt it from, and that they ship."""
+"""The demos beyond ALFWorld: what the tiny Search-QA and WebShop models read and say, their experts, and that they
+ship.
+"""
 
 from __future__ import annotations
 

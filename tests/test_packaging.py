@@ -1,4 +1,6 @@
-"""What pyproject.toml promises of both distributions, as far as it shows without building them (test_wheels.py does)."""
+"""What pyproject.toml promises of both distributions, as far as one can see without building them (see
+test_wheels.py).
+"""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""A run's folder: what is saved when it ends early, what resuming leaves alone, what becomes a model."""
+"""A run's folder: what is saved when it ends early, what resuming leaves unchanged, what becomes a model."""
 
 import hashlib
 import json
@@ -80,7 +80,7 @@ def copy(three, tmp_path):
 
 
 def failing(monkeypatch, error, step=2, times=1000):
-    """Have the rollout of a step fail."""
+    """Make the rollout of a step fail."""
     real, left = Actor.train, [times]
 
     def play(self, engine, at, progress=None):
@@ -172,7 +172,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, monkey
 
 
 def on_one_rank(folder, phase, alone):
-    """Train on two ranks; the second one fails in a phase of step 2, or both do."""
+    """Train on two ranks, of which the second or both fail in a phase of step 2."""
     ranks.STOPPING = timedelta(seconds=2)
     wrong = ranks.rank() == 1 or not alone
     owner, name = {"rollout": (Actor, "train"), "score": (Learner, "score_student"), "write": (Reporter, "write")}[
@@ -459,7 +459,8 @@ def test_the_best_checkpoint_stays_and_is_named(tmp_path, empty):
 
 
 def scripted(monkeypatch, *successes):
-    """Have the evaluations on env.dev find these, the first before training. On env.eval each is better than the last."""
+    """Make evaluations on env.dev return these results, the first before training; on env.eval each result beats the
+    last."""
     left, held_out = list(successes), iter(range(99))
 
     def evaluate(self, engine, label, split="eval"):
@@ -628,7 +629,7 @@ def test_a_finished_run_goes_on_with_more_steps_beside_its_old_end(copy):
 
 
 def test_an_interrupted_run_loses_nothing_that_lay_beyond_its_checkpoint(copy):
-    """Killed in step 3: its line is there, the next is cut off, the checkpoint is half written."""
+    """Killed in step 3: its metrics line is there, the next one is cut off, the checkpoint is half written."""
     shutil.rmtree(copy / "hf")
     (copy / "checkpoints/step_000003").rename(copy / "checkpoints/step_000003.partial")
     with (copy / "metrics.jsonl").open("a") as file:

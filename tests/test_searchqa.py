@@ -1,4 +1,4 @@
-"""Search-QA: scores, text, the index, the protocol between client and server, the made-up world, and the environment."""
+"""Search-QA: scores, text, the index, the protocol of client and server, generated questions, and the environment."""
 
 from __future__ import annotations
 
@@ -315,7 +315,8 @@ def test_corpus_lines_come_whole_or_in_parts(tmp_path, caplog):
 
 
 def test_scores_are_lucenes_bm25():
-    """score = sum over query terms of ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + 0.9 * (0.6 + 0.4 * length / mean length))."""
+    """score = sum over query terms of ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + 0.9 * (0.6 + 0.4 * length /
+    mean length))."""
     stop = (
         "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
         "this to was will with"
@@ -595,9 +596,8 @@ def test_over_http_an_episode_is_the_same(files, server):
 
 @contextmanager
 def serving(respond):
-    """A server whose answer to (queries, number of the request) is `respond`'s: bytes, (status, bytes), or a list of bytes
-    sent with pauses; None hangs up. Yields its URL and the log of what it was asked.
-    """
+    """Run a server that answers (queries, request number) by `respond`: bytes, (status, bytes), or a list of bytes
+    sent with pauses; None hangs up. Yield its URL and the log of its requests."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -653,7 +653,7 @@ def result(queries: list[str], text: str = "about {}") -> bytes:
 
 
 def one_search(files: tuple[str, str], url: str, **options):
-    """Observation and info of one search through an environment on `url`."""
+    """Return observation and info of one search in an environment that uses `url`."""
     env = searchqa(questions=files[0], retriever=url, **options)
     env.reset(0, 0)
     observation, reward, terminated, truncated, info = env.step("<search>q</search>")

@@ -53,7 +53,7 @@ def requests(count: int = 6):
 
 
 def answer(engine, asked) -> dict:
-    """Completions by key; the second half is added while the first is being answered."""
+    """Return completions by key; the second half of the requests is added while the first is being answered."""
     done, late = {}, asked[len(asked) // 2 :]
     for request in asked[: len(asked) // 2]:
         engine.add(request)
@@ -130,7 +130,7 @@ def check_engine(first: str, second: str) -> None:
     assert [max(pair) for pair in (cached[:2], cached[2:])] == [0, 64]
     engine._engine.step = step
 
-    # What was released or left over is gone.
+    # Requests that were released or left over are gone.
     engine.begin(sampling(0.0))
     for request in requests():
         engine.add(request)
@@ -140,7 +140,7 @@ def check_engine(first: str, second: str) -> None:
     engine.begin(sampling(0.0))
     assert [done.ids for _, done in sorted(answer(engine, requests()).items())] == sampled[1]
 
-    # A model runner that fails in the midst of a rollout: nothing is trusted until the weights came anew.
+    # A model runner that fails during a rollout: it serves no rollout until its weights are loaded again.
     runner = engine._engine.model_executor.driver_worker.worker.model_runner
     execute = runner.execute_model
     runner.execute_model = lambda *args, **options: 1 / 0

@@ -1,4 +1,4 @@
-"""WebShop: recorded transcripts of the original, the score against its formula, the loader's patience, the generator."""
+"""WebShop: recorded transcripts of the original, the score against its formula, tolerance of bad data, generator."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_a_value_of_two_options_belongs_to_the_later_one_and_turning_back_forget
 
 
 def similarity(one: str, other: str) -> int:
-    """thefuzz's token_set_ratio, from its description, with the standard library's ratio."""
+    """Return thefuzz's token_set_ratio, written from its description with the standard library's ratio."""
 
     def words(text: str) -> set[str]:
         return set(re.sub(r"\W", " ", "".join(c for c in text if not "\x80" <= c <= "\xff")).lower().split())
@@ -246,7 +246,8 @@ def similarity(one: str, other: str) -> int:
 
 
 def formula(goal, bought, price: float, chosen: dict[str, str], find_nouns=nouns.heuristic) -> float:
-    """r_type * (n_attr + n_option + [price <= limit]) / (|attrs| + |options| + 1), written from the paper's formula and WebShop's rules."""
+    """r_type * (n_attr + n_option + [price <= limit]) / (|attrs| + |options| + 1), from the paper's formula and
+    WebShop's rules."""
     attributes = 0
     for want in goal.attributes:
         listed = any(similarity(has, want) > 85 for has in bought.attributes)
@@ -282,7 +283,7 @@ def formula(goal, bought, price: float, chosen: dict[str, str], find_nouns=nouns
 
 
 def purchases(shop: WebShop, count: int, seed: int):
-    """Random goals and things bought for them, a third each: the right product, one of the same search, any."""
+    """Draw random goals and purchases: a third each the right product, one from the same search, any one."""
     random, products = Random(seed), shop.shop.catalogue.products
     for number in range(count):
         goal = shop.shop.goals[random.randrange(len(shop))]
