@@ -1,16 +1,21 @@
-"""What the compiler makes of every Triton kernel, ahead of time and without a GPU: registers, spills, shared memory, tensor cores.
+"""Compile every Triton kernel without a GPU; report registers, spills, shared memory and tensor cores.
 
-    python bench/aot_audit.py                                 # all kernels, sm_80 sm_90 sm_100 gfx942: bench/results/aot_audit.{csv,md}
-    python bench/aot_audit.py --check --arch sm_90 --out ''   # a gate: exit 1 on a fault, nothing written
+    python bench/aot_audit.py                                # all kernels and architectures, see below
+    python bench/aot_audit.py --check --arch sm_90 --out ''  # a gate: exit 1 on a fault, write nothing
 
-Each kernel is compiled in representative variants of what `backend.py` launches, with the configurations of `configs.json`. The CSV has a
-row per variant; rows of other versions of Triton and of other architectures are kept, so that running under several versions fills one table.
+The first command compiles for sm_80, sm_90, sm_100 and gfx942 and writes bench/results/aot_audit.csv and .md.
 
-A fault is a compile failure, a spill, shared or tensor memory beyond the architecture's, a fused kernel of 16-bit operands without
-tensor-core instructions, or an element-wise kernel whose logits are not moved 128 bits at a time. Instructions per pair are counted over
-one pass of the kernel's loop (element-wise kernels), or of the columns' loop without the products' loops in it (fused kernels): issued
-instructions times lanes over logit pairs, statically, loop overhead included and both sides of a branch too. Not counted for fused kernels
-on AMD, whose loops the listing does not tell apart.
+Each kernel is compiled in representative variants of what `backend.py` launches, with the configurations of
+`configs.json`. The CSV has a row per variant. Rows of other Triton versions and architectures are kept, so that
+running under several versions fills one table.
+
+A fault is a compile failure, a spill, more shared or tensor memory than the architecture has, a fused kernel of 16-bit
+operands without tensor-core instructions, or an element-wise kernel that does not move logits 128 bits at a time.
+
+Instructions per pair are static: issued instructions times lanes over logit pairs, including loop overhead and both
+sides of a branch. They are counted over one pass of the kernel's loop (element-wise kernels), or of the loop over
+columns without the loops of matrix products inside it (fused kernels). Fused kernels on AMD are not counted, because
+the listing does not tell their loops apart.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ KINDS = (NO_TEACHER, *DIVERGENCES[:3])  # the two KLs and one mixture
 @dataclass(frozen=True)
 class Arch:
     target: GPUTarget
-    shared: int  # bytes a block may have
+    shared: int  # bytes, the limit of a block
     tensor: re.Pattern[str]
 
 
@@ -66,16 +71,16 @@ TENSOR_MEMORY = 512  # columns, sm_100
 
 @dataclass(frozen=True)
 class Variant:
-    """One way the backend launches a kernel."""
+    """A variant of a kernel that the backend launches."""
 
     kernel: str
-    kind: str  # of divergence, '' for none; of reduction or budget for the kernels of turns
+    kind: str  # divergence ('' for none); for the kernels over turns, reduction or budget
     target: bool = True
-    extras: bool = False  # bias, softcap, temperature and valid columns, of both models
-    bits: int = 16  # of the operands: bf16 or fp32
+    extras: bool = False  # bias, softcap, temperature and valid columns, in both models
+    bits: int = 16  # of an operand: 16 for bf16, 32 for fp32
     dz: str = "bf16"
-    tma: bool = True  # where the configuration has it; False: operands a descriptor cannot stand for
-    even: bool = True  # hidden sizes are multiples of the block; False: not even of 16
+    tma: bool = True  # if the configuration uses it; False: operands that no descriptor can describe
+    even: bool = True  # hidden sizes are multiples of the block size; False: not even of 16
 
     @property
     def label(self) -> str:
@@ -120,7 +125,7 @@ def variants() -> Iterator[Variant]:
 
 
 def launch(variant: Variant, arch: str, rows: list[dict[str, Any]], version: str) -> dict[str, Any]:
-    """Block sizes and launch options, from the table; {} where the kernel has none there."""
+    """Return block sizes and launch options from the table; {} if it has none for the kernel."""
     if variant.kernel == "combine_sums_fwd_kernel":
         return {"BLOCK": COMBINE_BLOCK}
     if variant.kernel.startswith("turn"):
@@ -135,7 +140,8 @@ def launch(variant: Variant, arch: str, rows: list[dict[str, Any]], version: str
 
 
 def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
-    """The kernel with the types and constants of the launch, and the compiler's options. What is not specialised counts as not aligned."""
+    """Return the kernel with a launch's types and constants, and the compiler's options. Arguments that are not
+    specialised count as unaligned."""
     v = variant
     function = next(getattr(module, v.kernel) for module in (tiles, fused, turns) if hasattr(module, v.kernel))
     operand, teacher = "bf16" if v.bits == 16 else "fp32", bool(v.kind)
@@ -185,13 +191,13 @@ def source(variant: Variant, config: dict[str, Any]) -> tuple[ASTSource, dict[st
 
 
 def pairs(variant: Variant, config: dict[str, Any]) -> int:
-    """Logit pairs (logits where there is no teacher) of one pass of the loop."""
+    """Return the logit pairs of one pass of the loop (logits if there is no teacher)."""
     return config["BM"] * config["BN"] if "BM" in config else config["BLOCK"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `loads`, `stores`: 128-bit accesses to global memory (TMA loads are not among them)."""
+    """One row of the table. `loads` and `stores` count 128-bit accesses to global memory, without TMA loads."""
 
     triton: str
     arch: str
@@ -214,7 +220,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's machine code: opcodes in order, and [first, last) of each loop."""
+    """A kernel's machine code: its opcodes in order, and the range [first, last) of each loop."""
 
     opcodes: list[str]
     loops: list[tuple[int, int]]
@@ -225,7 +231,8 @@ class Code:
         return sum(bool(re.match(pattern, op)) for op in self.opcodes)
 
     def hot(self, tensor: re.Pattern[str]) -> int:
-        """Instructions of one pass over the tile: the largest loop without the loops within it that hold products; all of it if none."""
+        """Return the instructions of one pass over the tile: the largest loop less the loops inside it that hold
+        matrix products, or the whole kernel if it has no loop."""
         first, last = max(self.loops, key=lambda loop: loop[1] - loop[0], default=(0, len(self.opcodes)))
         body = set(range(first, last))
         if not any(tensor.match(self.opcodes[i]) for i in body):
@@ -248,7 +255,7 @@ def tool(name: str, *arguments: str) -> str:
 def scan(
     lines: Iterable[str], label: re.Pattern[str], instruction: re.Pattern[str], branch: re.Pattern[str]
 ) -> tuple[list[str], list[tuple[int, int]]]:
-    """Opcodes and loops: a branch to a label behind it closes one, from the label to the last branch to it."""
+    """Return the opcodes and the loops. A loop runs from a label to the last branch back to it."""
     opcodes: list[str] = []
     at: dict[str, int] = {}
     ends: dict[int, int] = {}
@@ -262,8 +269,8 @@ def scan(
                 ends[at[jump[1]]] = len(opcodes)
     loops = [
         (a, b) for a, b in ends.items() if b - a > 4
-    ]  # a branch to itself pads the end; a short one waits for a barrier
-    # A wait moved out of line returns into the middle of the loop that it came from: not a loop.
+    ]  # not loops: a branch to itself pads the end, a short one waits for a barrier
+    # Not a loop either: a wait that was moved out of line and returns into the middle of its loop.
     return opcodes, [(a, b) for a, b in loops if not any(c < a < d < b for c, d in loops)]
 
 
@@ -304,7 +311,7 @@ SPILLS = {"cuda": r"STL|LDL", "hip": r"scratch_"}
 
 
 def examine(variant: Variant, arch: str, config: dict[str, Any]) -> Row:
-    """Compile one variant and read what came out."""
+    """Compile one variant and return its row."""
     spec = ARCHES[arch]
     head = {
         "triton": triton.__version__,
@@ -319,7 +326,7 @@ def examine(variant: Variant, arch: str, config: dict[str, Any]) -> Row:
         code, options = source(variant, config)
         compiled = triton.compile(code, target=spec.target, options=options)
     except Exception as error:
-        while error.__cause__ is not None:  # the innermost call names the cause
+        while error.__cause__ is not None:  # the innermost exception names the cause
             error = error.__cause__
         lines = str(error).strip().splitlines() or [""]
         return Row(**head, fault=f"does not compile: {type(error).__name__}: {lines[-1][:200]}")
@@ -365,7 +372,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def audit(arch: str, chosen: Iterable[Variant]) -> Iterator[Row]:
-    """Each variant's row. Variants that come to the same code (pointers where an architecture has no TMA) are compiled once."""
+    """Yield each variant's row. Compile only once what gives the same code (as with pointers where there is no TMA)."""
     seen = set()
     for variant in chosen:
         config = launch(variant, arch, table(), triton.__version__)
@@ -382,17 +389,21 @@ def span(values: Iterable[str]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A line per architecture, kernel and version; ranges are over its variants, which the CSV has one by one."""
+    """Return the table as Markdown: a line per architecture, kernel and version, with ranges over variants."""
     versions = sorted({row["triton"] for row in rows})
     faults = [row for row in rows if row["fault"]]
     lines = [
         "# Ahead-of-time audit of the Triton kernels",
         "",
-        f"Compiled without a GPU by Triton {', '.join(versions)}; nothing here was run. {len(rows)} compilations, {len(faults)} with a fault.",
-        "Ranges are over the variants of a kernel (`aot_audit.csv` has them one by one); spills are bytes, stack or scratch; loads and stores",
-        "are those of 128 bits; instructions per pair are static counts of a pass over the tile, products' loops left out.",
+        f"Compiled without a GPU by Triton {', '.join(versions)}; nothing here was run. {len(rows)} compilations, "
+        f"{len(faults)} with a fault.",
+        "Ranges are over the variants of a kernel (`aot_audit.csv` has them one by one); spills are bytes, "
+        "stack or scratch; loads and stores",
+        "are those of 128 bits; instructions per pair are static counts of a pass over the tile, "
+        "products' loops left out.",
         "",
-        "| arch | kernel | triton | variants | registers | spills | shared KiB (limit) | tensor core | loads | stores | per pair | seconds | faults |",
+        "| arch | kernel | triton | variants | registers | spills | shared KiB (limit) "
+        "| tensor core | loads | stores | per pair | seconds | faults |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -426,7 +437,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def store(path: Path, rows: list[Row]) -> None:
-    """Write the CSV, keeping what it holds of other versions and architectures, and the table beside it."""
+    """Write the table and the CSV, keeping the CSV's rows of other Triton versions and architectures."""
     done = {(row.triton, row.arch) for row in rows}
     kept = (
         []
@@ -456,20 +467,25 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [v for v in variants() if not args.kernel or v.kernel.startswith(tuple(args.kernel))]
     rows = []
-    with tempfile.TemporaryDirectory() as cache:  # times are of compilations, not of the cache
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache: every time is that of a compilation
         os.environ["TRITON_CACHE_DIR"] = cache
         for arch in args.arch:
             for row in audit(arch, chosen):
                 rows.append(row)
                 tensor = row.tensor or "no tensor cores"
-                found = f"{row.registers} registers, {row.shared} B shared, {row.per_pair or '-'} per pair, {row.loads} loads {row.stores} stores, {tensor}"
+                found = (
+                    f"{row.registers} registers, {row.shared} B shared, {row.per_pair or '-'} per pair, "
+                    f"{row.loads} loads {row.stores} stores, {tensor}"
+                )
                 print(
-                    f"{'FAULT' if row.fault else 'ok   '} {arch} {row.kernel} ({row.variant}): {row.fault or found}, {row.seconds} s",
+                    f"{'FAULT' if row.fault else 'ok   '} {arch} {row.kernel} ({row.variant}): {row.fault or found}, "
+                    f"{row.seconds} s",
                     flush=True,
                 )
     faults = sum(bool(row.fault) for row in rows)
     print(
-        f"triton {triton.__version__}: {len(rows)} compilations, {faults} with a fault, {sum(float(row.seconds or 0) for row in rows):.0f} s"
+        f"triton {triton.__version__}: {len(rows)} compilations, {faults} with a fault, "
+        f"{sum(float(row.seconds or 0) for row in rows):.0f} s"
     )
     if args.out and not args.kernel:
         store(Path(args.out), rows)

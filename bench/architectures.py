@@ -1,8 +1,8 @@
-"""Which of transformers' decoder-only families can be trained, taught by and rolled out: `docs/models.md` is its output.
+"""Test which of transformers' decoder-only families can be student, teacher or rollout model; make docs/models.md.
 
 python bench/architectures.py              the table
 python bench/architectures.py NAME ...     some rows
-python bench/architectures.py --check      exit 1 where docs/models.md differs from a fresh run
+python bench/architectures.py --check      exit 1 if docs/models.md differs from a fresh run
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model of a family. `options` go over `SIZES`; None leaves a size to the family's own default."""
+    """A tiny model of a family. `options` are added to `SIZES`; None leaves a size at the family's default."""
 
     name: str
     kind: str  # model_type
@@ -309,7 +309,7 @@ FAMILIES = [
 
 
 def make(family: Family, tied: bool = False) -> PreTrainedModel:
-    """A random model with weights large enough that its distributions are far from uniform and every layer matters."""
+    """Return a random model with weights so large that every layer matters and distributions are far from uniform."""
     kind = type(AutoConfig.for_model(family.kind))
     options = {key: value for key, value in (SIZES | family.options).items() if value is not None}
     config = kind(**options, tie_word_embeddings=tied, dtype="float32")
@@ -329,14 +329,14 @@ class Nameless:
 
 
 def batch_rows(seed: int = 1) -> list[Row]:
-    """Three rows of different length, every token but the first an action."""
+    """Return three rows of different length in which every token but the first is an action."""
     draw = np.random.default_rng(seed)
     ids = [draw.integers(3, VOCABULARY, length).tolist() for length in (21, 14, 9)]
     return [Row(row, [(1, len(row))], [i], [-1.0] * (len(row) - 1)) for i, row in enumerate(ids)]
 
 
 def plain_logp(model: PreTrainedModel, rows: list[Row], temperature: float) -> Tensor:
-    """Log-probs of the rows' tokens by transformers' own forward, row by row."""
+    """Return the log-probs of the rows' tokens from transformers' own forward pass, row by row."""
     out = []
     for row in rows:
         ids = torch.tensor([row.ids])
@@ -351,13 +351,14 @@ def close(what: str, found: Tensor, expected: Tensor, share: float = 1e-4) -> No
 
 
 def alike(what: str, found: Tensor, expected: Tensor, least: float) -> None:
-    """What 16 bits found correlates with what 32 bits did."""
+    """Raise unless the 16-bit results correlate with the 32-bit ones by at least `least`."""
     correlation = torch.corrcoef(torch.stack([found.detach().double(), expected.detach().double()]))[0, 1].item()
     assert correlation >= least, f"{what} in bf16: a correlation of {correlation:.3f}"
 
 
 def teach(path: str, load: Callable[[], PreTrainedModel]) -> None:
-    """Log-probs of right-padded rows, and the exact divergence from a model of another logit scale; log-probs in bf16."""
+    """Check a teacher: log-probs of right-padded rows, in bf16 too, and the exact divergence from a model with another
+    logit scale."""
     policy, rows = CausalPolicy(load().requires_grad_(False)), batch_rows()
     batch = collate(rows, packed=False)
     with torch.no_grad():
@@ -382,11 +383,11 @@ def teach(path: str, load: Callable[[], PreTrainedModel]) -> None:
 
 
 def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
-    """A sharded gradient, with gradient checkpointing where there is any, against plain autograd, in bf16 too; streamed
-    weights; an export that loads."""
+    """Check a student against plain autograd: its sharded gradient (with checkpointing where supported, and in bf16),
+    streamed weights, and an export that loads."""
     rows = batch_rows()
     batch, weight = collate(rows, packed=False), torch.linspace(-1, 1, sum(len(row.ids) - 1 for row in rows))
-    plain = load()  # in evaluation: without noise
+    plain = load()  # in eval mode, so without dropout
     (plain_logp(plain, rows, 0.7) * weight).sum().backward()
     _, mesh = ranks.start()
     student = load()
@@ -430,7 +431,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def roll_out(path: str, load: Callable[[], PreTrainedModel]) -> str:
-    """Which way the engine takes; its log-probs of sequences that join, go on and change, against plain forward passes."""
+    """Return how the engine runs the model; check its log-probs as sequences join, continue and change."""
     model, before = load(), torch.random.get_rng_state()
     engine = TransformersEngine(model, slots=2, max_model_len=LONGEST, device="cpu")
     assert torch.equal(before, torch.random.get_rng_state()), "the try-out draws random numbers"
@@ -465,13 +466,13 @@ def verdict(check: Callable[..., str | None], *arguments: Any) -> str:
     except UserError as error:
         match = REASON.fullmatch(str(error))
         return f"refused: {next(filter(None, match.groups())) if match else error}"
-    except Exception as error:  # a fault: it has no place in the table
+    except Exception as error:  # a fault, not a refusal: it must not reach the table
         return f"FAILS: {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
 def row(family: Family) -> str:
-    """A line of the table: family, model type, engine, teacher, student; of a model with a head of its own, and of one
-    whose head is its embedding, where that makes a difference."""
+    """Return a line of the table: family, model type, engine, teacher, student. Test both an untied and a tied head;
+    show both where they differ."""
     results = []
     for tied in (False, True):
         with tempfile.TemporaryDirectory() as folder:
@@ -485,7 +486,7 @@ def row(family: Family) -> str:
 
             cells = [verdict(check, path, load) for check in (roll_out, teach, learn)]
             planned = verdict(lambda: shape_of(skeleton(config)) and None)  # noqa: B023
-            if planned.split(":")[0] != cells[2].split(":")[0]:  # a dry run says what a run says
+            if planned.split(":")[0] != cells[2].split(":")[0]:  # a dry run must give the verdict of a run
                 cells[2] += f"; its plan: {planned}"
             results.append(cells)
     cells = [one if one == other else f"{one}; tied: {other}" for one, other in zip(*results, strict=True)]

@@ -1,17 +1,19 @@
-"""The embedded default, method against method: ATOD, two variants of its turn weights, a fixed mixture, OPD and GRPO.
+"""Compare ATOD with variants of its turn weights, a fixed mixture, OPD and GRPO on the embedded demo.
 
     python bench/demo_study.py [--seeds 0 1 2] [--jobs 2]
-    python bench/demo_study.py --seeds 0 --steps 2 --games 40 --out /tmp/study      # whether it runs, in minutes
+    python bench/demo_study.py --seeds 0 --steps 2 --games 40 --out /tmp/study      # a trial of some minutes
 
-Every run is the main job's command in one process with one thread. The final models, the student before and the teacher
-then play the same 2,000 held-out games, with the same seeds, at temperature 1, at 0.5 and greedily. Intervals are 95%
-percentiles of a bootstrap over seeds and games at once: a draw takes games with replacement, the same ones for all
-models, so that differences are paired by game, and for each method as many of its seeds with replacement. With few
-seeds that part is coarse: of n seeds a draw shows (n - 1) / n of the variance between seeds. Teacher and student before
-are one model each.
+Every run is one process with one thread and takes the command of the main experiment. The final models, the initial
+student and the teacher then play the same 2,000 held-out games with the same seeds: at temperature 1, at 0.5 and
+greedily.
 
-Writes demo_study.json, .md (whose first table is the README's) and .png. All of it is of one commit: changes that are
-not committed are refused without --dirty, and so is a work folder made at another commit.
+Intervals are 95% percentiles of a bootstrap over seeds and games at once. A draw takes games with replacement, the
+same ones for all models, so that differences are paired by game; and for each method as many of its seeds, with
+replacement. With few seeds that part is coarse: with n seeds a draw shows (n - 1) / n of the variance between seeds.
+The teacher and the initial student are one model each.
+
+Writes demo_study.json, .md (whose first table is the README's) and .png. All results come from one commit: uncommitted
+changes are refused without --dirty, and so is a work folder made at another commit.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def run_name(method: str, seed: int) -> str:
 
 
 def train(work: Path, method: str, seed: int, more: list[str]) -> float:
-    """Train to the end, unless that is done; returns the seconds it took. What was cut off half way begins anew."""
+    """Train one method to its end unless that is done already; return the seconds. An interrupted run starts anew."""
     run = work / run_name(method, seed)
     done = run.with_suffix(".json")
     if not done.exists():
@@ -73,10 +75,10 @@ def train(work: Path, method: str, seed: int, more: list[str]) -> float:
 
 
 def play(work: Path, name: str, model: str, games: int) -> dict[str, np.ndarray]:
-    """Outcomes [games] of 0 and 1 by temperature. Runs in a worker: three evaluations for one start of torch."""
+    """Return outcomes (0 or 1) [games] by temperature. One worker plays all three, which starts torch only once."""
     from atod_fast.evaluate import main as evaluate
 
-    # An odd seed shares no game with training; no setting was chosen on these.
+    # Games of an odd seed are not in training. No setting was chosen on these.
     held_out = [f"env.eval={{generate={games}, seed=3}}", f"eval.tasks={games}"]
     out = {}
     for label, temperature in TEMPERATURES.items():
@@ -92,9 +94,9 @@ def play(work: Path, name: str, model: str, games: int) -> dict[str, np.ndarray]
 
 
 def bootstrap(outcomes: Mapping[str, np.ndarray], draws: int = DRAWS) -> dict[str, np.ndarray]:
-    """Mean success of each model in each draw: {name: [seeds, games]} to {name: [draws]}.
+    """Return each model's mean success in each draw: {name: [seeds, games]} to {name: [draws]}.
 
-    A draw takes games with replacement, the same for all models, and of each model's seeds as many as there are, with
+    A draw takes games with replacement, the same for all models, and for each model as many of its seeds, with
     replacement.
     """
     rng = np.random.default_rng(0)
@@ -117,7 +119,7 @@ def estimate(mean: float, drawn: np.ndarray) -> dict[str, float]:
 
 
 def compare(outcomes: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """Success of each model of {name: [seeds, games]}, its difference to the teacher, and ATOD's difference to each."""
+    """Return each model's success from {name: [seeds, games]}, its difference to the teacher, and ATOD's to each."""
     drawn, means = bootstrap(outcomes), {name: float(each.mean()) for name, each in outcomes.items()}
 
     def minus(one: str, other: str) -> dict[str, float]:
@@ -153,7 +155,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def readme_table(result: dict) -> str:
-    """The README's table."""
+    """Return the README's table."""
     comparisons = result["comparisons"]
     leads = {name: points_cell(found) for name, found in comparisons["T = 1"]["atod_minus"].items()}
     rows = []
@@ -180,7 +182,7 @@ def each_seed(result: dict) -> str:
 
 
 def report(result: dict) -> str:
-    """The result as markdown."""
+    """Return the results as Markdown."""
     sizes, machine = result["parameters"], result["machine"]
     dirty = f", with changes in {', '.join(result['changed'])}" if result["changed"] else ""
     seeds = ", ".join(map(str, result["seeds"]))
@@ -201,8 +203,8 @@ other rows have ATOD's.
 
 Success on {result["games"]:,} held-out games that no setting was chosen on, the same for all: mean over seeds {seeds},
 and 95% interval of a bootstrap over seeds and games at once ({result["draws"]:,} draws); differences are paired by
-game. With few seeds their part is coarse: of n seeds a draw shows (n - 1) / n of the variance between seeds, so that the
-intervals are somewhat too narrow. Teacher and student before are one model each.
+game. With few seeds their part is coarse: of n seeds a draw shows (n - 1) / n of the variance between seeds, so that
+the intervals are somewhat too narrow. Teacher and student before are one model each.
 
 {readme_table(result)}
 
@@ -221,13 +223,13 @@ intervals are somewhat too narrow. Teacher and student before are one model each
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """(step, held-out success) of the evaluations during a run."""
+    """Return (step, held-out success) of each evaluation of a run."""
     points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(p["step"], p["eval/success"]) for p in points if p.get("eval/success") is not None]
 
 
 def draw(result: dict, path: Path) -> None:
-    """Mean curves with their names at their ends; the seeds of the three methods faint."""
+    """Draw each method's mean curve, named at its end, and faint curves for the seeds of the three main methods."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -248,7 +250,7 @@ def draw(result: dict, path: Path) -> None:
         ends.append((mean[-1], method, color))
     height = -1.0
     for end, name, color in sorted(ends):
-        height = max(end, height + 0.04)  # names do not overlap
+        height = max(end, height + 0.04)  # so that names do not overlap
         axis.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), color=color, va="center")
     title = "{games_during_training:,} games during training; teacher on the {games:,} of the table".format(**result)
     axis.set_title(f"{title}; mean of {len(curves)} seeds", fontsize=10)
@@ -259,7 +261,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def claim(work: Path, made: dict) -> None:
-    """Note in the work folder what it is made of. Exits where it was made of something else, or of changes, before."""
+    """Record in the work folder what it is made of. Exit if it holds something else, or uncommitted changes."""
     note = work / "study.json"
     if work.exists() and (made["changed"] or not note.is_file() or json.loads(note.read_text()) != made):
         sys.exit(f"demo_study: --work {work} is of another commit, of changes or of other options; give a new folder")
@@ -286,7 +288,10 @@ def main() -> None:
     claim(work, {"commit": head, "changed": changed, "steps": arguments.steps, "games": arguments.games})
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # this commit's, whatever is installed; workers get it too
+    sys.path[:0] = [
+        str(ROOT),
+        str(ROOT / "kernels"),
+    ]  # import this commit's packages, not installed ones; workers inherit it
     seeds, during = arguments.seeds, min(DURING, arguments.games)
     more = [f"eval.tasks={during}"] + ([f"train.steps={arguments.steps}"] if arguments.steps else [])
     with ThreadPoolExecutor(arguments.jobs) as pool:

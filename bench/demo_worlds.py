@@ -1,10 +1,10 @@
-"""The three embedded demos as their commands run them: what comes out, and how long it takes.
+"""Run the three embedded demos as their commands do; report success and duration.
 
     python bench/demo_worlds.py
 
-One run each of `torchrun --nproc_per_node 2 -m atod_fast.train --preset ...`, one after the other. Writes
-demo_worlds.json and .md. docs/quickstart.md has the rows of the second and the third. Held-out tasks are of a seed that
-no setting was chosen on. Changes that are not committed are refused without --dirty.
+It runs `torchrun --nproc_per_node 2 -m atod_fast.train --preset ...` once for each, one after the other, and writes
+demo_worlds.json and .md. docs/quickstart.md has the rows of the second and the third. No setting was chosen on the
+seed of the held-out tasks. Uncommitted changes are refused without --dirty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from machine import ROOT, commit, environment, processor, version
 
 RESULTS = ROOT / "bench" / "results"
-PRESETS = {"demo": 3, "demo-webshop": 13, "demo-searchqa": 13}  # with the seed of the held-out tasks
+PRESETS = {"demo": 3, "demo-webshop": 13, "demo-searchqa": 13}  # preset: seed of the held-out tasks
 MEASURED = "atod_fast", "kernels", "bench/demo_worlds.py"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "atod_fast.train"]
 
@@ -53,7 +53,7 @@ def three(value: float) -> str:
 
 
 def readme_table(runs: dict[str, dict]) -> str:
-    """The table of docs/quickstart.md."""
+    """Return the table of docs/quickstart.md."""
     lines = ["| preset | steps | minutes | student before | after | teacher |", "|---|---|---|---|---|---|"]
     for preset, run in runs.items():
         before, *_, after = run["success"].values()
@@ -63,7 +63,7 @@ def readme_table(runs: dict[str, dict]) -> str:
 
 
 def curves(runs: dict[str, dict]) -> str:
-    """Success by step, and the world's own score in brackets where it has one."""
+    """Return a table of success by step, with the environment's own score in brackets if it has one."""
 
     def cell(success: float | None, score: float | None) -> str:
         return "" if success is None else three(success) + ("" if score is None else f" ({three(score)})")
@@ -103,8 +103,10 @@ def main() -> None:
 `python bench/demo_worlds.py` at {at}.
 {machine}.
 
-One run each of `torchrun --nproc_per_node 2 -m atod_fast.train --preset ...` with the preset's seed. Success at T = 1 on
-400 held-out tasks that no setting was chosen on (`env.eval.seed`: {", ".join(map(str, PRESETS.values()))}); the standard error is at most .025.
+One run each of `torchrun --nproc_per_node 2 -m atod_fast.train --preset ...` with the preset's seed. \
+Success at T = 1 on
+400 held-out tasks that no setting was chosen on \
+(`env.eval.seed`: {", ".join(map(str, PRESETS.values()))}); the standard error is at most .025.
 
 {readme_table(runs)}
 

@@ -1,16 +1,17 @@
-"""Steps a second of the three worlds on one core.
+"""Measure steps per second of the three environments on one core.
 
-An agent that knows nothing but the forms of actions plays whole episodes: in ALFWorld and WebShop admissible commands by chance, those
-that change something more often; searches for a few words of the task; in Search-QA three searches and an answer. Only `reset`
-and `step` are timed, by the CPU time of this process. Every episode is reset twice and the second is timed, so that reading or
-making a game, which happens once, is left out. A round before the others is not counted; no two rounds say the same, so that
-searches are not answered from a cache.
+A random agent that knows only the forms of actions plays whole episodes. In ALFWorld and WebShop it draws admissible
+commands, in ALFWorld preferring those that change something, and searches for a few words of the task; in Search-QA it
+searches three times and answers. Only `reset` and `step` are timed, in CPU time of this process. Every episode is
+reset twice and the second reset is timed, which leaves out that a game is read or made once. The first round is a
+warm-up. No two rounds use the same words, so that no search is answered from a cache.
 
     python bench/env_steps.py [--episodes 30] [--rounds 5] [--shared FOLDER] [--alfworld-data FOLDER] [--textworld 2]
 
---shared holds WebShop's 1,000-product set and HotpotQA questions with their passages (default: ../shared/data beside the project);
---alfworld-data is an ALFWORLD_DATA folder; --textworld N plays N episodes of the first row with TextWorld's engine, the same games and
-commands, where it is installed (pip install alfworld==0.4.2). What is absent is left out. Writes bench/results/env_steps.md.
+--shared holds WebShop's 1,000-product set and HotpotQA questions with their passages (default: ../shared/data beside
+the project). --alfworld-data is an ALFWORLD_DATA folder. --textworld N plays N episodes of the first row, with the
+same games and commands, in TextWorld's engine if it is installed (pip install alfworld==0.4.2). Missing data are left
+out. Writes bench/results/env_steps.md.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from atod_fast.envs.protocol import Environment, Info
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "env_steps.md"
 PACKAGES = ("numpy", "bm25s", "PyStemmer", "rapidfuzz", "textworld", "alfworld")
-MOST = 30  # steps of an episode
+MOST = 30  # steps an episode, at most
 ACTING = ("take", "put", "move", "open", "clean", "heat", "cool", "use")
 
-Choose = Callable[[Environment, Info, int, Random], str]  # the environment, what it last said, steps taken
+Choose = Callable[[Environment, Info, int, Random], str]  # (environment, its last info, steps taken, random) -> action
 
 
 def in_alfworld(env: Environment, info: Info, taken: int, random: Random) -> str:
@@ -74,7 +75,7 @@ class Case:
 
 
 def measured(case: Case) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     env = make(case.name, **case.options)
     rates, resets, steps = [], [], 0
     for number in range(case.rounds + 1):
@@ -98,7 +99,7 @@ def measured(case: Case) -> str:
 
 
 def play(env: Environment, case: Case, number: int) -> tuple[float, float, int]:
-    """CPU seconds in steps and in resets, and steps, of round `number`."""
+    """Play round `number`; return its CPU seconds in steps, its CPU seconds in resets, and its number of steps."""
     stepping = resetting = 0.0
     steps = 0
     for episode in range(case.episodes):
@@ -180,10 +181,13 @@ def main() -> None:
     lines = [
         "# Steps a second of the worlds, on one core",
         "",
-        f"`python bench/env_steps.py`: random play, whole episodes of at most {MOST} steps; CPU time; the median, least and greatest of {args.rounds} rounds "
-        f"of {args.episodes} episodes (with TextWorld's engine one round of {args.textworld}). How it is played and timed stands in the script.",
+        f"`python bench/env_steps.py`: random play, whole episodes of at most {MOST} steps; CPU time; the median, "
+        f"least and greatest of {args.rounds} rounds "
+        f"of {args.episodes} episodes (with TextWorld's engine one round of {args.textworld}). "
+        f"How it is played and timed stands in the script.",
         "",
-        f"{processor()}, {os.cpu_count()} cores, load {load} at the start. Python {platform.python_version()}, {versions}.",
+        f"{processor()}, {os.cpu_count()} cores, load {load} at the start. Python {platform.python_version()}, "
+        f"{versions}.",
         "",
         "| world | tasks | steps timed | steps/s | of the rounds | ms a step | ms a reset |",
         "|---|---|---|---|---|---|---|",

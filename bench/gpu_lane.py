@@ -1,17 +1,18 @@
-"""The first thing to run on a machine with a GPU: is every kernel right there, and how fast is it? Unattended, within --minutes (8).
+"""Check every kernel on a GPU, then time it. Run this first on a new machine; it ends within --minutes (8).
 
     python bench/gpu_lane.py --out lane.json
-    python bench/gpu_lane.py --interpret      # its checks alone, at tiny sizes on the CPU through Triton's interpreter
+    python bench/gpu_lane.py --interpret      # only the checks, at tiny sizes on the CPU in Triton's interpreter
 
-Checks compare with torch in fp64 on the same rounded inputs: the student close to the teacher (KL 1e-3 to 1e-2), logits of standard
-deviation 2 and 30, random signed upstream gradients on all outputs at once, ragged sizes, vocabularies that differ either way, ignored
-tokens. A value passes if its error is at most twice that of plain torch in fp32, plus 2e-4; a gradient, moreover, if it is
-within 4e-3 (16-bit inputs) or 2e-4 (fp32). At a standard deviation of 30, where fp32 logits themselves are rounded at 1e-5, the second bound
-is twice torch's own error in fp32 plus these; the interpreter, which cuts a bf16's lower bits off, is allowed twice as much. Errors are
-relative, in the 2-norm.
-Then times (median of ten, cold cache) and peak memory of `head.py`'s contenders at --shape. A step that fails is reported and the others
-run, unless it took the device down: then they are skipped. A step that hangs ends the lane at --minutes with what was found.
-Exit 0 if all checks pass, 1 if not, 2 without a GPU.
+Checks compare with torch in fp64 on the same rounded inputs: a student close to the teacher (KL 1e-3 to 1e-2), logits
+of standard deviation 2 and 30, random signed upstream gradients on all outputs at once, ragged sizes, vocabularies
+that differ either way, ignored tokens. Errors are relative, in the 2-norm. A value passes if its error is at most
+twice that of plain torch in fp32, plus 2e-4. A gradient passes within 4e-3 (16-bit inputs) or 2e-4 (fp32); at a
+standard deviation of 30, where rounding to fp32 alone moves logits by 1e-5, twice torch's own fp32 error is added. For
+bf16 the interpreter is allowed twice as much, because it truncates where a GPU rounds.
+
+Then it measures times (median of ten, cold cache) and peak memory of the contenders of `head.py` at --shape. A step
+that fails is reported and the others run, unless the failure took the device down: then they are skipped. A step that
+hangs ends the run at --minutes with what was found. Exit 0 if all checks pass, 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def responds() -> bool:
 
 @dataclass
 class Lane:
-    """What has been found so far, and how long there is."""
+    """The results so far, and the time left."""
 
     device: torch.device
     deadline: float
@@ -62,10 +63,10 @@ class Lane:
     times: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    lost: bool = False  # an error of a kernel stays with the process: nothing after it can be trusted
+    lost: bool = False  # a kernel's error stays with the process: later results cannot be trusted
 
     def ready(self, name: str) -> bool:
-        """Whether a step may begin; one that may not is reported as skipped."""
+        """Return whether a step may begin; report it as skipped if not."""
         reason = "the device is lost" if self.lost else "no time left" if time.monotonic() > self.deadline else ""
         if reason:
             self.skipped.append(f"{name}: {reason}")
@@ -74,7 +75,7 @@ class Lane:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Report a failure and go on."""
+        """Report an error inside the block and continue."""
         try:
             yield
         except ImportError as error:
@@ -96,7 +97,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison; sizes are scaled by the lane."""
+    """One comparison; the lane scales its sizes."""
 
     kind: str
     schedule: str
@@ -104,11 +105,14 @@ class Case:
     spread: float = 2.0  # standard deviation of the logits
     options: bool = False  # bias, softcap, temperature, valid columns
     target: bool = True
-    wider: str = "student"  # which vocabulary is the larger one
+    wider: str = "student"  # the model with the larger vocabulary
 
     def __str__(self) -> str:
         extra = [f"{self.wider} wider"] + ["options"] * self.options + ["no target"] * (not self.target)
-        return f"{self.kind} {self.schedule} {str(self.dtype).removeprefix('torch.')} std {self.spread:g} ({', '.join(extra)})"
+        return (
+            f"{self.kind} {self.schedule} {str(self.dtype).removeprefix('torch.')} std {self.spread:g} "
+            f"({', '.join(extra)})"
+        )
 
 
 def cases(interpreted: bool) -> Iterator[Case]:
@@ -132,13 +136,14 @@ def cases(interpreted: bool) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Inputs:
-    tensors: dict[str, Tensor]  # the arguments of linear_divergence that are tensors
-    options: dict[str, Any]  # the others
-    upstream: Tensor  # [3, T] of divergence, entropy and logp
+    tensors: dict[str, Tensor]  # the tensor arguments of linear_divergence
+    options: dict[str, Any]  # its other arguments
+    upstream: Tensor  # [3, T], gradients by divergence, entropy and logp
 
 
 def make(case: Case, device: torch.device, interpreted: bool, seed: int = 0) -> Inputs:
-    """A teacher with the student's features and weights, and 8 (GPU: 64) of its own that move its logits by 0.1."""
+    """Return inputs whose teacher shares the student's features and weights, plus 8 (GPU: 64) of its own that change
+    its logits by 0.1."""
     g = torch.Generator().manual_seed(seed)
     t, v, h, more = (9, 83, 24, 8) if interpreted else (777, 20011, 256, 64)
     hidden, weight = torch.randn(t, h + more, generator=g), torch.randn(v + 13, h + more, generator=g)
@@ -173,11 +178,23 @@ def make(case: Case, device: torch.device, interpreted: bool, seed: int = 0) -> 
 
 
 def plain(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target: Tensor | None = None, *, divergence: str,
-    alpha: float, temperature: Tensor | None = None, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, softcap: float | None = None,
-    teacher_softcap: float | None = None, valid_columns: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """linear_divergence in plain torch: products in the inputs' dtype, the rest in fp32 (fp64 for fp64). The reference and the yardstick."""
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    divergence: str,
+    alpha: float,
+    temperature: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    valid_columns: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Compute linear_divergence in plain torch, the reference and yardstick: products in the inputs' dtype, the rest
+    in fp32 (fp64 for fp64)."""
     columns = min(len(student_weight), len(teacher_weight))
 
     def log_probabilities(x: Tensor, w: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
@@ -203,7 +220,8 @@ def plain(
 def results(
     function: Callable[..., Any], inputs: Inputs, dtype: torch.dtype | None = None, **more: Any
 ) -> list[Tensor | None]:
-    """The outputs, then the gradients of hidden, weight and bias, for the random upstream; `dtype` converts the inputs first."""
+    """Return the outputs, then the gradients of hidden, weight and bias for the upstream gradients. `dtype` converts
+    the inputs first."""
     tensors = {k: x.to(dtype) if dtype and x.is_floating_point() else x for k, x in inputs.tensors.items()}
     tensors = {k: x.detach().clone().requires_grad_(k.startswith("student")) for k, x in tensors.items()}
     out = function(**tensors, **inputs.options, **more)
@@ -213,7 +231,7 @@ def results(
 
 
 def token_loss(upstream: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
-    """linear_token_loss with a loss whose gradients with respect to the statistics are `upstream` [3, T]."""
+    """Call linear_token_loss with a loss whose gradients by the statistics are `upstream` [3, T]."""
     keys = ("divergence", "entropy", "logp")
 
     def loss_fn(stats: Any, rows: Tensor) -> Tensor:
@@ -223,7 +241,7 @@ def token_loss(upstream: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """Relative, in the 2-norm; inf where one is not finite."""
+    """Return the relative error in the 2-norm, or inf if it is not finite."""
     value = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
     return value if math.isfinite(value) else math.inf
 
@@ -240,7 +258,7 @@ def compare(lane: Lane, name: str, got: list[Tensor | None], inputs: Inputs, cas
         if label.startswith("d "):
             bound = GRADIENT_BOUND[case.dtype] + (2 * torchs if case.spread > 2 else 0)
             if lane.device.type == "cpu" and case.dtype == torch.bfloat16:
-                bound *= 2  # the interpreter cuts a bf16's lower bits off where a GPU rounds
+                bound *= 2  # the interpreter truncates to bf16 where a GPU rounds
         passed &= ours <= bound
         worst.append((ours / bound, f"{label} {ours:.1e} (bound {bound:.1e}, torch {torchs:.1e})"))
     kl = float(reference[0].mean())
@@ -282,14 +300,15 @@ def correctness(lane: Lane, interpreted: bool) -> None:
 
 
 def single_model(lane: Lane, interpreted: bool, target: Tensor | None, lean: bool) -> problem.Problem:
-    """A student alone with logits of standard deviation 30, past the checks of the public functions."""
+    """Return a problem of a student alone, with logits of standard deviation 30; skips the public functions' checks."""
     inputs = make(Case("reverse_kl", "lean", torch.bfloat16, spread=30.0), lane.device, interpreted)
     hidden, weight = inputs.tensors["student_hidden"], inputs.tensors["student_weight"]
     return problem.Problem(hidden, weight, target=target, lean=lean, triton=True)
 
 
 def recompute(lane: Lane, interpreted: bool) -> None:
-    """The fused gradient's logits are its forward's: at a row's largest logit u = z - max is 0 to the last bit, so that p is exp(-log S)."""
+    """Check that the fused gradient recomputes the forward's logits exactly: at a row's largest logit u = z - max is 0
+    to the last bit, so that p is exp(-log S)."""
     from atod_kernels.triton import backend
 
     p = single_model(lane, interpreted, None, lean=True)
@@ -299,11 +318,11 @@ def recompute(lane: Lane, interpreted: bool) -> None:
     upstream[1] = 1  # entropy: the gradient is -p (u - log S + entropy), at u = 0 p (log S - entropy)
     fused = backend.Fused(p)
     dz = torch.empty(t, v, device=lane.device)
-    for rows in (slice(0, t // 3), slice(t // 3, t)):  # not the forward's blocks
+    for rows in (slice(0, t // 3), slice(t // 3, t)):  # blocks other than the forward's
         for columns in (slice(0, v // 2), slice(v // 2, v)):
             tile = torch.empty_like(
                 dz[rows, columns], memory_format=torch.contiguous_format
-            )  # rows of its own: the kernel writes whole ones
+            )  # a buffer of its own: the kernel writes whole rows
             dz[rows, columns] = fused.gradient(rows, columns, tile, stats, upstream)
     logits = p.student_hidden.double() @ p.student_weight.double().T
     at = logits.argmax(1)
@@ -390,7 +409,8 @@ def turn_kernels(lane: Lane, interpreted: bool) -> None:
 
 
 def timing(lane: Lane, sizes: str, dtype: torch.dtype) -> None:
-    """`head.py`'s contenders at one shape: ours, the bare products, the peers that are installed; compiled ones last."""
+    """Measure the contenders of `head.py` at one shape: ours, the bare products, the installed peers; compiled ones
+    last."""
     import head
 
     shape = head.Shape.parse(sizes)
@@ -427,14 +447,15 @@ def timing(lane: Lane, sizes: str, dtype: torch.dtype) -> None:
 
 
 def table(lane: Lane) -> str:
-    """Times against the bare products of the same pass, and what failed."""
+    """Return the times relative to the bare products of the same pass, and the failed checks."""
     lines = []
     for which in dict.fromkeys(row["pass"] for row in lane.times):
         rows = [row for row in lane.times if row["pass"] == which]
         floor = min((row["milliseconds"] for row in rows if row["role"] == "floor"), default=math.nan)
         lines += [f"\n{which:48} {'ms':>8} {'x floor':>8} {'MiB':>8}"]
         lines += [
-            f"{row['contender']:48} {row['milliseconds']:8.1f} {row['milliseconds'] / floor:8.2f} {row['peak_mib']:8.0f}"
+            f"{row['contender']:48} {row['milliseconds']:8.1f} {row['milliseconds'] / floor:8.2f} "
+            f"{row['peak_mib']:8.0f}"
             for row in rows
         ]
     passed = sum(check["passed"] for check in lane.checks)
@@ -462,7 +483,7 @@ def main() -> int:
         torch.set_num_threads(1)
         problem.TILE["cpu"] = (16, 48)
 
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # of numpy, for infinities and NaN that are meant
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # from numpy, for intended infinities and NaN
     device = torch.device("cpu" if args.interpret else "cuda")
     started = time.monotonic()
     lane = Lane(device, started + 60 * args.minutes - 5)
@@ -491,7 +512,7 @@ def main() -> int:
 
     watchdog = threading.Timer(
         60 * args.minutes, hung
-    )  # a kernel that hangs blocks the main thread in C, where no signal reaches it
+    )  # a thread: a hanging kernel blocks the main thread in C, where no signal reaches it
     watchdog.daemon = True
     watchdog.start()
     for name, run in (

@@ -1,18 +1,20 @@
-"""Time and peak memory of the divergence head: ours, its peers and the bare matrix products, for the reverse KL of a batch of tokens.
+"""Measure time and peak memory of the reverse KL: atod_kernels, its peers and the bare matrix products.
 
     python bench/head.py                      # the shapes of the bar: bench/results/head.csv, head.md and plots
     python bench/head.py --shapes 512,32000,256,512 --rounds 3
     python bench/head.py --sweep T V H        # one dimension at a time
-    python bench/head.py --lean-memory        # memory alone, to 16k tokens
+    python bench/head.py --lean-memory        # only memory, up to 16k tokens
 
-Before anything is timed every contender's loss and gradients are compared with the fp64 reference. A peer whose package is missing, or
-that does not run here, is named once and left out. pip install '.[peers]' brings the packages.
+Before timing, every contender's loss and gradients are compared with the fp64 reference. A peer whose package is
+missing, or that does not run here, is named once and left out. pip install '.[peers]' installs the packages.
 
-CPU: one thread; CPU seconds of the process, contenders taking turns within a round. Memory is the peak of resident memory in a fresh process
-per contender, above what is resident after a warm-up. CUDA: milliseconds between events with a cold L2 cache, and the allocator's peak.
-`forward` is without gradients, `forward+backward` ends with those of the student's hidden states and weight. In 'beyond inputs and gradients'
-the size of these two is subtracted. Products are the bare matrix products of a schedule, over 256 tokens (CUDA: 2048) at a time: no
-implementation that makes them can be faster. Ratios are taken within a round.
+CPU: one thread; CPU seconds of the process, contenders taking turns within a round. Memory is the peak of resident
+memory in a fresh process per contender, above what is resident after a warm-up. CUDA: milliseconds between events with
+a cold L2 cache, and the allocator's peak.
+
+`forward` is without gradients; `forward+backward` ends with those of the student's hidden states and weight. 'beyond
+inputs and gradients' subtracts the size of these two. Products are the bare matrix products of a schedule, over 256
+tokens (CUDA: 2048) at a time: no implementation that computes them can be faster. Ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ LEAN_MEMORY = [Shape(t, v, 128, 128) for v in (8192, 32768, 131072) for t in (20
 
 
 def make_inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Student hidden and weight (requiring gradients), teacher hidden and weight; logits of standard deviation 2."""
+    """Return student hidden and weight (requiring gradients), teacher hidden and weight; logits have standard
+    deviation 2."""
     g = torch.Generator(device).manual_seed(seed)
     t, v, hs, ht = astuple(shape)
     tensors = [
@@ -113,7 +116,8 @@ def first_line(error: BaseException) -> str:
 
 
 def checked(device: str, wanted: Callable[[str], bool]) -> dict[str, tuple[Contender, Loss]]:
-    """The wanted contenders that run here, after comparing loss and gradients with the fp64 reference on a small input (600 tokens: two chunks and a rest)."""
+    """Return the wanted contenders that run here, once their loss and gradients agree with the fp64 reference on a
+    small input (600 tokens: two chunks and a rest)."""
     inputs = make_inputs(Shape(600, 1000, 48, 64), device, torch.float32)
     doubles = [x.detach().cpu().double().requires_grad_(x.requires_grad) for x in inputs]
     expected = naive.linear_divergence(*doubles).divergence.mean()
@@ -145,12 +149,12 @@ def checked(device: str, wanted: Callable[[str], bool]) -> dict[str, tuple[Conte
                 )
             print(f"checked: {name}: within {error:.0e} of the reference in loss and gradients")
         found[name] = contender, loss
-    torch._dynamo.reset()  # each shape is compiled for itself, not for shapes that vary
+    torch._dynamo.reset()  # compile each shape by itself, not for varying shapes
     return found
 
 
 def samples(loss: Loss, inputs: list[Tensor], which: str) -> list[float]:
-    """One turn: CPU seconds, once; or milliseconds on CUDA, ten times with a cold cache."""
+    """Return one turn's times: CPU seconds of one call, or milliseconds of ten CUDA calls with a cold cache."""
     if inputs[0].device.type == "cpu":
         clear(inputs)
         start = time.process_time()
@@ -171,7 +175,7 @@ def samples(loss: Loss, inputs: list[Tensor], which: str) -> list[float]:
 
 
 def peak_cuda(loss: Loss, inputs: list[Tensor], which: str) -> float:
-    """MiB beyond the inputs, after a warm-up that leaves what libraries keep."""
+    """Return the peak in MiB beyond the inputs, after a warm-up that allocates what libraries keep."""
     for _ in range(2):
         clear(inputs)
         gc.collect()
@@ -186,13 +190,14 @@ def peak_cuda(loss: Loss, inputs: list[Tensor], which: str) -> float:
 
 
 def resident(field: str) -> int:
-    """VmHWM (peak) or VmRSS of this process, in bytes. Not ru_maxrss, which a child inherits."""
+    """Return VmHWM (peak) or VmRSS of this process in bytes. Not ru_maxrss, which a child inherits."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def peak_of_this_process(name: str, shape: Shape, dtype: torch.dtype, which: str) -> float:
-    """MiB beyond the inputs. What is allocated once (library buffers, a compiler) is not the contender's: it is warmed up, and the peak reset."""
+    """Return the peak in MiB beyond the inputs. A warm-up, after which the peak is reset, excludes what is allocated
+    once (library buffers, a compiler)."""
     contender = contenders("cpu")[name]
     loss, inputs = contender.load(), make_inputs(shape, "cpu", dtype)
     run(loss, inputs if contender.compiled else make_inputs(Shape(256, 512, 64, 64), "cpu", dtype), which)
@@ -206,7 +211,8 @@ def peak_of_this_process(name: str, shape: Shape, dtype: torch.dtype, which: str
 
 
 def peak_cpu(name: str, shape: Shape, dtype: torch.dtype, which: str) -> float:
-    """The same in a fresh process, whose allocator gives every large buffer back at once so that none hides in what was freed before."""
+    """Return the peak in MiB beyond the inputs, in a fresh process whose allocator returns every large buffer at once,
+    so that none hides in memory freed before."""
     sizes = ",".join(str(x) for x in astuple(shape))
     command = [
         sys.executable,
@@ -238,7 +244,7 @@ def hardware(device: str) -> str:
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured of which shapes."""
+    """The shapes to measure, and what to measure of them."""
 
     name: str
     shapes: list[Shape]
@@ -256,7 +262,7 @@ def measure(
     device: str,
     rounds: int,
 ) -> Iterator[dict]:
-    """The CSV's rows of one shape and pass."""
+    """Yield the CSV's rows of one shape and pass."""
     load = round(os.getloadavg()[0], 2)
     taking_part = {name: pair for name, pair in running.items() if which in pair[0].passes and study.only(name)}
     inputs = make_inputs(shape, device, dtype)
@@ -329,7 +335,7 @@ def measure(
 
 
 def store(path: Path, rows: list[dict]) -> None:
-    """Write the rows; what the file held of the same study, shape, pass and machine is replaced."""
+    """Write the rows, replacing those in the file of the same study, shape, pass and machine."""
     key = (
         "study",
         "tokens",

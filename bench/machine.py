@@ -1,4 +1,4 @@
-"""What the benchmarks say of the machine and the packages they ran with."""
+"""Facts about the machine and the packages that a benchmark ran with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def processor() -> str:
 
 
 def version(package: str) -> str:
-    """Of an installed package; empty for one that is not."""
+    """Return the version of an installed package, or ''."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -29,7 +29,8 @@ def version(package: str) -> str:
 
 
 def commit(*paths: str) -> tuple[str, list[str]]:
-    """HEAD of this checkout, and what below `paths` differs from it or is untracked. Exits where there is none."""
+    """Return HEAD of this checkout, and the files below `paths` that are changed or untracked. Exit outside a
+    checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True).stdout
@@ -42,6 +43,6 @@ def commit(*paths: str) -> tuple[str, list[str]]:
 
 
 def environment() -> dict[str, str]:
-    """For a process that shall import the packages of this checkout, whatever is installed; start it in ROOT."""
+    """Return the environment of a process that is to import this checkout's packages. Start it in ROOT."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"PYTHONPATH": path}

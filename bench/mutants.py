@@ -1,12 +1,12 @@
-"""Do the tests notice? Faults put into the method one at a time, and the test that finds each.
+"""Inject faults into the method, one at a time, and find the test that notices each.
 
     python bench/mutants.py                     # all, a quarter of an hour; writes bench/results/mutants.md
     python bench/mutants.py --list
     python bench/mutants.py --only warm-up-late
 
-Each mutant is a change of one place in atod_fast/. It is made in a temporary copy of the tree, where the test files
-nearest to it run until one fails. A mutant whose place is not found once is an error, as are tests that fail without
-any mutant: the list stays true. Exit 1 where a mutant lives and the list does not say why.
+Each mutant changes one place in atod_fast/. It is made in a temporary copy of the tree, where the test files nearest
+to it run until one fails. It is an error if the place of a mutant is not found exactly once, or if tests fail without
+any mutant. Exit 1 if a mutant survives and the list gives no reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "mutants.md"
-LIMIT = 300  # seconds for the tests of a mutant; one that makes them hang is found
+LIMIT = 300  # seconds for a mutant's tests; a mutant that makes them hang counts as noticed
 NOTICED, LIVES = 1, 0  # pytest's exit codes
 
 LEARNER = ("test_learner_reference.py", "test_policy.py")
@@ -52,7 +52,7 @@ class Mutant(NamedTuple):
     meaning: str
     old: str  # occurs once in its file
     new: str
-    why: str = ""  # no test notices it
+    why: str = ""  # why no test notices it
 
 
 MUTANTS = {  # by file below atod_fast/
@@ -361,7 +361,7 @@ MUTANTS = {  # by file below atod_fast/
 
 
 def mutated(file: str, mutant: Mutant) -> str:
-    """The file's text with the mutant in it. SystemExit where its place is not found once."""
+    """Return the file's text with the mutant in it. Exit if its place is not found exactly once."""
     text = (ROOT / "atod_fast" / file).read_text(encoding="utf-8")
     if (found := text.count(mutant.old)) != 1:
         where = f"{mutant.old!r} occurs {found} times in atod_fast/{file}"
@@ -370,7 +370,7 @@ def mutated(file: str, mutant: Mutant) -> str:
 
 
 class First:
-    """A pytest plugin that keeps the first test that failed."""
+    """A pytest plugin that keeps the name of the first failed test."""
 
     def __init__(self) -> None:
         self.failed = ""
@@ -381,7 +381,7 @@ class First:
 
 
 def work(tree: str, tests: list[str], told) -> None:
-    """In a process of its own: run `tests` in `tree`, tell pytest's exit code and the first test that failed."""
+    """Run `tests` in `tree` in this child process; send pytest's exit code and the first failed test."""
     import pytest
 
     os.chdir(tree)
@@ -398,7 +398,7 @@ def work(tree: str, tests: list[str], told) -> None:
 
 
 def run(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """Exit code and the first failure; of tests that take too long or kill their process, that they do."""
+    """Return pytest's exit code and the first failed test. A time-out or a killed process counts as noticed."""
     here, there = multiprocessing.Pipe(duplex=False)
     worker = multiprocessing.get_context("fork").Process(target=work, args=(str(tree), list(tests), there))
     worker.start()
@@ -415,7 +415,7 @@ def run(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
 class Verdict(NamedTuple):
     file: str
     mutant: Mutant
-    killer: str  # the test that failed; empty: it lives
+    killer: str  # the test that failed; '' if the mutant survived
     seconds: float
 
 
@@ -471,8 +471,8 @@ def main() -> int:
     texts = [mutated(file, mutant) for file, mutant in chosen]
 
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"}
-    sys.dont_write_bytecode = True  # a mutant of the same size and second would be taken for the one before
-    import transformers  # noqa: F401  once, for every process that is forked; nothing of the tree
+    sys.dont_write_bytecode = True  # else a mutant of the same size and second runs the previous one's bytecode
+    import transformers  # noqa: F401  once for all forked processes; it imports nothing from the tree
 
     found = []
     with tempfile.TemporaryDirectory() as folder:

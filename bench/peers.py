@@ -1,8 +1,9 @@
-"""The contenders of bench/head.py: ours, other libraries, the bare matrix products. Each is a loader of one function.
+"""The contenders of bench/head.py: atod_kernels, other libraries, the bare matrix products.
 
-The function takes (student_hidden [T, H_s], student_weight [V, H_s], teacher_hidden [T, H_t], teacher_weight [V, H_t]) and returns the
-reverse KL, mean over tokens, to be backpropagated to the student's two; the products return nothing. Each peer is used at its best: no
-mask, no hard loss, no bias, no logits returned. Packages are imported when a peer is loaded, not before.
+Each loader returns a function of (student_hidden [T, H_s], student_weight [V, H_s], teacher_hidden [T, H_t],
+teacher_weight [V, H_t]) that returns the reverse KL, mean over tokens, to be backpropagated to the two student
+tensors; the products return nothing. Each peer is used at its best: no mask, no hard loss, no bias, no logits
+returned. A peer's package is imported when the peer is loaded, not before.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def token_loss(schedule: str, backend: str) -> Loss:
 
 
 def naive() -> Loss:
-    """What one writes first: both models' full logits, fp32 softmaxes, torch's autograd."""
+    """Load the obvious implementation: both models' full logits, fp32 softmaxes, torch's autograd."""
 
     def loss(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
         log_p = (x @ w.T).float().log_softmax(-1)
@@ -43,7 +44,7 @@ def naive() -> Loss:
 
 
 def trl_gkd() -> Loss:
-    """trl.experimental.gkd: GKDTrainer.generalized_jsd_loss, on full logits; beta 1 is KL(student || teacher)."""
+    """Load trl.experimental.gkd's GKDTrainer.generalized_jsd_loss, on full logits; beta 1 is KL(student || teacher)."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.gkd import GKDTrainer
 
@@ -56,7 +57,8 @@ def trl_gkd() -> Loss:
 
 
 def trl_chunked() -> Loss:
-    """trl.kernels.chunked_divergence, the loss of DistillationTrainer: tiles of 2048 x 8192; beta 1 is KL(student || teacher)."""
+    """Load trl.kernels.chunked_divergence, the loss of DistillationTrainer, in tiles of 2048 x 8192; beta 1 is
+    KL(student || teacher)."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(x: Tensor, w: Tensor, xt: Tensor, wt: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ def trl_chunked() -> Loss:
 
 
 def liger(compiled: bool, chunk: int) -> Loss:
-    """liger_kernel.chunked_loss: its JSD at beta 1 is KL(student || teacher). The gradients come out of its forward, always."""
+    """Load liger_kernel.chunked_loss's JSD; beta 1 is KL(student || teacher). Its forward always computes the
+    gradients."""
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
     module = LigerFusedLinearJSDLoss(
@@ -80,7 +83,8 @@ def liger(compiled: bool, chunk: int) -> Loss:
 
 
 def products(student: int, gradients: bool) -> Loss:
-    """Both models' logits `student` times, into buffers; the products of the two gradients."""
+    """Return a function that computes both models' logits `student` times, into buffers, and the products of the two
+    gradients."""
 
     def run(*inputs: Tensor) -> None:
         x, w, xt, wt = (t.detach() for t in inputs)
@@ -127,7 +131,7 @@ def contenders(device: str) -> dict[str, Contender]:
         for chunk in (
             1024,
             256,
-        ):  # 1024 is Liger's default; fewer tokens than twice that are one chunk, so a smaller one is measured too
+        ):  # 1024 is Liger's default, but makes one chunk of fewer than 2048 tokens: measure a smaller one too
             name = f"Liger JSD beta=1, {'compiled' if compiled else 'eager'}, chunk {chunk}"
             found[name] = Contender("chunked peer", partial(liger, compiled, chunk), (BOTH,), compiled)
     found["products (1+r)G"] = Contender("floor", partial(products, 1, gradients=False), (FORWARD,))

@@ -1,4 +1,4 @@
-"""The table, the clauses of the bar and the plots of bench/head.py, all from its CSV.
+"""Make the table, the clauses of the bar and the plots of bench/head.py from its CSV.
 
 python bench/plot_head.py [bench/results/head.csv]
 """
@@ -28,7 +28,7 @@ def read(path: Path) -> list[Row]:
 
 
 def groups(rows: list[Row], *names: str) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
-    """The rows by the values of some columns, in the order in which these values first occur."""
+    """Group the rows by the values of some columns, in order of first occurrence."""
     order: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         order.setdefault(tuple(row[n] for n in names), []).append(row)
@@ -36,7 +36,7 @@ def groups(rows: list[Row], *names: str) -> Iterator[tuple[tuple[str, ...], list
 
 
 class Results:
-    """The values of one shape and pass by provider and metric; medians unless another quantile is asked for."""
+    """The values of one shape and pass by provider and metric; the median by default, or another quantile."""
 
     def __init__(self, rows: list[Row]):
         self.roles = {r["provider"]: r["role"] for r in rows}
@@ -48,7 +48,7 @@ class Results:
 
     @property
     def chunked_peer(self) -> str | None:
-        """The chunked peer with the least time."""
+        """Return the fastest chunked peer, or None."""
         timed = [p for p, role in self.roles.items() if role == "chunked peer" and self(p, self.time) is not None]
         return min(timed, key=lambda p: self(p, self.time), default=None)
 
@@ -75,7 +75,8 @@ def table(results: Results, which: str) -> list[str]:
 
 
 def clauses(results: Results) -> list[str]:
-    """Whether each clause of the bar holds: one line each. Those that compare with a chunked peer need one that ran."""
+    """Return a line per clause of the bar: whether it holds. Clauses that compare with a chunked peer are left out if
+    none ran."""
 
     def clause(holds: bool, text: str) -> str:
         return f"- {'holds' if holds else 'MISSED'}: {text}"
@@ -99,13 +100,16 @@ def clauses(results: Results) -> list[str]:
     for name in [] if peer is None else results.ours("linear_divergence lean") + results.ours("linear_token_loss lean"):
         to_peer, of_memory = results(name, TO_PEER), results(name, BEYOND_GRADIENTS) / results(peer, BEYOND_GRADIENTS)
         products = number(results("products (4+2r)G", TO_PEER))
-        text = f"{name} at most 0.9 of the time of {peer} and 0.2 of its memory: {to_peer:.2f}, {of_memory:.2f} (its products alone: {products})"
+        text = (
+            f"{name} at most 0.9 of the time of {peer} and 0.2 of its memory: "
+            f"{to_peer:.2f}, {of_memory:.2f} (its products alone: {products})"
+        )
         lines.append(clause(to_peer <= 0.9 and of_memory <= 0.2, text))
     return lines
 
 
 def report(rows: list[Row]) -> str:
-    """Markdown: a table per shape and pass, and the clauses of the bar."""
+    """Return Markdown: a table per shape and pass, and the clauses of the bar."""
     lines = []
     for (study, *shape, device, hardware, dtype, threads), here in groups(rows, "study", *SHAPE, *MACHINE):
         if study not in ("bar", "shapes"):
@@ -123,7 +127,7 @@ def report(rows: list[Row]) -> str:
 
 
 def style(provider: str, role: str) -> dict:
-    """Ours blue, floors black and dashed, a peer's variants in one colour."""
+    """Return a curve's style: ours blue, floors black and dashed, a peer's variants in one colour."""
     colours = {
         "linear_token_loss": "tab:blue",
         "linear_divergence": "tab:cyan",
@@ -148,7 +152,7 @@ def style(provider: str, role: str) -> dict:
 
 
 def pyplot() -> Any:
-    """matplotlib, imported when something is drawn: every process that measures memory imports this file."""
+    """Import matplotlib, only when something is drawn: every process that measures memory imports this file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,7 +162,7 @@ def pyplot() -> Any:
 
 
 def sweep(rows: list[Row], axis: str, path: Path) -> None:
-    """Time and memory against one dimension."""
+    """Plot time and memory against one dimension."""
     plt = pyplot()
     column, label = AXES[axis]
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
@@ -204,7 +208,8 @@ def sweep(rows: list[Row], axis: str, path: Path) -> None:
 
 
 def lean_memory(rows: list[Row], path: Path) -> None:
-    """What the lean schedule holds beyond the inputs and the weight's gradient, against tokens, beside what must be held: outputs and dX."""
+    """Plot the lean schedule's memory against tokens, without inputs and weight gradient, next to the least possible:
+    outputs and dX."""
     plt = pyplot()
     rows = [r for r in rows if r["metric"] == BEYOND_INPUTS and r["pass"] == BOTH]
     operators = sorted({r["provider"] for r in rows})
@@ -240,7 +245,7 @@ def lean_memory(rows: list[Row], path: Path) -> None:
 
 
 def write(path: Path) -> None:
-    """The tables (.md) and plots (.png) of a CSV, beside it."""
+    """Write the tables (.md) and plots (.png) of a CSV beside it."""
     rows = read(path)
     path.with_suffix(".md").write_text("# The divergence head: time and memory\n\n" + report(rows))
     for (study, device), here in groups(rows, "study", "device"):

@@ -1,12 +1,12 @@
-"""Trained weights to a rollout engine: by FSDP unit with the next one under way, against `full_tensor()` per parameter.
+"""Compare ways to send trained weights to a rollout engine: by FSDP unit, or `full_tensor()` by parameter.
 
     torchrun --nproc_per_node 2 bench/resync.py --out bench/results/resync.md
 
-A random Qwen3 of about 100M parameters, fp32 masters sharded over the ranks, bf16 compute, on a CPU over gloo. The
-consumer copies each tensor into a bf16 replica. `stream` is what the trainer does, `units` the same without prefetch,
-`rounded` rounds each parameter's shard and gathers that, `parameters` is what one finds elsewhere: gather the fp32 master of
-each parameter, then round. Rounds go through the ways, each from another one on; bytes are those a rank receives over the
-wire, from the shapes.
+The model is a random Qwen3 of about 100M parameters with fp32 masters sharded over the ranks and bf16 compute, on a
+CPU over gloo. The consumer copies each tensor into a bf16 replica. `stream` is the trainer's way: by unit, prefetching
+the next one. `units` is the same without prefetch, `rounded` rounds each parameter's shard and gathers the result, and
+`parameters` is the usual way elsewhere: gather each parameter's fp32 master, then round. Every round runs all ways,
+each time starting with another one. Bytes are those that a rank receives over the wire, computed from the shapes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROUNDS = 8
 
 @torch.no_grad()
 def per_unit(policy: CausalPolicy) -> Iterator[tuple[str, Tensor]]:
-    """`stream_weights` without prefetch."""
+    """Yield the weights as `stream_weights` does, but without prefetch."""
     names = {module: prefix for prefix, module in policy.named_modules()}
     for unit in units(policy):
         unit.unshard()
@@ -67,7 +67,7 @@ def _gathered(policy: CausalPolicy, dtype: torch.dtype) -> Iterator[tuple[str, T
     for name, parameter in policy.named_parameters():
         weight = parameter.to(dtype).full_tensor()
         yield name, weight
-        if policy.tied and parameter is policy.lm_head.weight:  # gathered once, sent under both names
+        if policy.tied and parameter is policy.lm_head.weight:  # tied: gathered once, sent under both names
             yield "lm_head.weight", weight
 
 
@@ -76,7 +76,7 @@ WAYS: dict[str, tuple[Callable[[CausalPolicy], Iterator[tuple[str, Tensor]]], in
     "units": (per_unit, 2),
     "rounded": (rounded, 2),
     "parameters": (per_parameter, 4),
-}  # and the bytes of an element on the wire
+}  # way: (function, bytes of an element on the wire)
 
 
 def main() -> None:
@@ -137,7 +137,8 @@ def report(rows: list[tuple]) -> str:
         "",
         "`torchrun --nproc_per_node 2 bench/resync.py --out bench/results/resync.md`",
         "",
-        f"{ranks.world_size()} gloo ranks with one thread each on {processor()}, torch {torch.__version__}. Median (minimum to maximum) of {ROUNDS}",
+        f"{ranks.world_size()} gloo ranks with one thread each on {processor()}, torch {torch.__version__}. "
+        f"Median (minimum to maximum) of {ROUNDS}",
         "alternating rounds on a shared machine. Every way leaves the replica bit for bit the same.",
         "",
         "| model | way | seconds | of `parameters` | MiB received by a rank |",

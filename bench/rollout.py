@@ -1,15 +1,16 @@
-"""What the agent loop costs beside its engine, and what it would gain if the teacher scored while the student still acts.
+"""Measure the agent loop's overhead over its engine, and the gain if the teacher scored during rollouts.
 
     python bench/rollout.py --out bench/results/rollout.md         (with vLLM installed: both engines)
 
-Efficiency: 64 episodes of the demo's games at a concurrency of 64, once through the agent loop, once as bare requests: the
-same prompts, seeds and keys, each turn asked as soon as the one before is answered, with no world, no renderer and no
-trajectory between. Efficiency is bare seconds by loop seconds: both see the same prefixes cached and the same tail. `batch`
-is the engine's raw throughput: the same requests again, as if independent, its batch kept at 64 until none is left. Turns
-cannot be: where they cost less than a batch of strangers, the prefix cache is what saves. Every run begins with none.
+Efficiency: 64 episodes of the demo's games at a concurrency of 64 run once through the agent loop and once as bare
+requests. Bare requests have the same prompts, seeds and keys, each turn requested as soon as the one before is
+answered, with no environment, renderer or trajectory between. Efficiency is bare seconds over loop seconds: both have
+the same prefixes cached and the same tail. `batch` is the engine's raw throughput: the same requests as if
+independent, with the batch kept at 64 until none is left. Turns can be faster than such a batch, because they share
+prefixes. Every run begins with an empty prefix cache.
 
-Overlap: the loop, then the teacher over all rows; or the teacher in a thread of its own, over the trajectories that have
-ended so far, as soon as it is free. One process, one thread a model: a machine of two cores has one to spare.
+Overlap: the agent loop followed by the teacher over all rows, against the teacher in a thread of its own that scores
+the trajectories ended so far whenever it is free. One process, one thread a model: of two cores one is to spare.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ LARGER = {
 
 
 class Recorded:
-    """An `Engine` that writes down what it is asked."""
+    """An `Engine` that records its requests."""
 
     def __init__(self, engine: Engine):
         self.engine, self.requests, self.max_model_len = engine, defaultdict(list), engine.max_model_len
@@ -71,14 +72,15 @@ class Recorded:
 
 
 def forget(engine: Engine) -> None:
-    """vLLM keeps prefixes from one rollout to the next under the same weights; in training each begins with new ones."""
+    """Empty vLLM's prefix cache, which it keeps between rollouts with the same weights; in training each rollout has
+    new weights."""
     core = getattr(engine, "_engine", None)
     if core is not None:
         assert core.reset_prefix_cache()
 
 
 def batch(engine: Engine, sampling: Sampling, requests: dict[int, list[Request]]) -> int:
-    """Ask all `requests` as of so many trajectories, 64 at a time; tokens sampled."""
+    """Send all `requests` as if each were a trajectory, 64 at a time; return the number of tokens sampled."""
     forget(engine)
     engine.begin(sampling)
     waiting = [
@@ -99,7 +101,7 @@ def batch(engine: Engine, sampling: Sampling, requests: dict[int, list[Request]]
 
 
 def bare(engine: Engine, sampling: Sampling, requests: dict[int, list[Request]]) -> int:
-    """Ask `requests`, the turns of each key one after the other; tokens sampled."""
+    """Send `requests`, the turns of each key one after the other; return the number of tokens sampled."""
     forget(engine)
     engine.begin(sampling)
     waiting = {key: iter(turns) for key, turns in requests.items()}
@@ -131,7 +133,8 @@ def loop(actor: Actor, engine: Engine) -> list[Trajectory]:
 
 
 def efficiency(actor: Actor, engine: Engine, config: Config) -> tuple[float, ...]:
-    """(tokens, median seconds of loop, bare and batch, efficiency): in turns, so that a slow minute slows all."""
+    """Return (tokens, median seconds of loop, bare and batch, efficiency). The three take turns, so that a slow minute
+    slows all."""
     recorded = Recorded(engine)
     played = actor.train(recorded, 1)
     tokens = sum(len(turn.action) for trajectory in played for turn in trajectory.turns)
@@ -161,7 +164,7 @@ def efficiency(actor: Actor, engine: Engine, config: Config) -> tuple[float, ...
 
 
 class Scorer:
-    """The teacher's log-probs of trajectories, in micro-batches."""
+    """Computes the teacher's log-probs of trajectories in micro-batches."""
 
     def __init__(self, config: Config, mesh, device: torch.device):
         self.teacher = LocalTeacher(Runtime.of(config, device).teacher, mesh, offload=False)
@@ -175,7 +178,7 @@ class Scorer:
 
 
 def overlapped(actor: Actor, engine: Engine, score: Scorer) -> None:
-    """A rollout whose ended trajectories a thread scores meanwhile."""
+    """Run a rollout while a thread scores the trajectories that have ended."""
     ended: queue.SimpleQueue[Trajectory | None] = queue.SimpleQueue()
     plays: list[agent._Play] = []
 
@@ -211,7 +214,8 @@ def overlapped(actor: Actor, engine: Engine, score: Scorer) -> None:
 
 
 def overlap(actor: Actor, engine: Engine, score: Scorer) -> tuple[float, ...]:
-    """(rollout's, then the teacher's median seconds, the two overlapped, overlapped by one after the other)."""
+    """Return median seconds of the rollout, of the teacher after it and of both overlapped; and overlapped over the
+    sum."""
     played = actor.train(engine, 1)
     overlapped(actor, engine, score)
     triples = [
@@ -243,7 +247,8 @@ def main() -> None:
                 engine = make_engine(config, kind, Runtime.of(config, device).student, device)
                 tokens, played, alone, raw, ratio = efficiency(actor, engine, config)
                 efficient.append(
-                    f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} | {tokens / raw:.0f} |"
+                    f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} "
+                    f"| {tokens / raw:.0f} |"
                 )
                 rollout, teacher, both, share = overlap(actor, engine, score)
                 gained.append(f"| {name} | {kind} | {rollout:.2f} | {teacher:.2f} | {both:.2f} | {share:.2f} |")
@@ -255,7 +260,7 @@ def main() -> None:
 
 
 def larger(folder: str) -> str:
-    """A random model with the demo's tokenizer."""
+    """Write a larger random model with the demo's tokenizer to a folder; return the folder."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("demo:student")
     config = Qwen3Config(
@@ -277,14 +282,17 @@ def report(efficient: list[str], gained: list[str]) -> str:
             "",
             "`python bench/rollout.py --out bench/results/rollout.md`",
             "",
-            f"{processor()}, one thread, {versions}. 64 episodes, concurrency 64; medians of {ROUNDS} alternating rounds on a",
-            "shared machine. Efficiency is the loop's tokens per second by those of the same requests without worlds (goal: 0.9).",
+            f"{processor()}, one thread, {versions}. 64 episodes, concurrency 64; "
+            f"medians of {ROUNDS} alternating rounds on a",
+            "shared machine. Efficiency is the loop's tokens per second by those of the same requests without worlds "
+            "(goal: 0.9).",
             "",
             "| model | engine | tokens | loop, tokens/s | bare, tokens/s | efficiency | batch, tokens/s |",
             "|---|---|---|---|---|---|---|",
             *efficient,
             "",
-            "Teacher after the rollout, or in a thread of its own during it (one process on two cores, the second one otherwise idle):",
+            "Teacher after the rollout, or in a thread of its own during it (one process on two cores, "
+            "the second one otherwise idle):",
             "",
             "| model | engine | rollout s | teacher s | overlapped s | overlapped by the sum |",
             "|---|---|---|---|---|---|",

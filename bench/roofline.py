@@ -1,10 +1,11 @@
-"""Predicted times of the Triton backend's kernels and schedules on an H100, against the bare matrix products. Measured ones are in results/gpu_lane.md.
+"""Predict times of the Triton backend's kernels and schedules on an H100, next to the bare matrix products.
 
     python bench/roofline.py                       # T 8192, H_s 2048, H_t 4096, V 151936: bench/results/roofline.md
     python bench/roofline.py --tokens 4096 --student 4096 --teacher 4096 --columns 128256 --out ''
 
-Instructions per logit pair come from compiling the kernels for sm_90 here (`aot_audit.py`); bytes and FLOPs from the shapes; the
-machine's rates are the assumptions of `Machine`. A kernel over memory takes the longer of its traffic and its instructions.
+Measured times are in results/gpu_lane.md. Instructions per logit pair come from compiling the kernels for sm_90 here
+(`aot_audit.py`), bytes and FLOPs from the shapes, the machine's rates from the assumptions of `Machine`. An
+element-wise kernel takes the longer of its memory traffic and its instructions.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ RESULTS = Path(__file__).resolve().parent / "results" / "roofline.md"
 
 @dataclass(frozen=True)
 class Machine:
-    """H100 SXM. All but the data sheet's numbers are assumptions."""
+    """Rates of an H100 SXM. All but the numbers of the data sheet are assumptions."""
 
     units: int = 132
     clock: float = 1.70e9  # assumed, sustained under tensor load
     peak: float = 989e12  # bf16, data sheet
-    products: float = 700e12  # assumed of cuBLAS at these shapes
-    memory: float = 0.88 * 3.35e12  # data sheet, assumed share that a kernel reaches
+    products: float = 700e12  # assumed for cuBLAS at these shapes
+    memory: float = 0.88 * 3.35e12  # data sheet, times the assumed share that a kernel reaches
     issue: float = 0.65  # assumed share of the issue slots that are used, 128 lanes a clock and unit
     l2: float = 5120  # bytes a clock, whole chip; A100's documented figure
     exposed: float = 0.35  # assumed share of the shorter of two overlapping streams that still costs time
@@ -51,7 +52,7 @@ class Shape:
 
     @property
     def unit(self) -> float:
-        """G, the FLOPs of one product of the student."""
+        """Return G, the FLOPs of one matrix product of the student."""
         return 2.0 * self.pairs * self.student
 
     @property
@@ -61,7 +62,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kernel:
-    """bytes: of main memory a pair; instructions: lane-instructions a pair."""
+    """A kernel's predicted time; `bytes` of main memory and lane `instructions` are per logit pair."""
 
     name: str
     bytes: float
@@ -80,7 +81,7 @@ def over_memory(name: str, kind: str, moved: float, shape: Shape, machine: Machi
 
 
 def fused(name: str, kind: str, moved: float, shape: Shape, machine: Machine) -> Kernel:
-    """One block a unit (its registers fill the file), so that the epilogue is not hidden behind another block's products."""
+    """Predict a fused kernel. A unit runs one block (which fills its registers), so that nothing hides the epilogue."""
     variant = aot_audit.Variant(name, kind)
     config = aot_audit.launch(variant, "sm_90", aot_audit.table(), triton.__version__)
     row, (bm, bn) = compiled(variant), (config["BM"], config["BN"])
@@ -109,8 +110,8 @@ def compiled(variant: aot_audit.Variant) -> aot_audit.Row:
 @dataclass(frozen=True)
 class Schedule:
     name: str
-    products: float  # in G, by the library
-    fused: float  # in G, inside kernels
+    products: float  # in G, computed by the library
+    fused: float  # in G, computed inside kernels
     kernels: list[Kernel]
     gradients: bool
 
@@ -123,8 +124,8 @@ class Schedule:
         chunks, slices = math.ceil(shape.tokens / rows), math.ceil(shape.columns / columns)
         total = self.products * shape.unit / machine.products + sum(kernel.seconds for kernel in self.kernels)
         if self.gradients:
-            # fp32 sums that are read and written again: dX for every slice of columns, dW for every chunk of tokens.
-            # The lean schedule adds to a slice of dW that it then stores once.
+            # fp32 sums are read and written again: dX for every slice of columns, dW for every chunk of tokens.
+            # The lean schedule also stores each slice of dW once, when it is complete.
             touched = 8 * shape.student * (shape.tokens * slices + shape.columns * chunks) + (
                 4 * shape.columns * shape.student if lean else 0
             )
@@ -133,7 +134,7 @@ class Schedule:
 
 
 def schedules(kind: str, mixture: bool, shape: Shape, machine: Machine) -> list[tuple[Schedule, bool]]:
-    """Each with whether it is the lean one. The logits' own stores are inside the products' rate."""
+    """Return every schedule and whether it is a lean one. The rate of products includes storing the logits."""
     r = shape.ratio
     sums = over_memory("tile_sums_fwd_kernel", kind, 8, shape, machine)
     gradient = over_memory("tile_gradient_bwd_kernel", kind, 10, shape, machine)
@@ -156,16 +157,24 @@ def report(shape: Shape, machine: Machine) -> str:
     lines = [
         "# Predicted times on an H100",
         "",
-        "**Predictions**, made before a kernel had run; `gpu_lane.md` has what was measured. Instruction counts are from kernels "
-        f"compiled ahead of time for sm_90 by Triton {triton.__version__}, bytes and FLOPs from the shapes; the rest is assumed:",
+        "**Predictions**, made before a kernel had run; `gpu_lane.md` has what was measured. "
+        "Instruction counts are from kernels "
+        f"compiled ahead of time for sm_90 by Triton {triton.__version__}, bytes and FLOPs from the shapes; "
+        f"the rest is assumed:",
         "",
-        f"- cuBLAS at {machine.products / 1e12:.0f} TFLOP/s (peak {machine.peak / 1e12:.0f}), {machine.clock / 1e9:.2f} GHz under load, {machine.units} units;",
-        f"- main memory at {machine.memory / 1e12:.2f} TB/s; {machine.issue:.0%} of issue slots used; {machine.l2:.0f} B a clock from L2;",
-        f"- {machine.exposed:.0%} of the traffic of fp32 gradient sums is not hidden behind products; {machine.launch * 1e6:.0f} us a launch;",
-        "- fused kernels run one block a unit, so that their epilogue is not hidden; the hidden states' blocks come from L2.",
+        f"- cuBLAS at {machine.products / 1e12:.0f} TFLOP/s (peak {machine.peak / 1e12:.0f}), "
+        f"{machine.clock / 1e9:.2f} GHz under load, {machine.units} units;",
+        f"- main memory at {machine.memory / 1e12:.2f} TB/s; {machine.issue:.0%} of issue slots used; "
+        f"{machine.l2:.0f} B a clock from L2;",
+        f"- {machine.exposed:.0%} of the traffic of fp32 gradient sums is not hidden behind products; "
+        f"{machine.launch * 1e6:.0f} us a launch;",
+        "- fused kernels run one block a unit, so that their epilogue is not hidden; "
+        "the hidden states' blocks come from L2.",
         "",
-        f"T {shape.tokens}, V {shape.columns}, H_s {shape.student}, H_t {shape.teacher}: G = 2 T V H_s = {flops / 1e12:.2f} TFLOP, r = {shape.ratio:g}, "
-        f"{shape.pairs / 1e9:.2f}e9 logit pairs. Tiles in memory are {TILE['accelerator'][0]} x {TILE['accelerator'][1]}.",
+        f"T {shape.tokens}, V {shape.columns}, H_s {shape.student}, H_t {shape.teacher}: "
+        f"G = 2 T V H_s = {flops / 1e12:.2f} TFLOP, r = {shape.ratio:g}, "
+        f"{shape.pairs / 1e9:.2f}e9 logit pairs. Tiles in memory are {TILE['accelerator'][0]} x "
+        f"{TILE['accelerator'][1]}.",
     ]
     for kind, mixture in (("reverse_kl", False), ("jsd", True)):
         found = schedules(kind, mixture, shape, machine)

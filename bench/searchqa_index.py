@@ -1,13 +1,12 @@
-"""What an index for Search-QA costs: build time, memory, size on disk, and the time of a query.
+"""Measure an index for Search-QA: build time, memory, size on disk, and the time of a query.
 
     python bench/searchqa_index.py [--passages 1000000] [--words 100] [--queries 300] [--folder FOLDER]
 
 The corpus is made up: passages of --words words, whose frequencies follow Zipf's law over a million words. It is
-written to, and indexed in, a temporary folder (below --folder), which needs about 3 kB a passage while it builds.
-Building and searching each run in a process of their own, whose peak memory is what is reported; the
-memory of searching includes the pages of the index that the queries touched, which the system may drop at any time.
-Queries are 3 to 8 words, drawn as those of the passages but without the 100 most frequent. Writes
-bench/results/searchqa_index.json.
+written and indexed in a temporary folder (below --folder), which needs about 3 kB a passage during the build. Building
+and searching each run in a process of their own, whose peak memory is reported; that of searching includes the pages
+of the index that the queries touched, which the system may drop at any time. Queries are 3 to 8 words, drawn like
+those of the passages but without the 100 most frequent. Writes bench/results/searchqa_index.json.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SYLLABLES = (
 
 
 def words() -> np.ndarray:
-    """VOCABULARY distinct words of four syllables, as an array of objects."""
+    """Return VOCABULARY distinct words of four syllables, as an array of objects."""
     places = len(SYLLABLES) ** np.arange(4)
     return np.array(
         ["".join(SYLLABLES[n // place % len(SYLLABLES)] for place in places) for n in range(VOCABULARY)], object
@@ -59,7 +58,7 @@ def write_corpus(path: Path, passages: int, length: int) -> None:
 
 
 def search(folder: Path, queries: int) -> dict:
-    """Milliseconds to open the index and for each query, in this process."""
+    """Return the milliseconds to open the index and to answer each query, in this process."""
     rng, names, cumulative = np.random.default_rng(1), words(), zipf()
     start = time.perf_counter()
     index = load(folder)
@@ -89,7 +88,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=100)
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)  # an index: only search it, and print the facts
+    parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)  # only search this index and print the facts
     args = parser.parse_args()
     if args.search:
         print(json.dumps(search(args.search, args.queries)))
@@ -125,7 +124,8 @@ def main() -> None:
         }
     query = found["query_ms"]
     print(
-        f"{args.passages:,} passages of {args.words} words: corpus {result['corpus_mb']:,.0f} MB, index {result['index_mb']:,.0f} MB"
+        f"{args.passages:,} passages of {args.words} words: corpus {result['corpus_mb']:,.0f} MB, "
+        f"index {result['index_mb']:,.0f} MB"
     )
     print(f"build   {built:8.1f} s   {peak:8,.0f} MB at most, {cpu:.1f} s of one core")
     print(f"open    {found['open_ms']:8.1f} ms  {found['peak_mb']:8,.0f} MB at most, with the queries")

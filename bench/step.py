@@ -1,13 +1,14 @@
-"""One training step end to end, against TRL's GRPO trainer: tokens a second and CPU seconds a phase.
+"""Compare one training step with TRL's GRPO trainer, end to end: tokens per second, and CPU seconds per phase.
 
     python bench/step.py             # both models, three rounds: bench/results/step.csv and step.md
     python bench/step.py --rounds 1 --models demo
 
-Both real trainers (`atod_fast.train.main`, `trl.GRPOTrainer`) take the same steps: 8 prompts of 62 tokens, 8 responses each of exactly 64
-tokens (nothing may end one), a reward that looks at the words of the response, and one AdamW update on all 64 rows with GRPO's loss, without
-a teacher or a reference model. One process at a time, the two in turn, one thread, fp32. The first step of a process warms it up and is left
-out. A step lasts from the end of an update to the end of the next one, so that it holds what is logged in between. Phases are in CPU seconds:
-work of others on the machine stretches the clock's, and not evenly.
+Both real trainers (`atod_fast.train.main`, `trl.GRPOTrainer`) take the same steps: 8 prompts of 62 tokens, 8 responses
+to each of exactly 64 tokens (nothing may end one early), a reward computed from the words of the response, and one
+AdamW update on all 64 rows with GRPO's loss, without a teacher or a reference model. One process runs at a time, the
+two trainers in turn, with one thread, in fp32. The first step of a process is a warm-up and is left out. A step lasts
+from the end of an update to the end of the next one, so that it includes the logging in between. Phases are in CPU
+seconds, because other work on the machine stretches wall-clock time, and unevenly.
 """
 
 from __future__ import annotations
@@ -46,25 +47,30 @@ ROWS = PROMPTS * GROUP
 RATE, BETAS, CLIP = 1e-4, (0.9, 0.95), 1.0
 PHASES = ("rollout", "score", "train", "resync", "rest")
 OURS, TRL = TRAINERS = ("atod_fast", "TRL")
-STEPS = {"demo": 9, "larger": 4}  # of a process, by model, the first one included
+STEPS = {"demo": 9, "larger": 4}  # steps of a process, by model, including the first
 
 DIFFERENCES = f"""\
 What is not alike, in either's favour:
 
-- TRL does not score: with one update a batch the old log-probs are those of the update's own forward pass. atod_fast always takes them in a
-  pass of its own (`score`), for the guard on the rollout engine and for importance weights. TRL's `score` is reward and advantages.
-- TRL generates with the model it trains, by transformers' `generate` (`use_vllm=False`), and has nothing to sync; atod_fast's engine owns a copy.
-  `generate` samples by `torch.multinomial`, which on a CPU draws a random number for every column of the vocabulary, and lengthens its cache
-  by copying it at every token; atod_fast's engine `transformers` draws one number a token and writes its cache in place.
-- Without Triton, TRL's fused head computes the log-probs of all {PROMPT + RESPONSE - 1} positions of a row, prompt included, and their logits
-  again in the backward pass; atod_fast's those of the {RESPONSE} response tokens, once. On CUDA TRL leaves the prompt out too.
-- atod_fast leaves the tokenizer's six control tokens out of its distributions; TRL forbids sampling the stop token, and none of the others.
-- TRL's defaults gradient_checkpointing and bf16 are off: fp32 and no recomputation of activations on both sides, all rows in one micro-batch.
+- TRL does not score: with one update a batch the old log-probs are those of the update's own forward pass. atod_fast
+  always takes them in a pass of its own (`score`), for the guard on the rollout engine and for importance weights.
+  TRL's `score` is reward and advantages.
+- TRL generates with the model it trains, by transformers' `generate` (`use_vllm=False`), and has nothing to sync;
+  atod_fast's engine owns a copy. `generate` samples by `torch.multinomial`, which on a CPU draws a random number for
+  every column of the vocabulary, and lengthens its cache by copying it at every token; atod_fast's engine
+  `transformers` draws one number a token and writes its cache in place.
+- Without Triton, TRL's fused head computes the log-probs of all {PROMPT + RESPONSE - 1} positions of a row, prompt
+  included, and their logits again in the backward pass; atod_fast's those of the {RESPONSE} response tokens, once.
+  On CUDA TRL leaves the prompt out too.
+- atod_fast leaves the tokenizer's six control tokens out of its distributions; TRL forbids sampling the stop token, and
+  none of the others.
+- TRL's defaults gradient_checkpointing and bf16 are off: fp32 and no recomputation of activations on both sides, all
+  rows in one micro-batch.
 """
 
 
 class Recital:
-    """A world (atod_fast.envs.protocol) of one turn: the observation is the task's prompt, and any answer ends the episode."""
+    """An environment of one turn: the observation is the task's prompt, and any answer ends the episode."""
 
     instant = True
 
@@ -88,19 +94,20 @@ class Recital:
 
 
 def reward(response: str) -> float:
-    """Share of the response's words that end in the first half of the alphabet."""
+    """Return the share of the response's words that end in a letter from a to m."""
     return sum(word[-1] < "n" for word in response.split()) / RESPONSE
 
 
 def check(tokens: float, gradient_norm: float) -> None:
     if tokens != RESPONSE or not gradient_norm > 0:
         raise SystemExit(
-            f"not the step that is compared: responses of {tokens:g} tokens in place of {RESPONSE}, gradient norm {gradient_norm:g}"
+            f"not the step that is compared: responses of {tokens:g} tokens in place of {RESPONSE}, "
+            f"gradient norm {gradient_norm:g}"
         )
 
 
 def prepare(name: str, folder: Path) -> str:
-    """A model folder with its tokenizer, and the prompts as observations of `Recital`; what model it is."""
+    """Write a model folder with its tokenizer and the prompts of `Recital`; return a description of the model."""
     if name == "demo":
         shutil.copytree(resolve("demo:student"), folder)
     else:
@@ -135,12 +142,13 @@ def prepare(name: str, folder: Path) -> str:
 
 
 def now() -> tuple[float, float]:
-    """Seconds by the clock and of this process on a CPU."""
+    """Return wall-clock seconds and CPU seconds of this process."""
     return time.perf_counter(), time.process_time()
 
 
 def steps_of(marks: list[tuple[float, float]], phases: list[dict[str, float]]) -> list[dict[str, float]]:
-    """From the end of each step to the end of the next: seconds by the clock, and CPU seconds, by phase too; `rest` is in no phase."""
+    """Return each step's wall-clock and CPU seconds, and CPU seconds by phase; `rest` is in no phase. A step lasts
+    from the end of one update to the end of the next."""
     rows = []
     for (before, after), phase in zip(pairwise(marks), phases[1:], strict=True):
         clock, cpu = (end - start for start, end in zip(before, after, strict=True))
@@ -157,7 +165,7 @@ def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, flo
     marks, reported = [], Run.reported
 
     def endless(config, tokenizer, *others, **options):
-        """The demo's renderer for an environment that is not the demo's; no response may hold its stop token."""
+        """Make the demo's renderer for an environment other than the demo's, and forbid its stop token in responses."""
         renderer = CompactRenderer(tokenizer, DIALECT)
         renderer.valid_columns[list(renderer.stop_ids)] = False
         return renderer
@@ -168,12 +176,14 @@ def atod_fast_steps(folder: Path, steps: int, engine: str) -> list[dict[str, flo
 
     run.make_renderer, Run.reported = endless, marked
     settings = f"""
-    student.path={folder} teacher.path={folder} student.compute_dtype=fp32 env.name=__main__:Recital env.options.prompts={folder / "prompts.json"}
-    env.max_turns=1 rollout.engine={engine} rollout.context=full rollout.prompt_tokens={PROMPT + RESPONSE} rollout.response_tokens={RESPONSE}
-    rollout.concurrency={ROWS} objective.preset=grpo train.tasks_per_step={PROMPTS} train.group_size={GROUP} train.minibatch_rows=0
-    train.microbatch_tokens={ROWS * (PROMPT + RESPONSE)} train.steps={steps} train.learning_rate={RATE} train.betas=[{BETAS[0]},{BETAS[1]}]
-    train.grad_clip={CLIP} train.warmup_steps=0 train.final_learning_rate=1.0 eval.tasks=1 eval.every=0 eval.teacher=false checkpoint.every=0
-    observe.trajectories_every=0
+    student.path={folder} teacher.path={folder} student.compute_dtype=fp32
+    env.name=__main__:Recital env.options.prompts={folder / "prompts.json"} env.max_turns=1
+    rollout.engine={engine} rollout.context=full rollout.prompt_tokens={PROMPT + RESPONSE}
+    rollout.response_tokens={RESPONSE} rollout.concurrency={ROWS} objective.preset=grpo
+    train.tasks_per_step={PROMPTS} train.group_size={GROUP} train.minibatch_rows=0
+    train.microbatch_tokens={ROWS * (PROMPT + RESPONSE)} train.steps={steps} train.learning_rate={RATE}
+    train.betas=[{BETAS[0]},{BETAS[1]}] train.grad_clip={CLIP} train.warmup_steps=0 train.final_learning_rate=1.0
+    eval.tasks=1 eval.every=0 eval.teacher=false checkpoint.every=0 observe.trajectories_every=0
     """
     scratch = Path(tempfile.mkdtemp(dir=folder))
     if code := train.main([*settings.split(), "--run-dir", str(scratch)]):
@@ -215,10 +225,12 @@ def trl_steps(folder: Path, steps: int) -> list[dict[str, float]]:
                 return super()._prepare_inputs(*arguments)
 
     settings = f"""
-    --output_dir {tempfile.mkdtemp(dir=folder)} --max_steps {steps} --use_cpu true --bf16 false --gradient_checkpointing false --loss_type grpo
-    --per_device_train_batch_size {ROWS} --num_generations {GROUP} --max_completion_length {RESPONSE} --generation_kwargs {{"min_new_tokens":{RESPONSE}}}
-    --learning_rate {RATE} --lr_scheduler_type constant --adam_beta1 {BETAS[0]} --adam_beta2 {BETAS[1]} --max_grad_norm {CLIP}
-    --model_init_kwargs {{"dtype":"float32"}} --dataloader_pin_memory false --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true
+    --output_dir {tempfile.mkdtemp(dir=folder)} --max_steps {steps} --use_cpu true --bf16 false
+    --gradient_checkpointing false --loss_type grpo --per_device_train_batch_size {ROWS} --num_generations {GROUP}
+    --max_completion_length {RESPONSE} --generation_kwargs {{"min_new_tokens":{RESPONSE}}}
+    --learning_rate {RATE} --lr_scheduler_type constant --adam_beta1 {BETAS[0]} --adam_beta2 {BETAS[1]}
+    --max_grad_norm {CLIP} --model_init_kwargs {{"dtype":"float32"}} --dataloader_pin_memory false
+    --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true
     """
     trainer = Timed(
         model=str(folder),
@@ -241,7 +253,8 @@ def trl_steps(folder: Path, steps: int) -> list[dict[str, float]]:
 
 
 def table(name: str, about: str, rows: list[dict]) -> str:
-    """Medians (minima) over the steps; ratio (lowest and highest of a round) of the seconds, above 1 where atod_fast is faster."""
+    """Return a table of medians (minima) over the steps, and ratios of seconds (lowest and highest of a round), above
+    1 where atod_fast is faster."""
 
     def seconds(trainer: str, metric: str, rounds: set[int]) -> list[float]:
         return [row[metric] for row in rows if row["trainer"] == trainer and row["round"] in rounds]
@@ -272,7 +285,7 @@ def table(name: str, about: str, rows: list[dict]) -> str:
 
 
 def measure(name: str, rounds: int, engine: str) -> tuple[list[dict], str]:
-    """The CSV's rows of one model, and its table."""
+    """Return the CSV's rows of one model, and its table."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
@@ -287,7 +300,8 @@ def measure(name: str, rounds: int, engine: str) -> tuple[list[dict], str]:
             )
             if done.returncode:
                 sys.exit(
-                    f"bench/step.py: {trainer} on {name} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}"
+                    f"bench/step.py: {trainer} on {name} ended with {done.returncode}: "
+                    f"{(done.stderr.strip().splitlines() or ['killed'])[-1]}"
                 )
             found = json.loads(done.stdout.splitlines()[-1])
             rows += [
@@ -295,7 +309,8 @@ def measure(name: str, rounds: int, engine: str) -> tuple[list[dict], str]:
                 for number, step in enumerate(found, 2)
             ]
             print(
-                f"measured: {name}, round {round_}, {trainer}: {median(step['step'] for step in found):.3f} CPU seconds a step",
+                f"measured: {name}, round {round_}, {trainer}: {median(step['step'] for step in found):.3f} "
+                "CPU seconds a step",
                 flush=True,
             )
     return rows, table(name, about, rows)
@@ -320,7 +335,7 @@ def main() -> None:
     if args.worker:
         metrics.time = SimpleNamespace(
             perf_counter=time.process_time
-        )  # Clock, which times the phases, then counts no neighbour's work
+        )  # so that Clock, which times the phases, leaves out other processes' work
         trainer, folder, steps = args.worker[0], Path(args.worker[1]), STEPS[Path(args.worker[1]).name]
         print(json.dumps(trl_steps(folder, steps) if trainer == TRL else atod_fast_steps(folder, steps, args.engine)))
         return
@@ -330,7 +345,10 @@ def main() -> None:
         rows, tables = rows + found, [*tables, text]
         print(text, flush=True)
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "accelerate"))
-    stack = f"{hardware('cpu')}, 1 thread; {versions}; atod_fast's rollouts by {args.engine}; load average {load:.2f} at the start."
+    stack = (
+        f"{hardware('cpu')}, 1 thread; {versions}; atod_fast's rollouts by {args.engine}; "
+        f"load average {load:.2f} at the start."
+    )
     work = f"{PROMPTS} prompts x {GROUP} responses, {PROMPT} + {RESPONSE} tokens a row, one update"
     made = f"Made by `{' '.join(['python bench/step.py', *sys.argv[1:]])}`."
     note = "With one thread, CPU seconds are what the clock shows on a machine that does nothing else."

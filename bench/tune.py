@@ -1,15 +1,16 @@
-"""Search this machine's GPU for the launch configurations of the Triton kernels, and write them into `configs.json`.
+"""Search this machine's GPU for launch configurations of the Triton kernels; write them into `configs.json`.
 
     python bench/tune.py                                 # all kernels at T 4096, H_s 2048, H_t 4096, V 32768, bf16
     python bench/tune.py --kernels fused --shape 8192,151936,2048,4096 --table ''
     python bench/tune.py --tile                          # also time tiles of rows x columns for `problem.TILE`
 
-Candidates that spill, do not fit in shared memory or do not compile for this architecture are dropped before anything is run, by the audit
-of `aot_audit.py`: each kernel's most demanding variant first, every variant for the winner. The rest are timed with CUDA events and a cold
-cache, taking turns, and the best median wins; the configuration in the table is among them and stays unless another is faster by more than
-2 percent. Kernels of one family are timed together: a configuration of `fused` serves its sums, second look and gradient, whose logits
-must be the same to the last bit.
-Exit 2 without a GPU.
+Before anything runs, `aot_audit.py` drops candidates that spill, do not fit in shared memory or do not compile for
+this architecture. It looks at each kernel's most demanding variant for every candidate, and at every variant for the
+winner. The others are timed with CUDA events and a cold cache, taking turns, and the best median wins. The
+configuration in the table is among them and stays unless another is faster by more than 2 percent.
+
+Kernels of a family share a configuration and are timed together: `fused` serves its sums, second look and gradient,
+whose logits must be the same to the last bit. Exit 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ TILES = ((1024, 8192), (2048, 4096), (2048, 8192), (2048, 16384), (4096, 4096), 
 
 
 def candidates(family: str, arch: str, bits: int) -> Iterator[Config]:
-    """The grid, without what cannot fit: both models' accumulators in half of a thread's registers, the stages in shared memory."""
+    """Yield the grid of configurations that can fit: both models' accumulators in half of a thread's registers, the
+    stages in shared memory."""
     spec = ARCHES[arch]
     lanes = spec.target.warp_size
     if family != "fused":
         for block, warps in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8, 16)):
-            if 8 <= block // (warps * lanes) <= 64:  # elements a thread: two 128-bit loads at least
+            if 8 <= block // (warps * lanes) <= 64:  # elements a thread: at least two 128-bit loads
                 yield {"BLOCK": block, "num_warps": warps}
         return
     tma = arch in ("sm_90", "sm_100") and bits == 16
@@ -69,7 +71,8 @@ def faultless(
     every: bool,
     judge: Callable[[Variant, str, Config], Any] = examine,
 ) -> bool:
-    """Whether a configuration compiles without a fault: in every variant of the family's kernels, or in the most demanding of each kernel."""
+    """Return whether a configuration compiles without a fault, in every variant of the family's kernels or only in
+    each kernel's most demanding one."""
     judged = [
         v for v in variants() if v.kernel in FAMILIES[family] and (family != "fused" or (v.bits == bits and v.even))
     ]
@@ -84,7 +87,8 @@ def faultless(
 def ranked(
     configs: list[Config], start: Config, call: Callable[[Config], Callable[[], Any]], timer: Timer, rounds: int
 ) -> list[tuple[float, Config]]:
-    """Median milliseconds over rounds in which the candidates take turns, the best first; `start` leads unless beaten by the margin."""
+    """Return median milliseconds over rounds in which the candidates take turns, best first. `start` stays first
+    unless beaten by the margin."""
     configs = [start, *(c for c in configs if c != start)]
     times: list[list[float]] = [[] for _ in configs]
     for _ in range(rounds):
@@ -103,8 +107,8 @@ def ranked(
 def merged(
     rows: list[dict[str, Any]], found: dict[str, Config], arch: str, bits: int, version: str = triton.__version__
 ) -> list[dict[str, Any]]:
-    """The table with this architecture's rows replaced by what was found, those of this version of Triton alone too; `fused` has a row per
-    operand size."""
+    """Return the table with this architecture's rows replaced by `found`, also rows for this Triton version only.
+    `fused` has a row per operand size."""
     new = [
         {"kernel": k, "arch": arch} | ({"bits": bits} if k == "fused" else {}) | {"config": c} for k, c in found.items()
     ]
@@ -123,7 +127,7 @@ def dumps(rows: list[dict[str, Any]]) -> str:
 
 
 def cold(flush: Tensor, call: Callable[[], Any]) -> float:
-    """Milliseconds between events, with an L2 cache full of something else."""
+    """Return milliseconds of a call with a cold L2 cache."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush.zero_()
     start.record()
@@ -134,7 +138,7 @@ def cold(flush: Tensor, call: Callable[[], Any]) -> float:
 
 
 def make_problem(shape: tuple[int, ...], dtype: torch.dtype, kind: str, lean: bool) -> problem.Problem:
-    """Both models with logits of standard deviation 2 and a target each."""
+    """Return a problem with both models, whose logits have standard deviation 2, and a target for each token."""
     t, v, hs, ht = shape
     g = torch.Generator("cuda").manual_seed(0)
 
@@ -156,7 +160,8 @@ def make_problem(shape: tuple[int, ...], dtype: torch.dtype, kind: str, lean: bo
 
 
 def workload(family: str, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Config], Callable[[], Any]]:
-    """What is timed for a family: its kernels on one tile of logits; `fused`, a pass of statistics and one tile of the gradient."""
+    """Return what to time for a family: its kernels on one tile of logits; for `fused`, a pass of statistics and one
+    tile of the gradient."""
     kind = "jsd" if family == "mixture" else "reverse_kl"
     p = make_problem(shape, dtype, kind, family == "fused")
     rows, columns = p.parts()[0], p.slices()[0]
@@ -187,7 +192,7 @@ def workload(family: str, shape: tuple[int, ...], dtype: torch.dtype) -> Callabl
 
 
 class Made(backend.Tiles):
-    """A tile whose logits are there already: its products are not what is timed."""
+    """A tile whose logits exist already, so that their products are not timed."""
 
     def __init__(self, p: problem.Problem, buffer: Tensor):
         super().__init__(p, buffer, keep=True)
@@ -204,7 +209,7 @@ def with_config(family: str, config: Config) -> None:
 
 
 def tune_tile(shape: tuple[int, ...], dtype: torch.dtype, timer: Timer, rounds: int) -> dict[tuple[int, int], float]:
-    """Median milliseconds of `linear_token_loss` with its gradients, for every tile size."""
+    """Return median milliseconds of `linear_token_loss` with its gradients for every tile size."""
     p = make_problem(shape, dtype, "reverse_kl", lean=False)
     x, w = (t.requires_grad_() for t in (p.student_hidden, p.student_weight))
 
@@ -273,7 +278,8 @@ def main() -> int:
         times = tune_tile(shape, dtype, timer, args.rounds)
         for tile, milliseconds in sorted(times.items(), key=lambda item: item[1]):
             print(
-                f"tile {tile[0]} x {tile[1]}: {milliseconds:.2f} ms{' (problem.TILE)' if tile == problem.TILE['accelerator'] else ''}"
+                f"tile {tile[0]} x {tile[1]}: "
+                f"{milliseconds:.2f} ms{' (problem.TILE)' if tile == problem.TILE['accelerator'] else ''}"
             )
     return 0
 

@@ -1,11 +1,12 @@
-"""How near WebShop's search is to Lucene's, and its noun heuristic to spaCy's, on the 1,000-product set.
+"""Measure how closely WebShop's search agrees with Lucene's, and its noun heuristic with spaCy's, on 1,000 products.
 
     pip install spacy && python -m spacy download en_core_web_sm
-    python bench/webshop_fidelity.py items_shuffle_1000.json items_ins_v2_1000.json --anserini anserini-0.14.3-fatjar.jar --spacy en_core_web_sm
+    python bench/webshop_fidelity.py items_shuffle_1000.json items_ins_v2_1000.json \\
+        --anserini anserini-0.14.3-fatjar.jar --spacy en_core_web_sm
 
-The jar is the one in the wheel of pyserini 0.17, which WebShop asks; it needs a JDK. Queries are titles, WebShop's instructions, the
-products' own queries and three random words of titles, every third of them. A part whose tool is not given is left out.
-Writes bench/results/webshop_fidelity.json.
+The jar is in the wheel of pyserini 0.17, which WebShop requires; it needs a JDK. Queries are titles, WebShop's
+instructions, the products' own queries and three random words of titles; every third is used. A part whose tool is not
+given is left out. Writes bench/results/webshop_fidelity.json.
 """
 
 from __future__ import annotations
@@ -51,14 +52,17 @@ def queries(products: Iterable[Product], goals: Iterable[str], seed: int = 1) ->
 
 
 def lucene(jar: Path, products: Iterable[Product], asked: list[str]) -> list[list[str]]:
-    """Identifiers of at most 50 hits for each query, from Anserini with its defaults."""
+    """Return the identifiers of at most 50 hits for each query, from Anserini with its defaults."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "documents").mkdir()
         lines = (json.dumps({"id": product.asin, "contents": document(product).lower()}) for product in products)
         (folder / "documents" / "all.jsonl").write_text("\n".join(lines), encoding="utf-8")
         (folder / "Searcher.java").write_text(SEARCHER)
-        options = "-collection JsonCollection -input documents -index index -generator DefaultLuceneDocumentGenerator -threads 1"
+        options = (
+            "-collection JsonCollection -input documents -index index -generator DefaultLuceneDocumentGenerator "
+            "-threads 1"
+        )
         java = ["java", "-Xmx1g", "-cp", str(jar.resolve())]
         subprocess.run(
             [*java, "io.anserini.index.IndexCollection", *options.split()], cwd=folder, check=True, capture_output=True

@@ -1,7 +1,8 @@
-"""Distillation in a plain training loop, with `atod_kernels` and transformers and without the trainer.
+"""Distil a model in a plain training loop, with `atod_kernels` and transformers but without the trainer.
 
 The loss is the exact reverse KL over the full vocabulary. It is computed from the last hidden states, so that no
-[tokens, vocabulary] matrix of logits is made. With your own models, take them from `AutoModelForCausalLM.from_pretrained`.
+[tokens, vocabulary] matrix of logits is made. To use your own models, load them by
+`AutoModelForCausalLM.from_pretrained`.
 
 python examples/kernels_in_a_training_loop.py      two small random models, on a GPU if there is one
 """
@@ -19,18 +20,19 @@ def small_model(seed: int, hidden: int) -> Qwen3ForCausalLM:
 
 
 def distil(student, teacher, ids, mask) -> torch.Tensor:
-    """Mean reverse KL, student to teacher, over the tokens that `mask` [B, L] marks. ids: [B, L]. Scalar."""
+    """Return the mean reverse KL (student to teacher), a scalar, over the tokens of ids [B, L] that `mask` [B, L]
+    marks."""
     with torch.no_grad():
         teacher_hidden = teacher.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
     hidden = student.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
-    target = ids[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()  # a token of -100 adds nothing
+    target = ids[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()  # tokens of -100 are ignored
     count = (target != -100).sum().clamp(min=1)
     heads = hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight
     return linear_token_loss(lambda token, count: token.divergence / count, *heads, target, inputs={"count": count})[0]
 
 
 def main(steps: int = 20) -> list[float]:
-    """Returns the loss of each step."""
+    """Train for some steps; return the loss of each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher, student = (small_model(seed, hidden).to(device) for seed, hidden in ((0, 64), (1, 32)))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)

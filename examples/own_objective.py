@@ -1,13 +1,13 @@
-"""An objective of one's own. The trainer's loss reads streams, a few numbers a token, and does not ask where they come from.
+"""Train with an objective of your own: the trainer's loss reads streams, a few numbers per token, from any source.
 
-Here the student imitates only where the teacher is sure: of a token that the teacher gives a probability below `floor`, the
+Here the student imitates only where the teacher is sure: if the teacher gives a token a probability below `floor`, the
 imitation term is left out, and the reward term stays:
 
     A_t = kappa * [p_T(a_t) >= floor] * [log pi_T(a_t) - log pi_old(a_t)] + A_RL
 
 python examples/own_objective.py      on a made-up batch: tokens the teacher is sure of become likely, the others stay
 
-In the trainer `atod_fast/objective/streams.py` makes the streams: a variant goes there, beside the paper's.
+In the trainer `atod_fast/objective/streams.py` makes the streams: add a variant there, next to the paper's.
 """
 
 import torch
@@ -18,7 +18,7 @@ from atod_fast.objective import Streams, loss_function
 
 
 def sure_streams(old_logp, teacher_logp, reward_advantage, *, kappa: float, floor: float) -> Streams:
-    """Streams of A tokens, whose loss is the mean over them. All arguments [A], fp32."""
+    """Return the streams of A tokens; the loss is the mean over them. The first three arguments are [A], fp32."""
     sure = (teacher_logp.exp() >= floor).to(old_logp)
     return Streams(
         advantage=kappa * sure * (teacher_logp - old_logp) + reward_advantage,
@@ -31,12 +31,12 @@ def sure_streams(old_logp, teacher_logp, reward_advantage, *, kappa: float, floo
 
 
 def loss(hidden, head, tokens, streams: Streams, objective: Objective):
-    """Scalar, differentiable with respect to hidden [A, H] and head [V, H]; no [A, V] matrix is made."""
+    """Return the scalar loss, differentiable in hidden [A, H] and head [V, H]; no [A, V] matrix is made."""
     return linear_token_loss(loss_function(objective), hidden, head, target=tokens, inputs=streams.tensors())[0]
 
 
 def main(steps: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns which tokens the teacher is sure of [A], and by how much each token's log-prob rose [A]."""
+    """Train; return which tokens the teacher is sure of [A], and by how much each token's log-prob rose [A]."""
     torch.manual_seed(0)
     objective = Objective(clip=0.2)
     tokens = torch.randint(0, 100, (64,))
@@ -45,7 +45,7 @@ def main(steps: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
     optimizer = torch.optim.Adam([hidden], lr=0.05)
 
     before = linear_logprob(hidden.detach(), head, tokens).logp
-    for _ in range(steps):  # on-policy: each step's old log-probs are those of the step before
+    for _ in range(steps):  # on-policy: each step's old log-probs come from the step before
         old_logp = linear_logprob(hidden.detach(), head, tokens).logp
         streams = sure_streams(old_logp, teacher_logp, torch.zeros(64), kappa=1.0, floor=0.5)
         optimizer.zero_grad()

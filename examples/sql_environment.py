@@ -1,4 +1,4 @@
-"""An environment of one's own: a question about a small database, which the agent may query before it answers.
+"""An environment of your own: a question about a small database, which the agent may query before it answers.
 
 python examples/sql_environment.py      plays one episode with the right queries
 
@@ -17,7 +17,7 @@ from atod_fast.errors import UserError
 
 TABLE = "orders(customer TEXT, item TEXT, month INTEGER, amount INTEGER)"
 CUSTOMERS, ITEMS = ("Ana", "Ben", "Cleo", "Dai"), ("tea", "rice", "lamp", "pen", "rug")
-QUESTIONS = {  # by task type: the question, and the query that answers it
+QUESTIONS = {  # task type: (question, query that answers it)
     "count": (
         "How many orders did {c} place in month {m}?",
         "SELECT COUNT(*) FROM orders WHERE customer='{c}' AND month={m}",
@@ -34,12 +34,12 @@ QUESTIONS = {  # by task type: the question, and the query that answers it
 INSTRUCTIONS = f"""You answer a question about a SQLite database with one table, {TABLE}.
 An action is either one SELECT statement, whose rows you are shown, or ANSWER followed by the answer."""
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-ROWS, CHARACTERS = 10, 400  # of a query's result that are shown
+ROWS, CHARACTERS = 10, 400  # the most of a query's result that is shown
 WORK = 200_000  # virtual-machine steps of SQLite that a query may take: a few milliseconds
 
 
 class SqlQuestions:
-    """Task t is a database and a question, both drawn from `seed` and t. Reward 1 for the right answer."""
+    """Ask a question about a small database; `seed` and the task number draw both. Reward 1 for the right answer."""
 
     instant = True
 
@@ -66,7 +66,7 @@ class SqlQuestions:
         facts = {"c": draw.choice(rows)[0], "i": draw.choice(ITEMS), "m": draw.randint(1, 12)}
         question, self.query = (text.format(**facts) for text in QUESTIONS[self.kind])
         self.right = self.database.execute(self.query).fetchone()[0]
-        # A query comes from a model: it may read this table and nothing else, and neither long nor much.
+        # A model writes the query: it may only read this table, within limits of time and size.
         self.database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in ALLOWED else sqlite3.SQLITE_DENY)
         self.database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
         return question, self.info()

@@ -16,11 +16,11 @@ SHORT = ["train.steps=10", "eval.tasks=100", "eval.teacher=false"]
 
 
 class Table(Callback):
-    """Writes a few numbers of each step to a CSV file, and remembers the best held-out success."""
+    """Writes a few numbers of each step to a CSV file and remembers the best held-out success."""
 
     def __init__(self, path: Path, columns: list[str]):
         self.path, self.columns = path, columns
-        self.best = (0.0, 0)  # success, step
+        self.best = (0.0, 0)  # (success, step)
 
     def on_step(self, metrics):
         new = not self.path.exists()
@@ -31,17 +31,18 @@ class Table(Callback):
             table.writerow([metrics["step"], *(metrics.get(column) for column in self.columns)])
 
     def on_evaluation(self, metrics, trajectories):
-        if "eval/success" in metrics:  # not the teacher's, nor that on env.dev
+        if "eval/success" in metrics:  # the student's on env.eval, not the teacher's or that on env.dev
             self.best = max(self.best, (metrics["eval/success"], metrics["step"]))
 
 
 def main(overrides: list[str], run_dir: Path | None = None, table: Path = Path("table.csv")) -> float:
-    """Train, evaluate greedily; returns the greedy success."""
+    """Train, evaluate greedily, and return the greedy success."""
     config = load_config(overrides=[*SHORT, *overrides])
     rows = Table(table, ["train/success", "turns/weight_mean", "loss/total"])
     done = train(config, run_dir=run_dir, callbacks=[rows])
     print(
-        f"success {done.before['eval/success']:.1%} before, {done.metrics['eval/success']:.1%} after; model {done.model}"
+        f"success {done.before['eval/success']:.1%} before, {done.metrics['eval/success']:.1%} after; "
+        f"model {done.model}"
     )
 
     greedy = config.model_copy(update={"eval": config.eval.model_copy(update={"temperature": 0.0})})

@@ -1,11 +1,12 @@
-"""T-DUR turn weights for a trainer of your own, on the device where its tensors are.
+"""Compute T-DUR turn weights for a trainer of your own, on the device that holds its tensors.
 
-A trainer has log-probs of packed action tokens, of a student and of a teacher. It wants a weight a token, high in the
-turns where the two disagree or the student is unsure (ATOD, arXiv 2606.27814). Turns and trajectories are told by offsets:
-turn k is tokens turn_offsets[k]:turn_offsets[k + 1], trajectory n is turns trajectory_offsets[n]:trajectory_offsets[n + 1].
+A trainer has a student's and a teacher's log-probs of packed action tokens. It wants a weight per token that is high
+in turns where the two disagree or the student is unsure (ATOD, arXiv 2606.27814). Offsets delimit turns and
+trajectories: turn k is tokens turn_offsets[k]:turn_offsets[k + 1], trajectory n is turns
+trajectory_offsets[n]:trajectory_offsets[n + 1].
 
-On a GPU the reductions and the weights are Triton kernels that do not wait for the device; `expand_turns` waits once, to
-learn how many tokens there are. On a CPU the same calls run in torch.
+On a GPU, Triton kernels compute the reductions and the weights without synchronisation; `expand_turns` synchronises
+once, to learn the number of tokens. On a CPU the same calls run in torch.
 
 python examples/turn_weights_on_device.py
 """
@@ -15,21 +16,23 @@ from atod_kernels import expand_turns, turn_reduce, turn_weights
 
 
 def token_weights(logp, teacher_logp, turn_offsets, trajectory_offsets) -> torch.Tensor:
-    """[T], T-DUR weights of the tokens. logp, teacher_logp: [T] fp32; turn_offsets: [K + 1]; trajectory_offsets: [N + 1]."""
+    """Return the T-DUR weights of the tokens, [T]. logp, teacher_logp: [T] fp32; turn_offsets: [K + 1];
+    trajectory_offsets: [N + 1]."""
     disagreement = turn_reduce((logp - teacher_logp).abs(), turn_offsets)  # [K]
     uncertainty = turn_reduce(-logp, turn_offsets)  # [K]
     return expand_turns(turn_weights(disagreement, uncertainty, trajectory_offsets), turn_offsets)
 
 
 def imitation_loss(logp, teacher_logp, turn_offsets, trajectory_offsets) -> torch.Tensor:
-    """The paper's imitation term as a surrogate loss: -mean_t w_t [log pi_T - log pi_old] log pi. Scalar, logp has a gradient."""
+    """Return the paper's imitation term as a scalar surrogate loss, -mean_t w_t [log pi_T - log pi_old] log pi,
+    differentiable in logp."""
     old_logp = logp.detach()
     weight = token_weights(old_logp, teacher_logp, turn_offsets, trajectory_offsets)
     return -(weight * (teacher_logp - old_logp) * logp).mean()
 
 
 def main() -> torch.Tensor:
-    """Returns the token weights of a made-up batch: two trajectories, of four turns and of two."""
+    """Return the token weights of a made-up batch: one trajectory of four turns and one of two."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = torch.tensor([3, 5, 2, 4, 6, 1], device=device)  # tokens of each turn
     turn_offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

@@ -16,10 +16,11 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
-# A run of one step in the world of `worlds.Corridor`.
-SHORT = """rollout.context=window rollout.prompt_tokens=600 rollout.response_tokens=6 rollout.concurrency=8 env.max_turns=3
-env.name=worlds:Rooms env.train={tasks=20} env.eval={tasks=20} eval.teacher=false eval.every=0 eval.tasks=2 train.steps=1 train.tasks_per_step=2
-train.group_size=2 train.minibatch_rows=0 checkpoint.every=0 observe.trajectories_every=1""".split()
+# A run of one step in the environment `worlds.Rooms`.
+SHORT = """rollout.context=window rollout.prompt_tokens=600 rollout.response_tokens=6 rollout.concurrency=8
+env.max_turns=3 env.name=worlds:Rooms env.train={tasks=20} env.eval={tasks=20} eval.teacher=false eval.every=0
+eval.tasks=2 train.steps=1 train.tasks_per_step=2 train.group_size=2 train.minibatch_rows=0 checkpoint.every=0
+observe.trajectories_every=1""".split()
 
 
 def save_chat_model(
@@ -32,7 +33,8 @@ def save_chat_model(
     config=Qwen3Config,
     **changes,
 ) -> str:
-    """A random model with the tokenizer `kind`; its head has `columns` columns, or six more than there are tokens."""
+    """Save a random model with the tokenizer `kind`; its head has `columns` columns, or six more than there are
+    tokens."""
     words = tokenizer(kind)
     sizes = {"vocab_size": columns or len(words) + 6, "max_position_embeddings": 4096, "dtype": "float32"}
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of different make, small ones made on the spot after those of well-known families."""
+"""Small tokenizers and chat templates of different kinds, made on the spot after those of well-known families."""
 
 from __future__ import annotations
 
@@ -23,27 +23,37 @@ CHATML = (
 )
 # Drops the reasoning of answers, and opens the last one with an empty thought, as Qwen 3 does.
 REASONING = (
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}{% set content = m.content %}"
     "{% if m.role == 'assistant' %}{% set content = content.split('</think>')[-1].lstrip('\n') %}"
     "{% if loop.index0 > ns.last %}{% set content = '<think>\n\n</think>\n\n' + content %}{% endif %}{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 INST = (
-    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ '[INST] ' + m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ strftime_now('%d %b %Y') }}\n\n<|eot_id|>"
-    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "Today Date: {{ strftime_now('%d %b %Y') }}\n\n<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-PHI = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+PHI = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 
 
 def _special(*texts: str, **options: bool) -> list[AddedToken]:
@@ -67,7 +77,7 @@ def _byte_level() -> Tokenizer:
 
 
 def _sentencepiece(prepend: bool) -> Tokenizer:
-    """BPE over text whose blanks are lower blocks; what it has no piece for is spelled in bytes."""
+    """Return BPE that marks blanks as lower blocks and spells what it has no piece for in bytes."""
     inner = Tokenizer(models.BPE(unk_token="<unk>"))
     replace = normalizers.Replace(" ", "\u2581")
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prepend else replace
@@ -99,7 +109,7 @@ def _unigram() -> Tokenizer:
 
 @cache
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """One of KINDS."""
+    """Return the tokenizer of that name in KINDS."""
     options = {}
     match kind:
         case "qwen" | "qwen-reasoning":

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-# Read when the kernels are imported: here they run on CPU tensors, in Triton's interpreter.
+# Set before the kernels are imported, which read it: Triton's interpreter runs them on CPU tensors.
 os.environ["TRITON_INTERPRET"] = "1"
 
 from atod_kernels import products  # noqa: E402

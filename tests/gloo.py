@@ -1,6 +1,6 @@
-"""Run a function on N gloo ranks and hand back what each returned.
+"""Run a function on N gloo ranks and return their results.
 
-The ranks are forked from a server that has imported the trainer and computed nothing, so each starts in no time.
+The ranks are forked from a server that has imported the trainer and computed nothing, so that each starts quickly.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _context.set_forkserver_preload(["atod_fast.train"])
 
 
 def run_ranks(world: int, function: Callable, *arguments) -> list:
-    """Results of `function(*arguments)` by rank; it finds the environment torchrun sets and one thread to compute with.
+    """Return the results of `function(*arguments)` by rank, each run in torchrun's environment with one thread.
 
-    A pool, so that an exception on a rank is raised here.
+    An exception on a rank is raised here.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-# (group, [(reward of the turn, "valid", "refused" or "malformed", what its observation is recognised by), ...]) of each trajectory
+# For each trajectory (group, turns), where a turn is (reward, verdict, anchor): the verdict "valid", "refused" or
+# "malformed"; turns with equal anchors saw the same observation.
 Episodes = Sequence[tuple[int, Sequence[tuple[float, str, object]]]]
 INVALID = {"form": ["malformed"], "accepted": ["malformed", "refused"]}  # by objective.invalid
 
 
 def model_of(path: str) -> torch.nn.Module:
-    """In fp64. `double` keeps the buffers of position codes, which are made in fp32."""
+    """Load a model in fp64. Its buffers of position codes stay as they are made, in fp32."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
 
 
@@ -36,20 +37,18 @@ def distributions(
     columns: Tensor,
     part: Collection[int] | None = None,
 ) -> Turns:
-    """log softmax(logits / temperature) over the token ids `columns`, of each action's tokens: [L, C] a turn, in order.
-
-    With a `part` of the turns, nothing of the others.
-    """
+    """Return log softmax(logits / temperature) over the token ids `columns`: for each turn [L, C], or None outside
+    `part`."""
     found: Turns = []
     for trajectory in trajectories:
         ids: list[int] = []
-        spans: list[tuple[list[int], int, int]] = []  # what the model reads, and where in it the action is
+        spans: list[tuple[list[int], int, int]] = []  # (ids that the model reads, start and end of the action in them)
         for turn in trajectory.turns:
             ids = (ids if trajectory.context == "full" else []) + turn.prompt + turn.action
             spans.append((ids, len(ids) - len(turn.action), len(ids)))
         if trajectory.context == "full":
             spans = [(ids, first, last) for _, first, last in spans]
-        read: dict[int, Tensor] = {}  # logits by the sequence they are of
+        read: dict[int, Tensor] = {}  # id(sequence): its logits
         for sequence, first, last in spans:
             if part is not None and len(found) not in part:
                 found.append(None)
@@ -62,7 +61,7 @@ def distributions(
 
 
 def of_actions(logp: Turns, trajectories, columns: Tensor) -> Turns:
-    """Log-probs of the tokens that were sampled: [L] a turn."""
+    """Return the log-probs of the sampled tokens: [L] a turn."""
     place = {column: i for i, column in enumerate(columns.tolist())}
     actions = [[place[i] for i in turn.action] for trajectory in trajectories for turn in trajectory.turns]
     return [None if lines is None else lines[range(len(ids)), ids] for lines, ids in zip(logp, actions, strict=True)]
@@ -73,7 +72,7 @@ def entropy(logp: Tensor) -> Tensor:
 
 
 def divergence(kind: str, alpha: float, student: Tensor, teacher: Tensor) -> Tensor:
-    """Of whole distributions, given by their log-probs [L, C]."""
+    """Return the divergence of whole distributions, given by their log-probs [L, C]."""
 
     def kl(one: Tensor, other: Tensor) -> Tensor:
         return (one.exp() * (one - other)).sum(-1)
@@ -97,7 +96,7 @@ def divergence(kind: str, alpha: float, student: Tensor, teacher: Tensor) -> Ten
 
 
 def turn_weights(d: Sequence[float], h: Sequence[float], sizes: Sequence[int]) -> list[float]:
-    """T-DUR: the paper's soft-OR of min-max signals, within trajectories of `sizes` turns."""
+    """Return T-DUR's turn weights: the paper's soft-OR of min-max signals, in trajectories of `sizes` turns."""
 
     def between(values: Sequence[float]) -> list[float]:
         low, high = min(values), max(values)
@@ -115,8 +114,8 @@ def turn_weights(d: Sequence[float], h: Sequence[float], sizes: Sequence[int]) -
 
 
 def advantages(episodes: Episodes, objective) -> list[float]:
-    """A_RL of every turn: its reward, less a penalty where it is invalid, against those of its group; GiGPO's equations
-    3 and 5 to 8 (arXiv 2505.10978) on top."""
+    """Return A_RL of every turn: its reward, less a penalty if it is invalid, compared with its group; plus GiGPO's
+    equations 3 and 5 to 8 (arXiv 2505.10978)."""
 
     def score(value: float, values: Sequence[float]) -> float:
         if not objective.normalise_std:
@@ -161,7 +160,7 @@ def episodes_of(trajectories) -> Episodes:
 
 
 def token_weights(aggregation: str, trajectories, part: Sequence[int]) -> dict[int, float]:
-    """What each token of a turn counts in a mini-batch of the turns `part`, by turn."""
+    """Return the weight of a turn's tokens in a mini-batch of the turns `part`, for each turn."""
     turns = [(number, len(turn.action)) for number, trajectory in enumerate(trajectories) for turn in trajectory.turns]
     tokens = {n: sum(turns[k][1] for k in part if turns[k][0] == n) for n in {turns[k][0] for k in part}}
     match aggregation:
@@ -176,7 +175,7 @@ def token_weights(aggregation: str, trajectories, part: Sequence[int]) -> dict[i
 
 @dataclass
 class Step:
-    """What a step's tokens are worth before its first update; lists have an entry a turn."""
+    """Facts of a step's tokens before its first update; each list has one entry per turn."""
 
     old: list[Tensor]  # [L] each: log pi_old of the sampled tokens
     entropy: list[Tensor]
@@ -194,7 +193,7 @@ class Step:
 def look(
     config, kappa: float, rho: float, trajectories, student: Turns, teacher: Turns | None, columns: Tensor
 ) -> Step:
-    """The facts of a step from its distributions."""
+    """Return the facts of a step, computed from its distributions."""
     o, turns = config.objective, [turn for trajectory in trajectories for turn in trajectory.turns]
     old = of_actions(student, trajectories, columns)
     h = [entropy(a) for a in student] if config.turns.uncertainty == "exact" else [-a for a in old]
@@ -231,7 +230,7 @@ def loss_of(
     sampled: list[Tensor],
     weight: dict[int, float],
 ) -> Tensor:
-    """The loss of a mini-batch of the turns that `weight` names, by the distributions `logp` of the present weights."""
+    """Return the loss of a mini-batch of the turns in `weight`; `logp` are distributions under the current weights."""
     o, total = objective, torch.zeros((), dtype=torch.float64)
     for k, share in weight.items():
         ratio, advantage = (sampled[k] - step.old[k]).exp(), step.advantage[k]
@@ -260,7 +259,7 @@ class AdamW:
 
     @torch.no_grad()
     def update(self, loss: Tensor, learning_rate: float) -> tuple[float, dict[str, Tensor]]:
-        """One step down `loss`. Returns the gradient's norm, and the gradient after clipping."""
+        """Take one step down `loss`; return the gradient's norm, and the gradient after clipping."""
         gradients = dict(zip(self.parameters, torch.autograd.grad(loss, list(self.parameters.values())), strict=True))
         norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
         gradients = {name: g * min(1.0, self.clip / norm) for name, g in gradients.items()}

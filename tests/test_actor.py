@@ -26,7 +26,7 @@ SETTINGS = [
 
 @pytest.fixture
 def ask(monkeypatch):
-    """What a function of an actor asks its rollouts for: the episodes, and at which temperature."""
+    """Return what an actor's function requests: the episodes, and the temperature."""
     tokenizer = AutoTokenizer.from_pretrained(resolve("demo:student"))
 
     def ask(function, *settings, rank=0, ranks=1):

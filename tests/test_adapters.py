@@ -1,4 +1,6 @@
-"""The open interface: the page on environments of one's own, and the adapters for gymnasium and OpenEnv, each through the real agent loop."""
+"""The open interface for environments: the documentation's example, and the adapters for gymnasium and OpenEnv, each
+in the real agent loop.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ TOKENIZER = make_tokenizer()
 
 @pytest.fixture
 def page(tmp_path, monkeypatch) -> ModuleType:
-    """The module that the page writes."""
+    """The module that the documentation's page writes."""
     source, _ = BLOCKS["python"]
     (tmp_path / "guess.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -66,7 +68,7 @@ def test_the_page_s_own_prompt_words_messages_and_reads_answers():
 
 
 class Guesser:
-    """An engine that plays Guess by halving, from what the conversation in its prompt says."""
+    """An engine that plays Guess by bisection, using what the conversation in its prompt says."""
 
     max_model_len = 4096
 
@@ -124,7 +126,7 @@ def won_by_halving(played) -> None:
     assert len({trajectory.task_id for trajectory in played}) == len(played)
 
 
-# --- the page -----------------------------------------------------------------------------------------------------------------
+# --- the page
 
 
 def test_the_page_s_world_is_played_by_the_agent_loop(page):
@@ -233,7 +235,7 @@ def test_what_makes_no_environment_is_refused(page, name, words):
         make(name)
 
 
-# --- the plain prompt ---------------------------------------------------------------------------------------------------------
+# --- the plain prompt
 
 
 def make_turn(observation: str, command: str) -> Turn:
@@ -271,7 +273,7 @@ def test_projection_keeps_what_stands_between_the_tags(text, thinking, expected)
     assert PlainPrompt(thinking, 2).project(text) == expected
 
 
-# --- gymnasium ----------------------------------------------------------------------------------------------------------------
+# --- gymnasium
 
 FROZEN = {"id": "FrozenLake-v1", "tasks": 50, "observation": "render", "actions": ["left", "down", "right", "Up"]}
 
@@ -286,7 +288,8 @@ def gymnasium() -> Iterator[ModuleType]:
 
 
 def registered(gymnasium: ModuleType, spaces: tuple | None = None, **changes) -> str:
-    """A gymnasium environment that tells its seed, counts its steps and is over after three; `changes` replace what a step returns."""
+    """A gymnasium environment that reports its seed, counts its steps and ends after three; `changes` replace what a
+    step returns."""
 
     class Counter(gymnasium.Env):
         observation_space = gymnasium.spaces.Text(1000)
@@ -470,7 +473,7 @@ def test_without_gymnasium_or_websockets_the_extra_is_named(monkeypatch):
         OpenEnv(url="http://127.0.0.1:1", tasks=1)
 
 
-# --- what both show -----------------------------------------------------------------------------------------------------------
+# --- what both show
 
 
 @given(st.text(max_size=200), st.integers(16, 120))
@@ -494,7 +497,7 @@ def test_of_what_is_too_long_the_middle_is_left_out(text, most):
 
 
 def check_shown(observation: str, info: dict, chars: int = 4000) -> None:
-    """What an adapter makes of `HOSTILE`."""
+    """Check what an adapter makes of `HOSTILE`."""
     text = observation + "".join(map(str, info.values()))
     assert not re.search("[\x1b\u202e]", text + info.get("task_type", ""))
     assert (
@@ -543,11 +546,11 @@ def test_closing_closes_the_gymnasium_environment_and_a_reset_makes_another(gymn
     assert len(closed) == 2 and env.reset(0, 0)[0] == "start 0"
 
 
-# --- OpenEnv ------------------------------------------------------------------------------------------------------------------
+# --- OpenEnv
 
 
 class Served:
-    """Guess as a server tells it: fields of an observation, and a step that takes a number."""
+    """Guess as a server shows it: observations with fields, and a step that takes a number."""
 
     def __init__(self, page: ModuleType) -> None:
         self.page = page
@@ -569,7 +572,7 @@ class Served:
 
 @contextmanager
 def replica(page: ModuleType, sessions: int = 100):
-    """A server of OpenEnv's messages, as openenv 0.10.0 was seen to send them."""
+    """A server of OpenEnv's messages, as observed from openenv 0.10.0."""
     serve = pytest.importorskip("websockets.sync.server", reason="needs the extra `openenv`").serve
     free = threading.Semaphore(sessions)
     held = []

@@ -102,7 +102,7 @@ def test_a_group_without_variance_gives_zero_and_is_counted():
 
 
 def test_rounding_is_no_variance():
-    """The same rewards added up in another order differ in the last bit."""
+    """The same rewards, summed in another order, differ in the last bit."""
     table = make_table([outcome(0, 10.0) for _ in range(3)])
     table.reward[1] = torch.nextafter(table.reward[1], torch.tensor(11.0))
     result = rl_advantages(table, Objective())
@@ -182,7 +182,7 @@ def test_discounted_returns_stop_at_trajectory_borders():
 
 
 def test_gigpo_tells_apart_turns_that_saw_the_same_but_did_differently():
-    """Same reward for both trajectories, but from the common first observation one took a longer way."""
+    """Both trajectories earn the same, but from the common first observation one took a longer way."""
     short = (0, [(1.0, "valid", 5)])
     long = (0, [(0.0, "valid", 5), (0.0, "valid", 6), (1.0, "valid", 7)])
     counts = defaultdict(int)

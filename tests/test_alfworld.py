@@ -40,7 +40,7 @@ TREATMENT = {
 
 
 def next_command(world: FastAlfWorld) -> str:
-    """What finishes the task from any state, by a player that sees everything."""
+    """Return the next command towards the task's goal, from any state, for a player that sees everything."""
     game, task, held = world.game, world.game.task, world.held
 
     def say(action: str, **ids: str) -> str:
@@ -213,14 +213,14 @@ def test_damage_is_a_game_error_or_harmless(key, where, length):
 
 
 def content(data: dict) -> tuple:
-    """What tells a small scene from another: facts and goal without coordinates."""
+    """Return what tells a small scene from another: facts and goal without coordinates."""
     facts, goal = data["pddl_problem"].split("(:goal")
     lies = re.findall(r"\(inReceptacle ([A-Za-z]+)\S* ([A-Za-z]+)", facts)
     return frozenset(lies), frozenset(re.findall(r"\(receptacleType ([A-Za-z]+)", facts)), goal
 
 
 def test_training_and_evaluation_games_share_nothing():
-    """Also the harder statement: no two of them are one game in another place."""
+    """Nor are any two of them the same game in another place."""
     splits = [
         Env().train,
         Env().eval,
@@ -314,7 +314,10 @@ def test_a_missing_textworld_is_said_at_once(monkeypatch):
 
 
 def test_environments_do_not_import_torch():
-    code = "import sys; from atod_fast.envs import make; make('alfworld', generate=2).reset(0, 0); print({'torch', 'textworld', 'alfworld'} & set(sys.modules))"
+    code = (
+        "import sys; from atod_fast.envs import make; make('alfworld', generate=2).reset(0, 0); "
+        "print({'torch', 'textworld', 'alfworld'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

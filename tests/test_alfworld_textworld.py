@@ -1,5 +1,7 @@
-"""The fast engine against TextWorld itself, step by step. `python tests/test_alfworld_textworld.py` records the transcripts
-that tests/test_alfworld.py replays where TextWorld is not installed.
+"""The fast engine against TextWorld itself, step by step.
+
+`python tests/test_alfworld_textworld.py` records the transcripts that tests/test_alfworld.py replays where TextWorld
+is not installed.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ _PARSED: dict = {}
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """TextWorld parses the same few grammar symbols at every step and translates every problem twice. With a memory for
-    what it parsed it is five times faster and says the same: `test_untouched_textworld` plays without."""
+    """Cache TextWorld's parsing: it parses the same few grammar symbols at every step and translates every problem
+    twice. That is five times faster with the same output; `test_untouched_textworld` plays without it."""
     import fast_downward
     from textworld.envs.pddl import textgen
     from textworld.logic import Rule
@@ -70,7 +72,7 @@ def remembering() -> Iterator[None]:
         return _PARSED[expression]
 
     def translate_once(domain, problem, verbose=False, optimize=False):
-        # The second, optimised translation serves the planner, whom nobody asks here.
+        # Skip the second, optimised translation: it is for the planner, which these tests do not use.
         if (domain, problem) not in translated:
             translated.clear()
             translated[domain, problem] = translate(domain, problem, verbose=verbose)
@@ -88,7 +90,7 @@ def remembering() -> Iterator[None]:
 
 
 class Both:
-    """A game in both engines at once; any difference in what they say, list or hold for won is an error."""
+    """A game in both engines at once; raises at any difference in text, admissible commands or victory."""
 
     def __init__(self, engine: TextWorldEngine, data: dict, name: str) -> None:
         self.fast, self.slow = FastAlfWorld(Game.parse(data, name)), engine
@@ -108,7 +110,8 @@ class Both:
         assert self.fast.won == self.slow.won, where
 
     def wander(self, random: Random, steps: int) -> None:
-        """Mostly commands that change something, some looking around, some nonsense; ends early if that wins the game."""
+        """Play mostly commands that change something, some that look around, some nonsense; end early if that wins the
+        game."""
         for _ in range(steps):
             if self.fast.won:
                 return
@@ -196,7 +199,8 @@ def test_oddities_of_official_games(engine, official, oddity):  # noqa: F811
 
 
 def test_objects_left_beside_a_receptacle(engine):
-    """Carried between two receptacles of one place, an object is seen next to the first: the one list that `look` shows."""
+    """An object carried between two receptacles of one place is seen next to the first: the only list that `look`
+    shows."""
     for index in range(40):
         name, data = generate(Spec(seed=3, scene="full", task_types=("pick_and_place_simple",)), index)
         world = FastAlfWorld(Game.parse(data, name))
@@ -243,7 +247,7 @@ def test_the_backend_plays_the_environment(engine):
 
 
 def record() -> None:
-    """Write the transcripts, all as TextWorld tells them; `Both` asserts that the fast engine agrees already."""
+    """Write the transcripts as TextWorld gives them; `Both` asserts that the fast engine agrees."""
     records = []
     with remembering():
         engine = TextWorldEngine()

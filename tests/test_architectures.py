@@ -68,7 +68,8 @@ SOME = (
 
 @pytest.mark.parametrize("name", SOME)
 def test_a_family_is_as_the_documents_say(name):
-    """Log-probs, gradients, streamed weights, exports and rollouts against transformers' own: see bench/architectures.py."""
+    """Log-probs, gradients, streamed weights, exports and rollouts equal transformers' own: see
+    bench/architectures.py."""
     lines = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
     assert architectures.row(NAMES[name]) in lines
 
@@ -85,7 +86,7 @@ def test_no_row_of_the_documents_is_a_fault_and_none_is_missing():
     [("Granite", "Cohere (Command R)"), ("Cohere (Command R)", "Gemma 2"), ("Gemma 2", "HyperCLOVA X")],
 )
 def test_the_exact_divergence_is_that_of_the_models_own_logits(student, teacher, divergence):
-    """Each with a scale and a softcap of its own, at a temperature."""
+    """Each model has its own scale and softcap; at a temperature."""
     models = [make(NAMES[name]) for name in (student, teacher)]
     rows = architectures.batch_rows()
     batch = collate(rows, packed=False)
@@ -168,7 +169,9 @@ def test_a_model_that_nothing_runs_is_refused_with_the_reason_and_the_remedy(mon
     monkeypatch.setattr(tryout, "FORWARDS", (SlotForward,))
     with pytest.raises(
         UserError,
-        match=r"^rollout.engine=transformers cannot run a mamba model \(.+\); use another model, or rollout.engine=vllm$",
+        match=(
+            r"^rollout.engine=transformers cannot run a mamba model \(.+\); use another model, or rollout.engine=vllm$"
+        ),
     ):
         chosen(make(NAMES["Mamba"]), 64)
     torch.manual_seed(0)
@@ -320,7 +323,7 @@ def test_vllm_is_not_sent_buffers_so_their_students_are_refused(name, buffer):
 
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen3 MoE", "GPT-NeoX (Pythia)", "ERNIE 4.5 MoE"])
 def test_weights_one_by_one_are_as_saved(name):
-    """And a checkpoint's own names cost nothing."""
+    """Names that differ in the checkpoint cost nothing."""
     model = make(NAMES[name])
     weights = dict(model.named_parameters(remove_duplicate=False))
     one, found = one_as_saved(skeleton(model.config)), {}
@@ -378,7 +381,8 @@ def test_vllm_refuses_to_train_experts_on_a_cpu():
 
 
 def test_a_hybrid_student_trains(tmp_path, capsys):
-    """A recurrent layer beside attention: rollouts by its own cache, weights that come back, a teacher of another family."""
+    """With recurrent and attention layers: rollouts with the model's own cache, weights sent back, a teacher of
+    another family."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_WEIGHTS / "student")
     columns = AutoConfig.from_pretrained(DEMO_WEIGHTS / "student").vocab_size
     sizes = {
@@ -399,7 +403,10 @@ def test_a_hybrid_student_trains(tmp_path, capsys):
     )
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    small = "train.steps=2 train.tasks_per_step=2 train.group_size=2 train.minibatch_rows=0 train.learning_rate=1e-2 eval.tasks=2 eval.teacher=false"
+    small = (
+        "train.steps=2 train.tasks_per_step=2 train.group_size=2 train.minibatch_rows=0 train.learning_rate=1e-2 "
+        "eval.tasks=2 eval.teacher=false"
+    )
     paths = [f"student.path={tmp_path / 'student'}", "--run-dir", str(tmp_path / "run")]
     assert train.main([*small.split(), "env.max_turns=4", "objective.preset=exact", *paths]) == 0
     said = capsys.readouterr()

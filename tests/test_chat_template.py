@@ -1,4 +1,6 @@
-"""Prompts are what the tokenizer's own chat template gives, token for token, for tokenizers and templates of different make."""
+"""Prompts equal the output of the tokenizer's own chat template, token for token, for different tokenizers and
+templates.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,7 @@ def test_a_control_token_that_an_environment_spells_is_shown_as_it_was_spelled(k
 
 
 def test_the_prompt_s_own_words_may_write_control_tokens():
-    """They ask for <think> ... </think>, and are the template's to encode."""
+    """They ask for <think> ... </think>, which the template encodes."""
     words = AlfWorldPrompt(True, 2)
     kind = "qwen"
     thought = tokenizer(kind).convert_tokens_to_ids("<think>")

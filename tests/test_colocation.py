@@ -1,4 +1,6 @@
-"""One accelerator for trainer and rollout engine: who holds memory when, how weights travel, what a broken engine costs."""
+"""Trainer and rollout engine on one accelerator: who holds memory when, how weights are sent, what a broken engine
+costs.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ SAMPLING = Sampling(1.0, 4, (1,))
 
 
 class FakeVllm:
-    """What vLLM allows on CUDA, and answers each request with one token after two steps. `awake`: the memory that is allocated."""
+    """Allows what vLLM does on CUDA; answers each request with one token after two steps. `awake`: the allocated
+    memory."""
 
     def __init__(self):
         self.awake, self.loaded, self.prefixes, self.running = {"weights", "kv_cache"}, False, 0, {}
@@ -75,7 +78,7 @@ class FakeVllm:
 
 
 def reused(weights):
-    """A stream that uses one buffer for all, as a resync may: what is not copied is overwritten."""
+    """Yield weights in one buffer for all, as a resync may: what the engine does not copy is overwritten."""
     buffer = torch.empty(5, 2)
     for name, weight in weights:
         yield name, buffer.copy_(weight)
@@ -182,7 +185,7 @@ def test_auto_takes_vllm_on_cuda_where_the_version_fits(monkeypatch):
 
 
 class Sentinel:
-    """An engine that knows whether it may be holding memory, around a real one."""
+    """Wraps a real engine and knows whether it may hold memory."""
 
     def __init__(self, engine, trace):
         self.inner, self.trace, self.asleep, self.max_model_len = engine, trace, True, engine.max_model_len
@@ -234,7 +237,7 @@ def test_the_trainer_s_models_live_while_the_engine_sleeps(tmp_path, monkeypatch
 
 
 def break_once(monkeypatch, times: int):
-    """Engine steps that fail, `times` in all, once some have been taken."""
+    """Make `times` engine steps fail, after some have succeeded."""
     from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 
     real, taken, broken = TransformersEngine.step, [], []
@@ -280,7 +283,7 @@ def test_an_engine_that_breaks_down_twice_stops_the_run_and_leaves_its_checkpoin
 
 
 class Recorder:
-    """An engine that writes down its calls and fails at a given step."""
+    """An engine that records its calls and fails at a given step."""
 
     max_model_len = 16
 

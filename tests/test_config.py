@@ -337,7 +337,7 @@ def flatten(table: dict, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-# What depends on the machine, on taste, or is not in use with preset `paper`.
+# Keys that depend on the machine or on taste, or that preset `paper` does not use.
 FREE = {
     "rollout.date",
     "rollout.engine",
@@ -737,7 +737,7 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path, data):
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8", newline="")
     assert load(file=file) == config
-    # Whatever lies below: a resolved file states every key.
+    # Lower levels do not matter: a resolved file states every key.
     assert load("webshop-4b", file) == config
 
 

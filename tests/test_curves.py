@@ -14,7 +14,10 @@ LINES = [
 
 def test_curves_are_drawn_whatever_backend_a_notebook_asks_for(tmp_path):
     """In a process of its own: matplotlib is imported once."""
-    code = f"from pathlib import Path; from atod_fast.observe import curves; curves.draw({LINES}, Path({str(tmp_path / 'a.png')!r}))"
+    code = (
+        f"from pathlib import Path; from atod_fast.observe import curves; "
+        f"curves.draw({LINES}, Path({str(tmp_path / 'a.png')!r}))"
+    )
     environment = os.environ | {"MPLBACKEND": "module://no_such_module.backend_inline"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

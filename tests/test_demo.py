@@ -62,7 +62,8 @@ def turn(action: list[int]) -> Turn:
 
 def test_an_observation_is_reduced_to_the_words_that_tell_states_apart():
     start = (
-        "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly around you, you see a cabinet 1, and a shelf 2.\n\n"
+        "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly around you, "
+        "you see a cabinet 1, and a shelf 2.\n\n"
         "Your task is to: put a clean mug in shelf."
     )
     assert " ".join(compact(start)) == "cabinet 1 shelf 2 task put clean mug shelf"

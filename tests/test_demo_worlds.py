@@ -1,4 +1,6 @@
-"""The demo beyond ALFWorld: what its tiny models read and say in Search-QA and WebShop, whom they learnt it from, and that they ship."""
+"""The demos beyond ALFWorld: what the tiny Search-QA and WebShop models read and say, their experts, and that they
+ship.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,10 @@ def spread(env: Environment, count: int) -> range:
 
 def test_a_question_and_what_is_found_are_reduced_to_the_words_that_tell():
     assert " ".join(searchqa.compact("What is the job of the owner of the red lamp?")) == "what job owner red lamp"
-    found = '<information>Doc 1: "red lamp"\nThe red lamp is owned by Ada. It was made by Boris. It is kept in Oslo.\n</information>'
+    found = (
+        '<information>Doc 1: "red lamp"\nThe red lamp is owned by Ada. It was made by Boris. It is kept in Oslo.\n'
+        "</information>"
+    )
     assert " ".join(searchqa.compact(found)) == "red lamp owned ada made boris kept oslo"
     assert searchqa.compact("") == []
 
@@ -85,18 +90,21 @@ def test_words_make_a_search_or_an_answer_and_back(words, command):
 
 
 def test_a_page_is_reduced_to_phrases_prices_and_products():
-    head = "Instruction: [SEP] Find me super soft, heavy duty curtains with color: navy | grey, and price lower than 90.00 dollars [SEP] "
+    head = (
+        "Instruction: [SEP] Find me super soft, heavy duty curtains with color: navy | grey, "
+        "and price lower than 90.00 dollars [SEP] "
+    )
     assert (
         " ".join(webshop.compact("WebShop [SEP] " + head + "Search")) == "super-soft heavy-duty curtain navy-grey $90"
     )
-    results = (
-        head
-        + "Back to Search [SEP] Page 2 (Total results: 31) [SEP] < Prev [SEP] Next > [SEP] B000000197 [SEP] Quone Super Soft Curtain [SEP] $78.85"
+    results = head + (
+        "Back to Search [SEP] Page 2 (Total results: 31) [SEP] < Prev [SEP] Next > [SEP] B000000197 [SEP] "
+        "Quone Super Soft Curtain [SEP] $78.85"
     )
     assert " ".join(webshop.compact(results)) == "page2 b197 super-soft $80"
-    item = (
-        head
-        + "Back to Search [SEP] < Prev [SEP] color [SEP] red [SEP] x-large [SEP] Neva Makeup Brush [SEP] Price: $4.0 to $6.0 [SEP] Buy Now"
+    item = head + (
+        "Back to Search [SEP] < Prev [SEP] color [SEP] red [SEP] x-large [SEP] Neva Makeup Brush [SEP] "
+        "Price: $4.0 to $6.0 [SEP] Buy Now"
     )
     assert " ".join(webshop.compact(item)) == "red x-large $10 buy"
 
@@ -277,7 +285,9 @@ def test_the_demo_s_models_are_refused_in_a_world_of_another_kind():
     tokenizer = load_tokenizer("demo:student")
     with pytest.raises(
         UserError,
-        match="env.name='worlds:Corridor': the demo's model speaks of alfworld only; use --preset demo for that, or set",
+        match=(
+            "env.name='worlds:Corridor': the demo's model speaks of alfworld only; use --preset demo for that, or set"
+        ),
     ):
         make_renderer(
             load("demo", overrides=["env.name=worlds:Corridor"]), tokenizer, len(tokenizer), make("worlds:Corridor")

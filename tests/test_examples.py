@@ -284,7 +284,10 @@ def test_turn_weights_are_those_of_the_formula(example):
 
 @pytest.mark.parametrize("name", ["kernels_in_a_training_loop", "turn_weights_on_device"])
 def test_the_kernels_need_no_trainer(name):
-    code = f"import runpy, sys; runpy.run_path({str(FOLDER / name)!r} + '.py', run_name='__main__'); assert 'atod_fast' not in sys.modules"
+    code = (
+        f"import runpy, sys; runpy.run_path({str(FOLDER / name)!r} + '.py', run_name='__main__'); "
+        f"assert 'atod_fast' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "on cpu" in done.stdout or "on cuda" in done.stdout

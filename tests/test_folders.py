@@ -1,4 +1,4 @@
-"""Who writes to a run folder, where a checkpoint belongs, and what is damaged there."""
+"""Run folders: who writes to one, where a checkpoint belongs, and damage."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ from atod_fast.run import Run
 
 
 def pretend(run_dir, step=3, before=None, **state):
-    """A run with a checkpoint that nothing but its state.json makes one."""
+    """Make a run with a checkpoint that holds nothing but its state.json."""
     path = checkpoint.folder(run_dir, step)
     path.mkdir(parents=True)
     (path / "state.json").write_text(
@@ -33,7 +33,7 @@ def pretend(run_dir, step=3, before=None, **state):
 
 
 def refused(capsys, *argv, main=train.main):
-    """The one line with which the command is refused."""
+    """Return the one line with which a command is refused."""
     assert main([*map(str, argv)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -155,9 +155,9 @@ def test_a_checkpoint_named_from_inside_its_folder_is_exported_with_its_runs_set
 def test_a_checkpoint_that_was_copied_elsewhere_needs_a_run_folder(run_dir, tmp_path, capsys):
     copied = shutil.copytree(run_dir / "checkpoints/step_000003", tmp_path / "backup/deep/step_000003")
     line = refused(capsys, "--resume", copied, "train.steps=4", "--dry-run")
-    assert (
-        line
-        == f"atod_fast: --resume {copied} lies in no run's checkpoints/; add --run-dir NEW for the run that goes on from it"
+    assert line == (
+        f"atod_fast: --resume {copied} lies in no run's checkpoints/; "
+        f"add --run-dir NEW for the run that goes on from it"
     )
     assert choose("--resume", copied, "--run-dir", tmp_path / "new", "train.steps=4") == (
         tmp_path / "new",
@@ -234,7 +234,7 @@ def test_a_damaged_best_is_one_line_and_nothing_is_moved(run_dir, tmp_path, caps
 
 
 def opened(run_dir, done=2):
-    """Open the folder of a run that goes on from step `done`."""
+    """Open the folder of a run that resumes from step `done`."""
     rundir.open_folder(
         run_dir, cli.parse([]).config, done, "command", torch.device("cpu"), from_step=done, say=lambda line: None
     )

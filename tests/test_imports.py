@@ -1,4 +1,4 @@
-"""Imports run one way: which part of the code may know which, read off the source."""
+"""Imports run one way: which part of the code may import which, read from the source."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ MODULES = {
 
 
 def statements(node: ast.AST, types: bool, functions: bool) -> Iterator[ast.AST]:
-    """What stands in `node`; without `types` not what is for type checkers, without `functions` not what is in one."""
+    """Yield the statements in `node`; without `types` not those for type checkers, without `functions` not those in
+    functions."""
     for child in ast.iter_child_nodes(node):
         for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
         in_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -37,7 +38,7 @@ def statements(node: ast.AST, types: bool, functions: bool) -> Iterator[ast.AST]
 
 @cache
 def imports(module: str, *, types: bool = True, functions: bool = True) -> frozenset[str]:
-    """What `module` imports: modules of this project, and of others the dotted names as they are written."""
+    """Return the imports of `module`: modules of this project, and other packages' dotted names as written."""
     found = set()
     for node in statements(ast.parse(MODULES[module].read_text(encoding="utf-8")), types, functions):
         if isinstance(node, ast.Import):
@@ -51,7 +52,7 @@ def imports(module: str, *, types: bool = True, functions: bool = True) -> froze
 
 
 def absolute(node: ast.ImportFrom, module: str) -> str:
-    """The module that `node`, in `module`, imports from."""
+    """Return the absolute name of the module that `node`, in `module`, imports from."""
     if not node.level:
         return node.module
     package = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
@@ -67,7 +68,7 @@ def ours(*names: str) -> tuple[str, ...]:
 
 
 ENVIRONMENTS = tuple(target.rpartition(":")[0].rpartition(".")[0] for target in BUILT_IN.values())
-# Part -> what none of its modules imports anywhere, not even in a function or for types.
+# Part: what none of its modules imports, not even in a function or for types.
 KNOWS_NO = {
     "atod_fast.rollout": (
         *ENVIRONMENTS,
@@ -95,7 +96,7 @@ def test_no_import_runs_against_the_order(part):
 
 
 def reached(start: str) -> set[str]:
-    """The modules that are loaded where `start` is imported, and names of other packages' modules."""
+    """Return the modules that importing `start` loads, and the names of other packages' modules."""
     found, left = set(), [start]
     while left:
         module = left.pop()

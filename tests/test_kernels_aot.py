@@ -1,4 +1,4 @@
-"""The Triton kernels as their compiler sees them, without a GPU, and the table of launch configurations."""
+"""The Triton kernels as compiled without a GPU, and the table of launch configurations."""
 
 import json
 import os
@@ -16,7 +16,8 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
 def compiled(code: str, tmp_path: Path) -> dict:
-    """What a script prints as JSON in a process of its own: whether kernels are interpreted is fixed when they are imported."""
+    """Return what a script prints as JSON in a new process, since importing the kernels fixes whether they are
+    interpreted."""
     path = os.pathsep.join([str(BENCH), *sys.path])
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONPATH": path,
@@ -74,16 +75,19 @@ print(json.dumps([examine(v, "sm_90", c).fault for v, c in zip(variants, configs
 
 
 def test_the_tuner_keeps_clean_candidates_and_writes_the_winner(tmp_path):
-    """Its filter with a judge and its ranking with a clock made up here; neither needs a GPU."""
+    """Its filter and its ranking, with a made-up judge and clock; neither needs a GPU."""
     out = compiled(
         """
 import json, types
 import tune
 start = {"BLOCK": 4096, "num_warps": 4}
 grid = list(tune.candidates("sums", "sm_90", 16))
-judge = lambda variant, arch, config: types.SimpleNamespace(fault="spills" if config["num_warps"] == 2 and variant.extras else "")
+def judge(variant, arch, config):
+    return types.SimpleNamespace(fault="spills" if config["num_warps"] == 2 and variant.extras else "")
 kept = [c for c in grid if tune.faultless("sums", "sm_90", 16, c, every=True, judge=judge)]
-clock = lambda base: tune.ranked(kept, start, lambda config: config, lambda c: 1.0 if c == start else base + c["BLOCK"] / 1e6, rounds=3)
+def clock(base):
+    time = lambda c: 1.0 if c == start else base + c["BLOCK"] / 1e6
+    return tune.ranked(kept, start, lambda config: config, time, rounds=3)
 rows = json.loads(tune.TABLE.read_text())
 won = clock(0.5)[0][1]
 fused = list(tune.candidates("fused", "sm_90", 16))

@@ -18,7 +18,8 @@ SCHEDULES = ("fast", "lean")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 7 tokens and 16 columns, 2 tokens a group, so that small problems have many, ragged ones among them."""
+    """Use tiles of 7 tokens and 16 columns, 2 tokens a group, so that small problems have many tiles, some of them
+    ragged."""
     monkeypatch.setitem(problem.TILE, "cpu", (7, 16))
     monkeypatch.setattr(torch_backend, "GROUP", 32)
 
@@ -58,7 +59,8 @@ def as_double(case):
 
 
 def run(function, case, seed=0, names=("student_hidden", "student_weight", "student_bias"), **options):
-    """Outputs, and gradients under a random signed upstream for every token of every differentiable output."""
+    """Return outputs, and their gradients under a random signed upstream for every token of every differentiable
+    output."""
     case = {k: v.detach().clone().requires_grad_() if k in names and v is not None else v for k, v in case.items()}
     out = function(**case, **options)
     g = torch.Generator().manual_seed(seed)
@@ -198,7 +200,7 @@ def test_fp32_gradients_are_within_2e_4_of_fp64_where_student_is_close_to_teache
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_divergence_alone_is_as_exact_as_torch_with_logits_of_deviation_30(divergence):
-    """The upstream here is of the divergence only: with the others it would drown in the gradient of the log-probability."""
+    """Only the divergence has an upstream gradient: with others, that of the log-probability would drown it."""
     case = close_pair(spread=30.0, seed=2)
 
     def gradient(function, case):
@@ -275,7 +277,8 @@ def test_no_token_and_one_token(tokens, divergence, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_gigantic_logits_keep_probabilities_that_sum_to_one(divergence, schedule):
-    """Per token the gradients of the logits sum to 0 only if the backward's logits and normalisers are the forward's to the last bit."""
+    """The gradients of a token's logits sum to 0 only if the backward recomputes logits and normalisers to the last
+    bit."""
     case = make(1, dtype=torch.float32, scale=3e4, ignored=0) | {"student_bias": torch.zeros(50)}
     case["teacher_hidden"] = torch.nn.functional.pad(case["student_hidden"], (0, 3))
     case["teacher_weight"] = torch.nn.functional.pad(case["student_weight"][:43], (0, 3)) * (1 + 1e-5)
@@ -374,7 +377,8 @@ def test_a_tied_embedding_gets_both_gradients():
 
 
 def test_the_expected_k1_gradient_over_the_vocabulary_is_the_reverse_kl_gradient():
-    """E_{y~p}[(log p(y) - log q(y)) grad log p(y)] = grad KL(p||q), here with every y of the vocabulary as one token (method.md, 1)."""
+    """E_{y~p}[(log p(y) - log q(y)) grad log p(y)] = grad KL(p||q), here with every y of the vocabulary as one token
+    (method.md, 1)."""
     case = make(1, student=(37, 6), teacher=(37, 9), ignored=0)
     full = run(linear_divergence, case)
     hidden, weight = (case[k].clone().requires_grad_() for k in ("student_hidden", "student_weight"))
@@ -406,7 +410,7 @@ def test_nothing_is_kept_for_backward_without_gradients_and_no_logits_with_them(
 
 
 class Largest(TorchDispatchMode):
-    """The most elements any tensor made within has."""
+    """Records the largest number of elements of a tensor made within it."""
 
     elements = 0
 
@@ -417,7 +421,7 @@ class Largest(TorchDispatchMode):
 
 
 def problem_of(case, divergence="jsd", lean=False, **fields):
-    """What the operators take, past the checks of the public functions."""
+    """Return the operators' arguments, without the checks of the public functions."""
     case = {"valid" if k == "valid_columns" else k: v for k, v in case.items()}
     return problem.Problem(**(case | {"kind": divergence, "lean": lean} | fields))
 
@@ -435,7 +439,8 @@ def test_lean_holds_tiles_and_fast_a_chunk():
 
 @pytest.mark.parametrize("tokens, hidden", ((1, 64), (5000, 64), (16, 4096), (5000, 16384)))
 def test_a_tile_is_bounded_whatever_the_vocabulary_and_the_hidden_size(tokens, hidden, monkeypatch):
-    """Its logits, its weight (held in fp32 where it is 16-bit), and the columns that one fp32 product contracts: 150k of them lose digits."""
+    """Bounded are its logits, its weight (fp32 even if the weight is 16-bit), and the columns that one fp32 product
+    sums over: a sum of 150k loses digits."""
     monkeypatch.undo()
     case = {
         k: torch.empty(1).expand(n, hidden)
@@ -462,7 +467,7 @@ def test_products_are_those_of_the_schedule(flops, divergence, schedule, forward
 
 
 def test_a_target_out_of_range_that_was_not_checked_is_nan_and_has_no_gradient():
-    """What accelerators do, where reading the target would wait for the device; the operator is called past the check."""
+    """As on accelerators, where checking targets would synchronise; the test calls the operator without the check."""
     case = make(9, ignored=0, scale=300)
     case["target"][4] = 43
     weight = case["student_weight"].requires_grad_()
@@ -494,7 +499,7 @@ def test_operators_pass_opcheck_and_compile_to_one_graph():
 @pytest.mark.parametrize("lean", (False, True))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_products_of_16_bit_operands_have_fp32_results_of_the_right_shape(divergence, lean, monkeypatch):
-    """The path of CUDA tensors, whose products take 16-bit operands, on meta tensors: shapes and dtypes only."""
+    """CUDA products take 16-bit operands: that path on meta tensors, shapes and dtypes only."""
     for module in (torch_backend, products):
         monkeypatch.setattr(module, "operand", lambda x, dtype: x)
     case = {k: v.to("meta") for k, v in make(30, dtype=torch.bfloat16).items()}
@@ -510,7 +515,8 @@ def test_products_of_16_bit_operands_have_fp32_results_of_the_right_shape(diverg
 
 
 def _sharded(case, option):
-    """One rank's outputs, gradient of the hidden states, and gradient of its shard of the weight, as arrays (a tensor dies with its process)."""
+    """Return one rank's outputs, gradient of the hidden states and gradient of its weight shard, as arrays: tensors
+    would die with their process."""
     torch.distributed.init_process_group("gloo")
     problem.TILE["cpu"] = (7, 16)
     rank = torch.distributed.get_rank()

@@ -1,4 +1,5 @@
-"""atod_kernels against the losses of TRL and Liger, and the blocks of kernels/README.md that replace them, run as they are printed.
+"""atod_kernels against the losses of TRL and Liger, and the replacements for them in kernels/README.md, run as
+printed.
 
 The packages come with the extra `peers`; without them these tests are skipped.
 """

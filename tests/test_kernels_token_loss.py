@@ -1,4 +1,6 @@
-"""linear_token_loss: any token-separable loss, its value and gradient equal to autograd's through the materialised statistics."""
+"""linear_token_loss: value and gradient of token-separable losses equal autograd's through the materialised
+statistics.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 7 tokens and 16 columns, 2 tokens a group, so that small problems have many, ragged ones among them."""
+    """Use tiles of 7 tokens and 16 columns, 2 tokens a group, so that small problems have many tiles, some of them
+    ragged."""
     monkeypatch.setitem(problem.TILE, "cpu", (7, 16))
     monkeypatch.setattr(torch_backend, "GROUP", 32)
 
@@ -55,7 +58,7 @@ def policy_loss(stats, old, advantage, weight, count):
 
 
 def gradients(case, function, upstream=1.0):
-    """Value and gradients of function(**case) for its parameters."""
+    """Return the value of function(**case) and its gradients by the parameters."""
     case = {k: v.detach().clone().requires_grad_() if k in NAMES else v for k, v in case.items()}
     loss = function(**case)
     (upstream * loss).backward()
@@ -196,7 +199,8 @@ def test_only_what_requires_a_gradient_gets_one():
     (("reverse_kl", "fast", 4), ("jsd", "auto", 4), ("reverse_kl", "lean", 6), ("jsd", "lean", 8)),
 )
 def test_fast_makes_each_logit_once(flops, divergence, schedule, expected):
-    """In units of G = 2 T V H, with equal models: (3 + r) G fast, (4 + 2 r) G lean and a mixture's second look; 2 G without gradients."""
+    """In units of G = 2 T V H, with equal models: (3 + r) G fast, (4 + 2 r) G lean and for a mixture's second look; 2
+    G without gradients."""
     case = make(21, student=(48, 5), teacher=(48, 5))
     del case["student_bias"]
     case["target"] %= 43
@@ -234,7 +238,7 @@ def test_the_inner_passes_pass_opcheck():
 
 
 def _sharded(case, schedule):
-    """One rank's loss and gradients, as arrays (a tensor dies with its process)."""
+    """Return one rank's loss and gradients, as arrays: tensors would die with their process."""
     torch.distributed.init_process_group("gloo")
     problem.TILE["cpu"] = (7, 16)
     columns = slice(0, 30) if torch.distributed.get_rank() == 0 else slice(30, 43)

@@ -1,4 +1,6 @@
-"""The Triton backend in Triton's interpreter, against the reference in fp64 on the same rounded inputs. Small shapes: it is slow."""
+"""The Triton backend in Triton's interpreter, against an fp64 reference on the same rounded inputs. It is slow: small
+shapes.
+"""
 
 import importlib.util
 import itertools
@@ -72,7 +74,8 @@ def test_near_the_teacher_values_and_gradients_equal_the_reference(schedule, div
 
 @pytest.mark.parametrize("width", (8, 12, 9))
 def test_operands_through_descriptors(width, monkeypatch):
-    """As on sm_90 and later: hidden sizes of whole blocks, of a padded one, and one whose rows no descriptor can stand for."""
+    """As on sm_90 and later: a hidden size of whole blocks, a padded one, and one whose rows no descriptor can
+    describe."""
     configs = pytest.importorskip("atod_kernels.triton.configs")
     monkeypatch.setitem(configs.INTERPRETER, "fused", configs.INTERPRETER["fused"] | {"TMA": True, "BK": 8})
     case = make(5, student=(50, width), teacher=(45, 8), dtype=torch.float32)
@@ -112,7 +115,7 @@ def test_bf16_operands_cost_the_rounding_of_the_results(schedule, divergence):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_small_gradients_of_fp16_are_not_lost(schedule):
-    """Of logits: about 1e-9, below the smallest fp16 number; what the caller gets is scaled up again by 1e6 hidden states."""
+    """Those of logits are about 1e-9, below the smallest fp16 number; hidden states of 1e6 scale results up again."""
     case = make(9, student=(60, 8), teacher=(60, 8), dtype=torch.float16)
     case["student_hidden"] = case["student_hidden"].requires_grad_()
 
@@ -150,7 +153,8 @@ def test_options(option, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_strided_operands_and_models_of_two_dtypes(schedule):
-    """Columns of larger tensors, and expanded numbers: kernels read pointers, the strides are taken care of before."""
+    """Column slices of larger tensors and expanded scalars: kernels read pointers, so strides are resolved before the
+    launch."""
     case = make(7, student=(40, 8), teacher=(40, 5), dtype=torch.float32)
     case |= {k: case[k].bfloat16() for k in ("teacher_hidden", "teacher_weight")}
     case |= {
@@ -171,7 +175,7 @@ def test_strided_operands_and_models_of_two_dtypes(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_bias_of_minus_infinity_is_a_probability_of_zero(schedule):
-    """Also a whole tile of them, and the first."""
+    """Also for a whole tile, the first one included."""
     case = make(5, student=(100, 6), teacher=(100, 6), dtype=torch.float32)
     cut = {k: v[64:] if k.endswith("weight") else v for k, v in case.items()} | {"target": case["target"] % 36}
     cut["target"][case["target"] < 0] = -100
@@ -185,7 +189,7 @@ def test_a_bias_of_minus_infinity_is_a_probability_of_zero(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_logits_of_ten_thousand_keep_what_fp32_leaves_them(schedule):
-    """Their last bit is worth 1e-3, and that is what probabilities are good for; the order of a product's sum decides it."""
+    """Their last bit is worth 1e-3, which bounds the precision of probabilities; the order of summation decides it."""
     case = make(5, student=(60, 8), teacher=(60, 8), dtype=torch.float32, scale=8000)
     actual, expected = triton(case, schedule=schedule), run(linear_divergence, case)
     for a, b in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
@@ -264,7 +268,7 @@ def test_what_an_ignored_row_holds_reaches_nothing(schedule):
 @pytest.mark.parametrize("target", (43, 2**32 + 5, 7))
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 def test_a_target_out_of_range_or_left_out_is_nan_and_has_no_gradient(target, lean, backend):
-    """Targets on a GPU are not read before the launch; the operator is called past the check of CPU tensors."""
+    """A GPU's targets are not read before the launch; the test calls the operator without the check for CPU tensors."""
     case = make(5, ignored=0, dtype=torch.float32)
     case["valid_columns"] = torch.arange(43) != 7
     case["target"][case["target"] == 7] = 8
@@ -288,7 +292,7 @@ def test_the_operators_pass_opcheck_and_compile_to_one_graph():
 
 
 def _sharded(case, schedule):
-    """One rank's outputs and gradients, as arrays (a tensor dies with its process)."""
+    """Return one rank's outputs and gradients, as arrays: tensors would die with their process."""
     torch.distributed.init_process_group("gloo")
     problem.TILE["cpu"] = (3, 48)
     columns = slice(0, 20) if torch.distributed.get_rank() == 0 else slice(20, 43)
@@ -350,7 +354,7 @@ def test_turn_reduce_and_its_gradient_equal_the_torch_backend(reduce, lengths, s
 
 
 def test_a_turn_with_impossible_offsets_is_nan(on_triton):
-    """Offsets on a GPU are not read before the launch; the operator is called past the check of CPU tensors."""
+    """A GPU's offsets are not read before the launch; the test calls the operator without the check for CPU tensors."""
     values = torch.ones(6)
     for offsets, bad in (([0, 2, 6], []), ([1, 2, 6], [0]), ([0, 4, 2, 6], [1]), ([0, 2, 7], [1]), ([0, 2, 5], [1])):
         out = torch.ops.atod_kernels.turn_reduce(values, torch.tensor(offsets), "sum")

@@ -59,7 +59,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """Folders of a student and of a teacher with more columns than it; device and mesh of a rank alone."""
+    """Folders of a student and of a teacher with more columns; device and mesh of a single rank."""
     root = tmp_path_factory.mktemp("models")
     student = save_model(root / "student")
     teacher = save_model(root / "teacher", seed=7, hidden=48, tied=False, vocabulary=VOCABULARY + 3)
@@ -68,7 +68,7 @@ def setting(tmp_path_factory):
 
 
 def make_trajectories(context: str, model) -> list[Trajectory]:
-    """Two groups of three, one of two turns alone; what the rollout engine said is near what the model says."""
+    """Two groups of three, one of two turns alone; the rollout engine's log-probs are near the model's."""
     rng = np.random.default_rng(3)
     made = []
     for n, size in enumerate((4, 3, 5, 2, 4, 3)):
@@ -98,7 +98,7 @@ def close(found, expected, message, rtol=1e-5, atol=2e-5):
 
 
 def same_tensors(found, expected, bound, what):
-    """Each within `bound` of the expected one's norm; none is missing."""
+    """Assert that no tensor is missing and each is within `bound` of the expected one's norm."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].double() - tensor).norm() <= bound * tensor.norm(), f"{what} of {name}"
@@ -216,7 +216,7 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
 
 
 def compare_streams(scored, stream, step, order, share, o):
-    """A micro-batch's streams and scores, whose tokens are those of the turns `order`."""
+    """Compare a micro-batch's streams and scores, whose tokens are those of the turns `order`."""
 
     def wanted(values):
         return torch.cat([torch.as_tensor(values[k], dtype=torch.float64).expand(len(step.old[k])) for k in order])

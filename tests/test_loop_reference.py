@@ -1,4 +1,4 @@
-"""Two steps of a run, recomputed in fp64 (reference.py) from what its engine sampled and its worlds answered."""
+"""Two steps of a run, recomputed in fp64 (reference.py) from the engine's samples and the environments' answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from atod_fast.envs.alfworld.env import AlfWorld
 class Failing(AlfWorld):
     def __init__(self, *, fails=False, **options):
         super().__init__(**options)
-        self.fails, self.episodes = fails, [0]  # those of all clones together
+        self.fails, self.episodes = fails, [0]  # episodes of all clones together
 
     def reset(self, seed, task):
         self.episodes[0] += 1
@@ -78,15 +78,15 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def watched(request, tmp_path_factory):
-    """A run of two steps: its configuration, metrics, what was played by label, what each step's update got, and the
-    weights at the end."""
+    """A run of two steps: its configuration, metrics, trajectories by label, inputs of each step's update, and final
+    weights."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "failing.py").write_text(FAILING)
     played, updates, draws, seen = {}, [], [], {}
     play, update, weigh_turns = Player.play, Learner.update, train.objective.weigh_turns
 
     def weights(learner):
-        learner.make_room()  # what a forward pass has gathered goes back into shards
+        learner.make_room()  # reshard what a forward pass has gathered
         return {name: p.detach().full_tensor().double().clone() for name, p in learner.student.named_parameters()}
 
     def watched_play(player, label, act):
@@ -116,7 +116,7 @@ def watched(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def columns():
-    """The words that an action may hold."""
+    """Return the words that an action may hold."""
     vocabulary = AutoTokenizer.from_pretrained(resolve("demo:student")).get_vocab()
     return torch.tensor(sorted(set(vocabulary.values()) - {vocabulary[token] for token in (PAD, ACT, BOS, UNK, CUT)}))
 
@@ -225,7 +225,7 @@ def test_both_steps_are_the_methods(watched, columns):
 
 
 def firsts(trajectories) -> set[int]:
-    """Number of each trajectory's first turn."""
+    """Return the number of each trajectory's first turn."""
     sizes = [len(t.turns) for t in trajectories]
     return {sum(sizes[:n]) for n in range(len(sizes))}
 

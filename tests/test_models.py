@@ -1,4 +1,4 @@
-"""What is loaded of a checkpoint: every weight or an error, no noise of training, tokenizers whose ids mean the same."""
+"""Loading checkpoints: every weight or an error, no dropout in training, and tokenizers whose ids mean the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from atod_fast.policy.model import CausalPolicy
 
 
 def rewrite(folder: str, change) -> None:
-    """Put `change(weights)` in place of a saved model's weights."""
+    """Replace a saved model's weights by `change(weights)`."""
     file = Path(folder) / "model.safetensors"
     save_file(
         {name: tensor.clone() for name, tensor in change(load_file(file)).items()}, file, metadata={"format": "pt"}
@@ -85,7 +85,7 @@ def test_a_weight_of_another_shape_is_one_line(tmp_path):
 
 
 def test_training_and_evaluation_refuse_a_checkpoint_that_lacks_a_weight(tmp_path, capsys):
-    """The demo's games, with a teacher and then a student of which a weight is missing."""
+    """In the demo's games, first the teacher and then the student lacks a weight."""
     for role in ("teacher", "student"):
         source = Path(models.resolve(f"demo:{role}"))
         folder = tmp_path / role

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 
 def make_table(sizes, lengths=None, seed=0, group_size=2, **columns):
-    """A table of random turns; sizes: turns of each trajectory. `columns` override."""
+    """Return a table of random turns; sizes: number of turns of each trajectory. `columns` override."""
     generator = torch.Generator().manual_seed(seed)
     count, trajectories = sum(sizes), len(sizes)
     rand = lambda: torch.rand(count, generator=generator)  # noqa: E731
@@ -54,7 +54,7 @@ def make_table(sizes, lengths=None, seed=0, group_size=2, **columns):
 
 
 def tokens_of(table, seed=0, dtype=torch.float32):
-    """Random per-token inputs of every action token of a table: turn numbers, then log-probs at most 0."""
+    """Return random inputs for every action token of a table: turn numbers, then log-probs of at most 0."""
     generator = torch.Generator().manual_seed(seed)
     turn = torch.repeat_interleave(torch.arange(len(table.length)), table.length)
     logp = [-3 * torch.rand(len(turn), generator=generator, dtype=dtype) for _ in range(4)]
@@ -62,7 +62,7 @@ def tokens_of(table, seed=0, dtype=torch.float32):
 
 
 def statistics(logp, entropy=None, divergence=None):
-    """The student's, as the head returns them."""
+    """Return the student's statistics, as the head does."""
     entropy = torch.zeros_like(logp) if entropy is None else entropy
     return TokenLogprob(logp, entropy) if divergence is None else TokenDivergence(divergence, entropy, logp, None, None)
 
@@ -170,7 +170,7 @@ def test_profile_is_a_mean_over_the_trajectories_that_got_that_far():
 
 
 def streams_of(table, tokens, objective, kappa=0.6, rho=1.5, weight=None, part=slice(None), turns=None):
-    """Streams of (a part of) a table's tokens as the loop makes them, all of them one mini-batch."""
+    """Return streams of (a part of) a table's tokens as the loop makes them, all in one mini-batch."""
     weight = weigh_turns(table, turns or Turns(), torch.Generator().manual_seed(3)).weight if weight is None else weight
     turn = tokens.turn[part]
     return make_streams(
@@ -319,7 +319,7 @@ def test_low_precision_log_probs_and_a_missing_teacher_are_refused():
 )
 @settings(deadline=None, max_examples=40)
 def test_aggregation_weights_average_what_they_say(sizes, seed, aggregation):
-    """Over a mini-batch of some of the turns, as rollout.context=window has it."""
+    """Over a mini-batch of some of the turns, as with rollout.context=window."""
     table = make_table(sizes, seed=seed)
     chosen = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[: (sum(sizes) + 1) // 2]
     turn = torch.repeat_interleave(chosen, table.length[chosen])
@@ -381,7 +381,7 @@ def test_loss_gradient_and_diagnostics_do_not_depend_on_the_split_into_micro_bat
 
 
 def one_token(advantage, ratio, objective):
-    """Loss and d loss / d ratio of one token."""
+    """Return loss and d loss / d ratio of one token."""
     table = make_table([1], lengths=[1])
     old = torch.tensor([-1.0], dtype=torch.float64)
     tokens = SimpleNamespace(turn=torch.tensor([0]), old_logp=old, teacher_logp=old + advantage, rollout_logp=old)
@@ -457,10 +457,10 @@ def test_diagnostics_are_the_minibatch_means():
 
 
 def expected_gradient(divergence, vocabulary=11):
-    """Gradient with respect to the logits of the loss's exact expectation over the student's own actions, in fp64.
+    """Return the gradient by the logits of the loss's exact expectation over the student's own actions, in fp64.
 
-    Every action is one token; its aggregation weight is its probability under the policy that sampled it, so the sum over
-    tokens is the expectation. Also returns both KL gradients by autograd.
+    Every action is one token; its aggregation weight is its probability under the policy that sampled it, so that the
+    sum over tokens is the expectation. Also return both KL gradients by autograd.
     """
     generator = torch.Generator().manual_seed(5)
     student, teacher = 2 * torch.randn(2, vocabulary, generator=generator, dtype=torch.float64)
@@ -508,7 +508,7 @@ def test_k2_and_k3_as_values():
 @pytest.mark.parametrize("divergence", ["k1", "k2", "k3", *FULL_VOCABULARY])
 @pytest.mark.parametrize("schedule", ["fast", "lean"])
 def test_the_head_that_forms_the_gradient_in_its_forward_learns_the_same(divergence, schedule):
-    """One operator with the loss inside, against autograd through the loss and the statistics."""
+    """One operator with the loss inside equals autograd through the loss and the statistics."""
     table = make_table([4, 3])
     tokens, objective = tokens_of(table), Objective(divergence=divergence, tis_cap=1.5, entropy_bonus=0.02)
     streams, count = streams_of(table, tokens, objective), len(tokens.turn)
@@ -598,7 +598,7 @@ SWITCHES = {
 
 
 def losses_of(objective, turns, kappa, rho, step=30):
-    """Token losses of one small step, from signals to loss, as the loop puts it together."""
+    """Return the token losses of one small step, computed from signals to loss as the training loop does."""
     table = make_table([4, 3, 5, 2, 4, 3], group_size=3)
     tokens = tokens_of(table)
     full_kl, entropy = torch.rand(2, len(tokens.turn), generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""What a person sees: advice, the console's line, transcripts of training and of held-out episodes, an evaluation's output."""
+"""What a user sees: advice, the console line, transcripts of training and held-out episodes, an evaluation's output."""
 
 import json
 
@@ -44,7 +44,7 @@ FAULTS = {
 
 
 def told(*changes, settings=(), first=()):
-    """{cause: line} of steps that differ from a healthy one as said, as the run's first may."""
+    """Return {cause: line} for steps with the given changes to a healthy one; `first` changes the run's first step."""
     steps = [HEALTHY | change for change in changes]
     return dict(advise(steps, load(overrides=settings), "take the mug", HEALTHY | dict(first)))
 

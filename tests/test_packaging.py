@@ -1,4 +1,6 @@
-"""What pyproject.toml promises of both distributions, as far as it shows without building them (test_wheels.py does)."""
+"""What pyproject.toml promises of both distributions, as far as one can see without building them (see
+test_wheels.py).
+"""
 
 import re
 import subprocess
@@ -53,7 +55,10 @@ finally:
 
 
 def test_a_console_script_exits_with_the_codes_of_its_module():
-    code = "import sys; from atod_fast.scripts import export; sys.argv = ['atod-export', 'nowhere', '--out', 'x']; export()"
+    code = (
+        "import sys; from atod_fast.scripts import export; sys.argv = ['atod-export', 'nowhere', '--out', 'x']; "
+        "export()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("atod_fast: nowhere is neither a checkpoint nor a run")
 

@@ -73,7 +73,8 @@ def gradients_of(policy, loss):
 @pytest.mark.parametrize("divergence", [None, *FULL_VOCABULARY])
 @pytest.mark.parametrize("schedule", ["fast", "lean"])
 def test_the_heads_loss_and_gradients_are_those_of_materialised_logits(folder, tied, divergence, schedule):
-    """A teacher of another width, a temperature, columns left out; statistics alone, and a loss of them in the same pass."""
+    """With a teacher of another width, a temperature and excluded columns; for statistics alone, and with a loss in
+    the same pass."""
     policy = CausalPolicy(load_model(str(folder / f"qwen3-{tied}"), torch.float32))
     batch = collate(random_rows(5), packed=False)
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +128,7 @@ def test_a_teacher_padded_to_another_width_scores_the_common_columns(folder, tmp
 
 
 def update(student, teacher, *settings):
-    """One step of updates on 12 made-up rows of two turns; what came of it as plain numbers."""
+    """Run one step of updates on 12 made-up rows of two turns; return the results as plain numbers."""
     config = load(
         None, None, [f"student.path={student}", f"teacher.path={teacher}", "train.minibatch_rows=6", *settings]
     )
@@ -181,7 +182,8 @@ def updates(student, teacher, cases):
 
 
 def assert_same(ours, theirs, signals=1e-5, metrics=2e-3, gradients=1e-3, weights=2e-4):
-    """`gradients` are AdamW's running means of them: relative to the largest of a parameter. A weight moved by up to 0.01 an update."""
+    """Compare two results. `gradients` are AdamW's running means, relative to a parameter's largest; a weight moves by
+    up to 0.01 an update."""
     torch.testing.assert_close(
         torch.tensor(ours["signals"]), torch.tensor(theirs["signals"]), atol=signals, rtol=signals
     )
@@ -211,7 +213,7 @@ def assert_same(ours, theirs, signals=1e-5, metrics=2e-3, gradients=1e-3, weight
     ],
 )
 def test_an_update_does_not_depend_on_ranks_or_micro_batches(folder, model, method, checkpointing):
-    """Mini-batches of one row leave the other rank nothing but passes without an action token."""
+    """With mini-batches of one row the other rank only has passes without an action token."""
     arguments, method = (str(folder / model), str(folder / "teacher")), [*method, "turns.disagreement=exact"]
     row = [*method, "train.minibatch_rows=1"]
     ((alone, small, rows),) = run_ranks(1, updates, *arguments, [method, [*method, "train.microbatch_tokens=50"], row])
@@ -243,7 +245,7 @@ def test_every_method_learns_the_same_whether_logits_are_kept_or_computed_again(
 
 @pytest.mark.parametrize("method", [["objective.divergence=k1"], ["objective.divergence=jsd"]])
 def test_bf16_learns_what_fp32_learns(folder, method):
-    """One update, in which both start from the same weights: on one rank and on two, both ways through the head."""
+    """One update from the same weights: on one rank and on two, both ways through the head."""
     arguments, method = (
         (str(folder / "qwen3-True"), str(folder / "teacher")),
         [*method, "train.minibatch_rows=0", "objective.tis_cap=0"],

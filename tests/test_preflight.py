@@ -1,4 +1,4 @@
-"""What refuses a run at its start: the run and its dry run say the same line, and a dry run goes on without what is not here."""
+"""Refusals at the start of a run: the dry run gives the same line, but goes on without what is on another machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ WORLD = """
 class Counted:
     instant = True
 
-    def __init__(self, *, tasks: int = 5, names: list[str] | None = None, share: float = 0.5, easy: bool = True, fail: str = ""):
+    def __init__(self, *, tasks: int = 5, names: list[str] | None = None, share: float = 0.5, easy: bool = True, \
+        fail: str = ""):
         if fail:
             raise {"file": FileNotFoundError, "value": ValueError, "server": ConnectionRefusedError}[fail]("no\\nluck")
         self.tasks = tasks
@@ -55,7 +56,7 @@ def chat(tmp_path) -> str:
 
 @pytest.fixture
 def counted(tmp_path, monkeypatch) -> None:
-    """The module `counted` of an environment of one's own."""
+    """The module `counted`, which holds an environment of one's own."""
     (tmp_path / "counted.py").write_text(WORLD)
     (tmp_path / "broken.py").write_text("def\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -63,7 +64,7 @@ def counted(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def nothing_here(tmp_path, monkeypatch) -> None:
-    """A machine without models and data, from which nothing outside may be reached."""
+    """A machine without models and data, and without network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: None)
@@ -71,7 +72,7 @@ def nothing_here(tmp_path, monkeypatch) -> None:
 
 
 def refusal(capsys, tmp_path, *given: str) -> str:
-    """The line that refuses both the dry run and the run."""
+    """Return the line with which both the dry run and the run refuse."""
     said = []
     for how in (["--dry-run"], ["--run-dir", str(tmp_path / "run")]):
         assert train.main([*given, *how]) == 2
@@ -235,7 +236,7 @@ def test_no_teacher_is_planned_where_none_is_needed(chat, counted, tmp_path):
 
 
 def test_a_folder_that_is_not_on_this_machine_is_not_checked(capsys):
-    """As /models/... of the machine with the GPUs."""
+    """Such as /models/..., which exists on the machine with the GPUs."""
     settings = [*SMALL, "teacher.path=/no/such/teacher"]
     assert train.main([*settings, "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -348,7 +349,10 @@ def test_what_a_constructor_raises_is_one_line(counted):
 
     with pytest.raises(
         UserError,
-        match=r"^env.name='counted:Counted' cannot be made with fail='value': ValueError: no luck \(counted.py:7\); [^\n]*$",
+        match=(
+            r"^env.name='counted:Counted' cannot be made with fail='value': "
+            r"ValueError: no luck \(counted.py:7\); [^\n]*$"
+        ),
     ):
         make("counted:Counted", fail="value")
     with pytest.raises(NotHere, match="FileNotFoundError"):

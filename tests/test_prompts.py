@@ -31,13 +31,16 @@ Your admissible actions of the current situation are: ['go to desk 1'
  'look'].
 
 Now it's your turn to take an action.
-You should first reason step-by-step about the current situation. This reasoning process MUST be enclosed within <think> </think> tags.
-Once you've finished your reasoning, you should choose an admissible action for current step and present it within <action> </action> tags.
+You should first reason step-by-step about the current situation. \
+This reasoning process MUST be enclosed within <think> </think> tags.
+Once you've finished your reasoning, \
+you should choose an admissible action for current step and present it within <action> </action> tags.
 """
 
 LATER = """
 You are an expert agent operating in the ALFRED Embodied Environment. Your task is to: put a mug in desk.
-Prior to this step, you have already taken 3 step(s). Below are the most recent 2 observations and the corresponding actions you took: \
+Prior to this step, you have already taken 3 step(s). \
+Below are the most recent 2 observations and the corresponding actions you took: \
 [Observation 2: 'seen 2', Action 2: 'did 2']
 [Observation 3: 'seen 3', Action 3: 'did 3']
 You are now at step 4 and your current observation is: You see {a mug 1}.
@@ -77,7 +80,8 @@ def test_history_is_the_last_turns_and_the_task_is_always_in_sight(history, step
 def test_in_one_growing_conversation_later_messages_are_short():
     prompt = AlfWorldPrompt(thinking=True, history=2)
     assert prompt.following("You see a mug 1.", ADMISSIBLE) == (
-        "You see a mug 1.\nYour admissible actions of the current situation are: ['go to desk 1'\n 'inventory'\n 'look']."
+        "You see a mug 1.\nYour admissible actions of the current situation are: ['go to desk 1'\n 'inventory'\n"
+        " 'look']."
     )
 
 
@@ -115,7 +119,10 @@ def test_projection_takes_any_text(text, thinking):
 # --- WebShop
 
 SEARCHING = "WebShop [SEP] Instruction: [SEP] Find me {blue} tea [SEP] Search"
-FOUND = "Instruction: [SEP] Find me {blue} tea [SEP] Back to Search [SEP] Page 1 (Total results: 1) [SEP] Next > [SEP] B1 [SEP] Tea [SEP] $3"
+FOUND = (
+    "Instruction: [SEP] Find me {blue} tea [SEP] Back to Search [SEP] Page 1 (Total results: 1) "
+    "[SEP] Next > [SEP] B1 [SEP] Tea [SEP] $3"
+)
 CLICKS = ["click[back to search]", "click[next >]", "click[b1]"]
 
 SHOP_FIRST = """
@@ -129,18 +136,22 @@ Your admissible actions of the current situation are:
 ].
 
 Now it's your turn to take one action for the current step.
-You should first reason step-by-step about the current situation, then think carefully which admissible action best advances the shopping goal. \
+You should first reason step-by-step about the current situation, \
+then think carefully which admissible action best advances the shopping goal. \
 This reasoning process MUST be enclosed within <think> </think> tags. 
-Once you've finished your reasoning, you should choose an admissible action for current step and present it within <action> </action> tags.
+Once you've finished your reasoning, \
+you should choose an admissible action for current step and present it within <action> </action> tags.
 """
 
 SHOP_LATER = """
 You are an expert autonomous agent operating in the WebShop e‑commerce environment.
 Your task is to: Find me {blue} tea.
-Prior to this step, you have already taken 3 step(s). Below are the most recent 2 observations and the corresponding actions you took: \
+Prior to this step, you have already taken 3 step(s). \
+Below are the most recent 2 observations and the corresponding actions you took: \
 [Observation 2: ''Search'', Action 2: 'search[tea]']
 [Observation 3: 'seen 3', Action 3: 'did 3']
-You are now at step 4 and your current observation is: 'Back to Search' [SEP] 'Page 1 (Total results: 1)' [SEP] 'Next >' [SEP] 'B1' [SEP] 'Tea' [SEP] '$3'.
+You are now at step 4 and your current observation is: \
+'Back to Search' [SEP] 'Page 1 (Total results: 1)' [SEP] 'Next >' [SEP] 'B1' [SEP] 'Tea' [SEP] '$3'.
 Your admissible actions of the current situation are: 
 [
 'click[back to search]',
@@ -186,7 +197,8 @@ def test_a_shop_prompt_that_grows_too_long_loses_its_history():
 def test_in_one_growing_conversation_a_shop_shows_its_page():
     assert WebShopPrompt(thinking=True, history=2).following(FOUND, CLICKS) == (
         "'Back to Search' [SEP] 'Page 1 (Total results: 1)' [SEP] 'Next >' [SEP] 'B1' [SEP] 'Tea' [SEP] '$3'\n"
-        "Your admissible actions of the current situation are: \n[\n'click[back to search]',\n'click[next >]',\n'click[b1]',\n]."
+        "Your admissible actions of the current situation are: \n[\n'click[back to search]',\n'click[next >]',\n"
+        "'click[b1]',\n]."
     )
 
 
@@ -214,15 +226,18 @@ Your question: who owns {the} lamp?
 Now it's your turn to respond for the current step.
 You should first conduct reasoning process. This process MUST be enclosed within <think> </think> tags. 
 After completing your reasoning, choose only one of the following actions (do not perform both):
-(1) If you find you lack some knowledge, you can call a search engine to get more external information using format: <search> your query </search>.
-(2) If you have enough knowledge to answer the question confidently, provide your final answer within <answer> </answer> tags, \
+(1) If you find you lack some knowledge, you can call a search engine to get more external information \
+using format: <search> your query </search>.
+(2) If you have enough knowledge to answer the question confidently, \
+provide your final answer within <answer> </answer> tags, \
 without detailed illustrations. For example, <answer>Beijing</answer>.
 """
 SEARCH_LATER = """
 You are an expert agent tasked with answering the given question step-by-step.
 Your question: who owns {the} lamp?
 
-Prior to this step, you have already taken 2 step(s). Below is the interaction history where <search> </search> wrapped your past search queries and \
+Prior to this step, you have already taken 2 step(s). \
+Below is the interaction history where <search> </search> wrapped your past search queries and \
 <information> </information> wrapped the corresponding search results returned by the external search engine. History:
 Step 1:<search>lamp</search> <information>Doc 1</information>
 
@@ -231,8 +246,10 @@ Step 2:<search>{owner}</search> <information>Doc 2</information>
 
 Now it's your turn to respond for the current step.
 Choose only one of the following actions (do not perform both):
-(1) If you find you lack some knowledge, you can call a search engine to get more external information using format: <search> your query </search>.
-(2) If you have enough knowledge to answer the question confidently, provide your final answer within <answer> </answer> tags, \
+(1) If you find you lack some knowledge, you can call a search engine to get more external information \
+using format: <search> your query </search>.
+(2) If you have enough knowledge to answer the question confidently, \
+provide your final answer within <answer> </answer> tags, \
 without detailed illustrations. For example, <answer>Beijing</answer>.
 """
 SEARCHES = [

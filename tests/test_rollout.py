@@ -389,7 +389,7 @@ def test_what_fails_between_environment_and_engine_ends_its_trajectory_alone(tro
 
 
 class Leaves(Corridor):
-    """Calls sys.exit in one task, as a script may that was made an environment."""
+    """Calls sys.exit in one task, as a script turned environment may."""
 
     def reset(self, seed, task):
         if task == 4:
@@ -401,7 +401,7 @@ class Leaves(Corridor):
 
 
 class Uncloned(Corridor):
-    """Can be cloned three times."""
+    """Can be cloned only three times."""
 
     def clone(self):
         if len(self.family) == 3:

@@ -1,4 +1,4 @@
-"""A run's folder: what is saved when it ends early, what resuming leaves alone, what becomes a model."""
+"""A run's folder: what is saved when it ends early, what resuming leaves unchanged, what becomes a model."""
 
 import hashlib
 import json
@@ -80,7 +80,7 @@ def copy(three, tmp_path):
 
 
 def failing(monkeypatch, error, step=2, times=1000):
-    """Have the rollout of a step fail."""
+    """Make the rollout of a step fail."""
     real, left = Actor.train, [times]
 
     def play(self, engine, at, progress=None):
@@ -106,7 +106,10 @@ def test_whatever_stops_a_rollout_is_saved_before(tmp_path, monkeypatch, capfd, 
     assert train.main([*QUICK, "train.steps=3", "--run-dir", str(folder)]) == code
     out, err = capfd.readouterr()
     assert err.splitlines()[-1] == said and ("Traceback" in err) == (code == 1)
-    last = f"saved after step 1; go on with --run-dir {folder} --resume auto; for a model of it: python -m atod_fast.export {folder} --out DIR"
+    last = (
+        f"saved after step 1; go on with --run-dir {folder} --resume auto; for a model of it: "
+        f"python -m atod_fast.export {folder} --out DIR"
+    )
     assert out.splitlines()[-1] == last
     assert checkpoints(folder) == [1] and (folder / "curves.png").stat().st_size > 10_000
     monkeypatch.undo()
@@ -169,7 +172,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, monkey
 
 
 def on_one_rank(folder, phase, alone):
-    """Train on two ranks; the second one fails in a phase of step 2, or both do."""
+    """Train on two ranks, of which the second or both fail in a phase of step 2."""
     ranks.STOPPING = timedelta(seconds=2)
     wrong = ranks.rank() == 1 or not alone
     owner, name = {"rollout": (Actor, "train"), "score": (Learner, "score_student"), "write": (Reporter, "write")}[
@@ -222,9 +225,9 @@ def wait_in_vain(late):
 
 def test_the_rank_that_does_not_come_is_named_with_what_is_done():
     lines = run_ranks(3, wait_in_vain, 1)
-    assert (
-        re.sub(r"0\.0\d+", "0.02", lines[0])
-        == "rank 0 waited 0.02 min for rank 1 in 'rollout of step 3': see what holds it up there, or raise guard.wait_minutes"
+    assert re.sub(r"0\.0\d+", "0.02", lines[0]) == (
+        "rank 0 waited 0.02 min for rank 1 in 'rollout of step 3': see what holds it up there, "
+        "or raise guard.wait_minutes"
     )
     assert lines[2] == "rank 0 is gone (seen by rank 2 in 'rollout of step 3'); what it last said tells why"
 
@@ -337,7 +340,10 @@ def test_what_cannot_be_exported_is_one_line(three, copy, tmp_path, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from atod_fast import export\ntry: export.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; from atod_fast import export\ntry: export.main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith(
         "False\n"
     )
@@ -453,7 +459,8 @@ def test_the_best_checkpoint_stays_and_is_named(tmp_path, empty):
 
 
 def scripted(monkeypatch, *successes):
-    """Have the evaluations on env.dev find these, the first before training. On env.eval each is better than the last."""
+    """Make evaluations on env.dev return these results, the first before training; on env.eval each result beats the
+    last."""
     left, held_out = list(successes), iter(range(99))
 
     def evaluate(self, engine, label, split="eval"):
@@ -633,7 +640,7 @@ def test_a_finished_run_goes_on_with_more_steps_beside_its_old_end(copy):
 
 
 def test_an_interrupted_run_loses_nothing_that_lay_beyond_its_checkpoint(copy):
-    """Killed in step 3: its line is there, the next is cut off, the checkpoint is half written."""
+    """Killed in step 3: its metrics line is there, the next one is cut off, the checkpoint is half written."""
     shutil.rmtree(copy / "hf")
     (copy / "checkpoints/step_000003").rename(copy / "checkpoints/step_000003.partial")
     with (copy / "metrics.jsonl").open("a") as file:

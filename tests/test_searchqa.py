@@ -1,4 +1,4 @@
-"""Search-QA: scores, text, the index, the protocol between client and server, the made-up world, and the environment."""
+"""Search-QA: scores, text, the index, the protocol of client and server, generated questions, and the environment."""
 
 from __future__ import annotations
 
@@ -315,8 +315,12 @@ def test_corpus_lines_come_whole_or_in_parts(tmp_path, caplog):
 
 
 def test_scores_are_lucenes_bm25():
-    """score = sum over query terms of ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + 0.9 * (0.6 + 0.4 * length / mean length))."""
-    stop = "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with".split()
+    """score = sum over query terms of ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + 0.9 * (0.6 + 0.4 * length /
+    mean length))."""
+    stop = (
+        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
+        "this to was will with"
+    ).split()
     words = [
         [
             term(word)
@@ -592,9 +596,8 @@ def test_over_http_an_episode_is_the_same(files, server):
 
 @contextmanager
 def serving(respond):
-    """A server whose answer to (queries, number of the request) is `respond`'s: bytes, (status, bytes), or a list of bytes
-    sent with pauses; None hangs up. Yields its URL and the log of what it was asked.
-    """
+    """Run a server that answers (queries, request number) by `respond`: bytes, (status, bytes), or a list of bytes
+    sent with pauses; None hangs up. Yield its URL and the log of its requests."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -650,7 +653,7 @@ def result(queries: list[str], text: str = "about {}") -> bytes:
 
 
 def one_search(files: tuple[str, str], url: str, **options):
-    """Observation and info of one search through an environment on `url`."""
+    """Return observation and info of one search in an environment that uses `url`."""
     env = searchqa(questions=files[0], retriever=url, **options)
     env.reset(0, 0)
     observation, reward, terminated, truncated, info = env.step("<search>q</search>")
@@ -1043,7 +1046,10 @@ def test_the_worlds_words_are_few_and_never_mean_two_things():
 
 
 def test_a_made_up_world_is_a_function_of_its_seed():
-    code = "from atod_fast.envs.searchqa.generator import generate; w = generate(5); print(w.questions[:9], w.passages[:9])"
+    code = (
+        "from atod_fast.envs.searchqa.generator import generate; w = generate(5); "
+        "print(w.questions[:9], w.passages[:9])"
+    )
     world = generate(5)
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -1067,7 +1073,8 @@ def test_a_transcript(files):
     }
     assert env.reset(0, 0) == ("Where was the author of Frankenstein born?", facts)
     assert env.step("<search> Frankenstein </search>") == (
-        '<information>Doc 1: "Frankenstein"\nFrankenstein is a novel by Mary Shelley, first published in London in 1818.\n</information>',
+        '<information>Doc 1: "Frankenstein"\nFrankenstein is a novel by Mary Shelley, '
+        "first published in London in 1818.\n</information>",
         0.0,
         False,
         False,
@@ -1075,8 +1082,10 @@ def test_a_transcript(files):
     )
     assert env.step("I think it was London.") == ("", 0.0, False, False, facts | {"is_action_valid": False})
     assert env.step("<search>Mary Shelley's birth</search>")[0] == (
-        '<information>Doc 1: "Mary Shelley"\nMary Shelley was born in Somers Town, London. She married Percy Bysshe Shelley.\n'
-        'Doc 2: "Frankenstein"\nFrankenstein is a novel by Mary Shelley, first published in London in 1818.\n</information>'
+        '<information>Doc 1: "Mary Shelley"\nMary Shelley was born in Somers Town, London. '
+        "She married Percy Bysshe Shelley.\n"
+        'Doc 2: "Frankenstein"\nFrankenstein is a novel by Mary Shelley, first published in London in 1818.\n'
+        "</information>"
     )
     assert env.step("<answer>Somers Town.</answer>") == ("", 1.0, True, False, facts | {"won": True, "score": 1.0})
     with pytest.raises(RuntimeError, match="after the end"):
@@ -1094,7 +1103,8 @@ def test_the_wording_of_verl_agent(files):
     env = searchqa(questions=files[0], retriever=files[1], results="json")
     env.reset(0, 1)
     assert env.step("<search>zürich</search>")[0] == (
-        r'<information>{"result": "Doc 1: \"Z\u00fcrich\"\nZ\u00fcrich lies at the lake of the same name \u2014 \u6771\u4eac does not.\n"}</information>'
+        r'<information>{"result": "Doc 1: \"Z\u00fcrich\"\n'
+        r'Z\u00fcrich lies at the lake of the same name \u2014 \u6771\u4eac does not.\n"}</information>'
     )
     assert env.step("<search>xyzzy</search>")[0] == '<information>{"result": "No search results found."}</information>'
 
@@ -1204,7 +1214,8 @@ def test_one_corpus_is_indexed_once(files):
 
 def test_environments_need_neither_torch_nor_what_they_do_not_use(files):
     code = (
-        "import sys\nfrom atod_fast.envs.searchqa.env import SearchQA\nfirst = {'torch', 'bm25s', 'urllib3'} & set(sys.modules)\n"
+        "import sys\nfrom atod_fast.envs.searchqa.env import SearchQA\n"
+        "first = {'torch', 'bm25s', 'urllib3'} & set(sys.modules)\n"
         "SearchQA(generate=2).reset(0, 0)\nprint(first, {'torch', 'urllib3', 'tenacity'} & set(sys.modules))"
     )
     assert (
@@ -1217,7 +1228,10 @@ def test_a_missing_library_is_said_with_the_remedy(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "urllib3", None)
     with pytest.raises(UserError, match=r"retriever='http://x' needs urllib3 .*pip install 'atod_fast\[search\]'"):
         searchqa(questions=files[0], retriever="http://x")
-    code = "import sys\nsys.modules['Stemmer'] = None\nfrom atod_fast.envs.searchqa.env import SearchQA\nSearchQA(generate=2)"
+    code = (
+        "import sys\nsys.modules['Stemmer'] = None\nfrom atod_fast.envs.searchqa.env import SearchQA\n"
+        "SearchQA(generate=2)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         "UserError: retriever: search in this process needs bm25s and PyStemmer" in done.stderr

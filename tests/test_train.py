@@ -26,8 +26,9 @@ from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.rollout.player import Player
 from atod_fast.run import Run
 
-CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty turns/weight_mean loss/total policy/kl
-policy/entropy policy/clip_fraction sync/logprob_gap time/rollout time/teacher time/train time/resync perf/tokens_per_second memory/peak_gib""".split()
+CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty
+turns/weight_mean loss/total policy/kl policy/entropy policy/clip_fraction sync/logprob_gap time/rollout time/teacher
+time/train time/resync perf/tokens_per_second memory/peak_gib""".split()
 SMALL = [
     "train.tasks_per_step=2",
     "train.group_size=4",
@@ -114,7 +115,8 @@ from atod_fast.envs.alfworld.env import AlfWorld
 class Flaky(AlfWorld):
     def __init__(self, *, failing=0, lasts=1000, **options):
         super().__init__(**options)
-        self.failing, self.left = failing, [lasts]  # tenths of the tasks that fail; episodes until all do, counted by all clones together
+        self.failing = failing  # tenths of the tasks that fail
+        self.left = [lasts]  # episodes until every task fails, counted by all clones together
 
     def reset(self, seed, task):
         self.left[0] -= 1
@@ -164,8 +166,8 @@ def test_a_step_most_of_which_is_lost_stops_the_run_and_loses_nothing_else(tmp_p
     run(tmp_path / "step", *lost, code=3)
     out, err = capsys.readouterr()
     assert (
-        "step 2: 5 of 8 environments failed, first with: ConnectionError: the retriever is down; mend what env.* points to"
-        in err
+        "step 2: 5 of 8 environments failed, first with: ConnectionError: the retriever is down; "
+        "mend what env.* points to" in err
     )
     assert "saved after step 1; go on with" in out and (tmp_path / "step/checkpoints/step_000001").is_dir()
     run(tmp_path / "tolerant", *lost, "guard.failed_environments=0.7")

@@ -79,7 +79,7 @@ def prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
 
 @torch.no_grad()
 def plain_logprobs(prompt: list[int], ids: list[int], temperature: float, valid=None, model=MODEL) -> torch.Tensor:
-    """Of `ids` after `prompt`, by one forward pass over the whole sequence."""
+    """Return log-probs of `ids` after `prompt` from one forward pass over the whole sequence."""
     logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / (temperature or 1.0)
     if valid is not None:
         logits = logits.masked_fill(~valid, -torch.inf)
@@ -117,7 +117,7 @@ def test_greedy_decoding_equals_generate(kind, tied, kv_heads):
 def test_log_probs_equal_a_full_forward_whoever_joins_when_and_whatever_is_cached(
     seed, temperature, masked, grows, slots, pass_tokens
 ):
-    """Trajectories of random length join at random steps, with growing sequences or prompts that share only a head."""
+    """Trajectories of random length join at random steps, with growing sequences or prompts that share a prefix."""
     rng = np.random.default_rng(seed)
     valid = torch.from_numpy(rng.random(VOCABULARY) < 0.7) if masked else None
     if masked:
@@ -173,7 +173,7 @@ def test_only_the_uncached_suffix_is_computed(grows):
 
 
 def test_draws_have_the_model_s_frequencies():
-    """Evenly spaced uniforms put n * p draws, give or take one, on every column."""
+    """Evenly spaced uniform numbers yield n * p draws of every column, give or take one."""
     logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 2
     banned = torch.zeros(VOCABULARY, dtype=torch.bool)
     banned[[0, 3, 4, VOCABULARY - 1]] = True

@@ -22,7 +22,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed: see .ci/run")
 pytestmark = pytest.mark.vllm
 
 STOP, SIZES = 1, {"hidden": 64, "kv_heads": 2, "head_dim": 32}  # a width that vLLM's CPU attention takes
-SMALL = "train.tasks_per_step=2 train.group_size=4 train.minibatch_rows=4 eval.tasks=10 eval.every=2 observe.trajectories_every=2 train.steps=3".split()
+SMALL = (
+    "train.tasks_per_step=2 train.group_size=4 train.minibatch_rows=4 eval.tasks=10 eval.every=2 "
+    "observe.trajectories_every=2 train.steps=3"
+).split()
 
 
 def build(folder: str, *, filled: bool = False, concurrency: int = 8):
@@ -50,7 +53,7 @@ def requests(count: int = 6):
 
 
 def answer(engine, asked) -> dict:
-    """Completions by key; the second half is added while the first is being answered."""
+    """Return completions by key; the second half of the requests is added while the first is being answered."""
     done, late = {}, asked[len(asked) // 2 :]
     for request in asked[: len(asked) // 2]:
         engine.add(request)
@@ -127,7 +130,7 @@ def check_engine(first: str, second: str) -> None:
     assert [max(pair) for pair in (cached[:2], cached[2:])] == [0, 64]
     engine._engine.step = step
 
-    # What was released or left over is gone.
+    # Requests that were released or left over are gone.
     engine.begin(sampling(0.0))
     for request in requests():
         engine.add(request)
@@ -137,7 +140,7 @@ def check_engine(first: str, second: str) -> None:
     engine.begin(sampling(0.0))
     assert [done.ids for _, done in sorted(answer(engine, requests()).items())] == sampled[1]
 
-    # A model runner that fails in the midst of a rollout: nothing is trusted until the weights came anew.
+    # A model runner that fails during a rollout: it serves no rollout until its weights are loaded again.
     runner = engine._engine.model_executor.driver_worker.worker.model_runner
     execute = runner.execute_model
     runner.execute_model = lambda *args, **options: 1 / 0
@@ -160,7 +163,7 @@ def check_engine(first: str, second: str) -> None:
     with pytest.raises(UserError, match="rollout.prompt_tokens: a prompt of 120 tokens, the engine takes 1 to 116"):
         engine.add(Request(0, [6] * 120, seed=0))
 
-    # vLLM itself only warns of weights that did not come, which a trainer's model may lack and still agree with its own shapes.
+    # vLLM itself only warns of a missing weight, and a trainer's model that lacks it still agrees with its own shapes.
     engine._shapes = {
         name: shape for name, shape in engine._shapes.items() if name != "model.layers.1.mlp.down_proj.weight"
     }
@@ -287,7 +290,10 @@ def evaluations(arguments: list[str]) -> list:
 
 
 def test_without_a_learning_rate_nothing_moves(tmp_path):
-    settings = "rollout.engine=vllm train.learning_rate=0.0 train.steps=10 eval.every=5 eval.temperature=0.0 eval.teacher=false".split()
+    settings = (
+        "rollout.engine=vllm train.learning_rate=0.0 train.steps=10 eval.every=5 eval.temperature=0.0 "
+        "eval.teacher=false"
+    ).split()
     ((first, second),) = run_ranks(1, evaluations, [*SMALL, *settings, "--run-dir", str(tmp_path / "run")])
     assert first == second and len(first) > 50, "greedy rollouts, bit for bit"
     from atod_fast.models import resolve

@@ -1,4 +1,4 @@
-"""WebShop: recorded transcripts of the original, the score against its formula, the loader's patience, the generator."""
+"""WebShop: recorded transcripts of the original, the score against its formula, tolerance of bad data, generator."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_a_value_of_two_options_belongs_to_the_later_one_and_turning_back_forget
 
 
 def similarity(one: str, other: str) -> int:
-    """thefuzz's token_set_ratio, from its description, with the standard library's ratio."""
+    """Return thefuzz's token_set_ratio, written from its description with the standard library's ratio."""
 
     def words(text: str) -> set[str]:
         return set(re.sub(r"\W", " ", "".join(c for c in text if not "\x80" <= c <= "\xff")).lower().split())
@@ -246,7 +246,8 @@ def similarity(one: str, other: str) -> int:
 
 
 def formula(goal, bought, price: float, chosen: dict[str, str], find_nouns=nouns.heuristic) -> float:
-    """r_type * (n_attr + n_option + [price <= limit]) / (|attrs| + |options| + 1), written from the paper's formula and WebShop's rules."""
+    """r_type * (n_attr + n_option + [price <= limit]) / (|attrs| + |options| + 1), from the paper's formula and
+    WebShop's rules."""
     attributes = 0
     for want in goal.attributes:
         listed = any(similarity(has, want) > 85 for has in bought.attributes)
@@ -259,7 +260,8 @@ def formula(goal, bought, price: float, chosen: dict[str, str], find_nouns=nouns
     named = isinstance(goal.options, dict)
     options = 0
     for want in goal.options.items() if named else goal.options:
-        # Of a pair (name, value) only a value that is a bare colour becomes one; a plain value becomes the first colour in it.
+        # In a (name, value) pair the value is normalised only if it is exactly a colour; a plain value becomes the
+        # first colour that it contains.
         inside = want if named else [want]
         colour = [c for c in COLOURS if (c in inside if named else c in want)]
         target = colour[0] if colour else " ".join(inside)
@@ -281,7 +283,7 @@ def formula(goal, bought, price: float, chosen: dict[str, str], find_nouns=nouns
 
 
 def purchases(shop: WebShop, count: int, seed: int):
-    """Random goals and things bought for them, a third each: the right product, one of the same search, any."""
+    """Draw random goals and purchases: a third each the right product, one from the same search, any one."""
     random, products = Random(seed), shop.shop.catalogue.products
     for number in range(count):
         goal = shop.shop.goals[random.randrange(len(shop))]
@@ -729,7 +731,10 @@ def test_malformed_lines_are_named_counted_and_left_out_up_to_a_limit(tmp_path, 
         assert told in caplog.text
     with pytest.raises(
         UserError,
-        match=r"products='.*items.jsonl' has more than malformed=2 malformed entries, the first line 4: not JSON.*mend the file",
+        match=(
+            r"products='.*items.jsonl' has more than malformed=2 malformed entries, "
+            r"the first line 4: not JSON.*mend the file"
+        ),
     ):
         WebShop(products=path, attributes=attributes, malformed=2, nouns="heuristic")
 
@@ -859,7 +864,10 @@ def test_missing_libraries_are_named(monkeypatch):
 
 
 def test_importing_the_world_imports_nothing_heavy():
-    code = "import sys, atod_fast.envs.webshop.env; print(sorted({'torch', 'bm25s', 'Stemmer', 'rapidfuzz', 'spacy'} & set(sys.modules)))"
+    code = (
+        "import sys, atod_fast.envs.webshop.env; "
+        "print(sorted({'torch', 'bm25s', 'Stemmer', 'rapidfuzz', 'spacy'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

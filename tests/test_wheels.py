@@ -1,4 +1,4 @@
-"""The two distributions: what they hold, and that installing, upgrading or removing one leaves the other as it is."""
+"""The two distributions: their contents, and that installing, upgrading or removing one leaves the other unchanged."""
 
 import re
 import shutil
@@ -57,7 +57,7 @@ def wheels(tmp_path_factory):
 
 @pytest.fixture
 def env(tmp_path):
-    """A throw-away environment: sees what is installed here, but for the two packages and what starts them up."""
+    """A throw-away environment that sees what is installed here except the two packages and what starts them up."""
     venv.create(tmp_path / "env", with_pip=False)
     (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
@@ -87,7 +87,7 @@ def run(env, *command):
 
 
 def files(env, name):
-    """{path: content} of the package and its metadata, without what Python makes of them."""
+    """Return {path: content} of the package and its metadata, without files that Python generates."""
     (site,) = (env / "lib").glob("python*/site-packages")
     found = [
         file

@@ -1,4 +1,4 @@
-"""Tiny worlds and the renderer that shows them to a tiny model, for tests of the agent loop."""
+"""Tiny environments, and the renderer that shows them to a tiny model, for tests of the agent loop."""
 
 from __future__ import annotations
 
