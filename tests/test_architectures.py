@@ -318,7 +318,8 @@ def test_vllm_is_not_sent_buffers_so_their_students_are_refused(name, buffer):
         if buffer
         else nullcontext()
     ):
-        preflight._body(config, "student", "m", model.config, CPU)
+        runtime = Runtime.of(config, CPU, shapes={"student": model.config})
+        preflight._body(config, "student", "m", model.config, runtime)
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen3 MoE", "GPT-NeoX (Pythia)", "ERNIE 4.5 MoE"])
