@@ -6,7 +6,7 @@
     python bench/head.py --lean-memory        # only memory, up to 16k tokens
 
 Before timing, every contender's loss and gradients are compared with the fp64 reference. A peer whose package is
-missing, or that does not run here, is named once and left out. pip install '.[peers]' installs the packages.
+missing, or that does not run here, is named once and left out. The extra `peers` of atod_fast has them.
 
 CPU: one thread; CPU seconds of the process, contenders taking turns within a round. Memory is the peak of resident
 memory in a fresh process per contender, above what is resident after a warm-up. CUDA: milliseconds between events with

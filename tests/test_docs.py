@@ -1,6 +1,7 @@
 """The pages of docs/ and the README against the program: commands, messages, metrics, files, links."""
 
 import ast
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -54,6 +55,8 @@ def test_every_file_that_a_page_names_or_links_to_exists(page):
         assert list(ROOT.glob(name)), f"{page}: {name}"
     for name in re.findall(r"`(test_\w+\.py)`", text):
         assert list((ROOT / "tests").rglob(name)), f"{page}: {name}"
+    for name in re.findall(r"^::: ([\w.]+)", text, re.MULTILINE):
+        assert pkgutil.resolve_name(name), f"{page}: {name}"
 
 
 def messages() -> list[str]:

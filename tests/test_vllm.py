@@ -108,7 +108,7 @@ def check_engine(first: str, second: str) -> None:
                 )
                 assert not {0, 5, 60} & set(completion.ids) and STOP not in completion.ids[:-1]
                 np.testing.assert_allclose(
-                    completion.logprobs, expected(folder, request.prompt, completion.ids, temperature), atol=3e-5
+                    completion.logprobs, expected(folder, request.prompt, completion.ids, temperature), atol=1e-4
                 )
     assert sampled[:2] == sampled[4:] and sampled[0] != sampled[2], "seeds repeat, and other weights answer otherwise"
 
@@ -246,6 +246,7 @@ def test_a_run_s_rollouts_are_of_the_trainer_s_weights(tmp_path, world, together
         f"student.path={folder}",
         f"teacher.path={teacher}",
         "rollout.engine=vllm",
+        "objective.tis_cap=2",
         f"rollout.tensor_parallel={together}",
     ]
     settings += WINDOW if context == "window" else []
@@ -254,7 +255,8 @@ def test_a_run_s_rollouts_are_of_the_trainer_s_weights(tmp_path, world, together
     lines = read(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(line["sync/logprob_gap"] < 1e-4 and line["sync/bytes"] > 10_000 for line in lines[1:])
-    assert all(line["policy/importance_weight"] == pytest.approx(1, abs=1e-4) for line in lines[1:])
+    weights = [line["policy/importance_weight"] for line in lines[1:]]
+    assert weights == pytest.approx([1] * 3, abs=1e-4)
     exported, start = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "run" / "hf", folder))
     assert not torch.equal(exported.model.norm.weight, start.model.norm.weight), (
         "the weights that were synced had changed"

@@ -1,6 +1,6 @@
 """Play the same games in the original, TextWorld's PDDL engine with ALFWorld's naming.
 
-It is a hundred times slower than the fast engine, which is tested against it.
+It is about a thousand times slower than the fast engine, which is tested against it.
 """
 
 from __future__ import annotations
