@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from atod_kernels import MIXTURES
 from atod_kernels.problem import TILE
 from transformers import PreTrainedModel
 
@@ -211,7 +212,7 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
     scores, plays = config.teacher_scores, config.teacher_plays
     exact_loss = scores and objective.divergence in FULL_VOCABULARY
     exact = exact_loss or (scores and config.turns.disagreement == "exact")
-    mixture = scores and objective.divergence in ("jsd", "skew_reverse_kl", "skew_forward_kl")
+    mixture = scores and objective.divergence in MIXTURES
     share = -(-step.action_tokens // ranks)
     micro = min(max(config.train.microbatch_tokens, rollout.longest), -(-step.tokens // ranks))
     phases = PHASES if plays else PHASES[1:]

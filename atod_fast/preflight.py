@@ -73,7 +73,6 @@ def look(
     ranks: int,
     device: torch.device,
     *,
-    rank: int = 0,
     mesh: DeviceMesh | None = None,
     offline: bool = False,
 ) -> Found:
@@ -98,7 +97,7 @@ def look(
             check_model(config, path, model[0].to_dict())
             sources[role] = (path, *model)
     shapes = {role: shape for role, (_, shape, _) in sources.items()}
-    runtime = Runtime.of(config, device, shapes=shapes, mesh=mesh, rank=rank, ranks=ranks)
+    runtime = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks)
     found = Found(runtime, unchecked=unchecked)
     for role, (path, shape, tokenizer) in sources.items():
         found.models[role] = Model(path, shape, _body(config, role, path, shape, runtime), tokenizer)

@@ -93,7 +93,7 @@ class Run:
         if options.resume == "auto" and not resume:
             console.say(f"--resume auto: {self.run_dir} holds no checkpoint; this is a new run")
         with ranks.together():  # before anything is loaded or opened
-            found = preflight.look(config, ranks.world_size(), device, rank=ranks.rank(), mesh=mesh)
+            found = preflight.look(config, ranks.world_size(), device, mesh=mesh)
         self.runtime = runtime = found.runtime
         torch.manual_seed(config.train.seed)
 

@@ -1,4 +1,4 @@
-"""Resolves settings on this machine, once: device, ranks, precisions, attention, rollout engine.
+"""Resolves settings on this machine, once: device, number of ranks, precisions, attention, rollout engine.
 
 Nothing else in the package reads a setting that may be `auto`.
 """
@@ -24,7 +24,6 @@ class Runtime:
     """How this rank computes. A model that is not used, or is unknown in a dry run, is None."""
 
     device: torch.device
-    rank: int
     ranks: int
     mesh: DeviceMesh | None  # of all ranks; None in a dry run
     engine: str  # a name in rollout.engines.ENGINES
@@ -42,7 +41,6 @@ class Runtime:
         *,
         shapes: Mapping[str, PretrainedConfig] | None = None,
         mesh: DeviceMesh | None = None,
-        rank: int = 0,
         ranks: int = 1,
     ) -> Runtime:
         """Return what `config` means on `device`.
@@ -64,7 +62,6 @@ class Runtime:
 
         return Runtime(
             device=device,
-            rank=rank,
             ranks=ranks,
             mesh=mesh,
             engine=engine_of(config.rollout.engine, device),

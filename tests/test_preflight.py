@@ -71,6 +71,12 @@ def nothing_here(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run reached for the network"))
 
 
+def counted_with(model: str) -> list[str]:
+    """Return the arguments of a run in the environment `counted` with `model` as student and teacher."""
+    own = ["--preset", "own", "env.name=counted:Counted", "rollout.prompt_tokens=512"]
+    return [*own, f"student.path={model}", f"teacher.path={model}"]
+
+
 def refusal(capsys, tmp_path, *given: str) -> str:
     """Return the line with which both the dry run and the run refuse."""
     said = []
@@ -145,15 +151,7 @@ def tables(text: str) -> list[str]:
 
 
 def test_what_a_chat_model_and_its_environment_are_asked(chat, counted, tmp_path, capsys):
-    own = [
-        "--preset",
-        "own",
-        "env.name=counted:Counted",
-        "eval.tasks=5",
-        "rollout.prompt_tokens=512",
-        f"student.path={chat}",
-        f"teacher.path={chat}",
-    ]
+    own = [*counted_with(chat), "eval.tasks=5"]
     assert train.main([*own, "--dry-run"]) == 0
     assert "# total" in capsys.readouterr().out
     assert "env.train holds no tasks" in refusal(capsys, tmp_path, *own, "env.train.tasks=0")
@@ -201,14 +199,7 @@ def test_a_config_json_that_is_here_wins_over_the_published_one(nothing_here, tm
 
 @pytest.mark.parametrize("fail", ["file", "server"])
 def test_a_file_or_a_server_that_is_not_here_is_listed(fail, counted, chat, capsys):
-    own = [
-        "--preset",
-        "own",
-        "env.name=counted:Counted",
-        "rollout.prompt_tokens=512",
-        f"student.path={chat}",
-        f"teacher.path={chat}",
-    ]
+    own = counted_with(chat)
     assert train.main([*own, f"env.options.fail={fail}", "--dry-run"]) == 0
     assert "env.train: env.name='counted:Counted' cannot be made with fail=" in capsys.readouterr().out
 
@@ -262,15 +253,7 @@ def test_an_environment_that_cannot_be_used_is_one_line(chat, counted, change, w
 
     for name, value in change.items():
         monkeypatch.setattr(module.Counted, name, value)
-    own = [
-        "--preset",
-        "own",
-        "env.name=counted:Counted",
-        "eval.tasks=5",
-        "rollout.prompt_tokens=512",
-        f"student.path={chat}",
-        f"teacher.path={chat}",
-    ]
+    own = [*counted_with(chat), "eval.tasks=5"]
     for arguments in (["--dry-run"], []):
         assert train.main([*own, *arguments]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("atod_fast:")]
@@ -281,15 +264,7 @@ def test_an_environment_whose_close_fails_can_be_planned(chat, counted, monkeypa
     import counted as module
 
     monkeypatch.setattr(module.Counted, "close", lambda self: 1 / 0)
-    own = [
-        "--preset",
-        "own",
-        "env.name=counted:Counted",
-        "eval.tasks=5",
-        "rollout.prompt_tokens=512",
-        f"student.path={chat}",
-        f"teacher.path={chat}",
-    ]
+    own = [*counted_with(chat), "eval.tasks=5"]
     assert train.main([*own, "--dry-run"]) == 0
 
 

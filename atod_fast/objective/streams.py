@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from atod_kernels import DIVERGENCES
 from torch import Tensor
 
 from atod_fast.batches import TurnTable
 from atod_fast.config import Objective
 
 # These need the teacher's whole distribution at each token; k1, k2 and k3 need the log-prob of the sampled one.
-FULL_VOCABULARY = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
+FULL_VOCABULARY = DIVERGENCES
 
 
 @dataclass(frozen=True, slots=True)
