@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from atod_fast import evaluate as evaluation
-from atod_fast import ranks, settings
+from atod_fast import ranks
 from atod_fast import train as training
 from atod_fast.cli import Options
-from atod_fast.config import Config
+from atod_fast.config import Config, settings
 from atod_fast.interrupt import Interrupt
 from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import MetricsLog

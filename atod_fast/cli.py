@@ -18,8 +18,18 @@ from typing import NoReturn
 
 from atod_fast import __version__
 from atod_fast.config import Config
+from atod_fast.config.settings import (
+    FIELDS,
+    PRESETS,
+    defaults,
+    expected,
+    is_section,
+    load,
+    nearest,
+    preset_summary,
+    show,
+)
 from atod_fast.errors import UserError
-from atod_fast.settings import FIELDS, PRESETS, defaults, expected, is_section, load, nearest, preset_summary, show
 
 WIDTH = 100
 _OVERRIDE = re.compile(r"\s*[\w-]+(\.[\w-]+)*\s*=")

@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from atod_fast import entry, files, ranks
 from atod_fast.config import Config
+from atod_fast.config.settings import check_engines, check_env, check_model
 from atod_fast.errors import UserError
 from atod_fast.interrupt import Interrupt
 from atod_fast.models import load_config, load_tokenizer
@@ -37,7 +38,6 @@ from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.player import Player
 from atod_fast.run import open_actor
 from atod_fast.runtime import Runtime
-from atod_fast.settings import check_engines, check_env, check_model
 
 EPISODE = ("task", "task_id", "task_type", "success", "score", "failure")
 

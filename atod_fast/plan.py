@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from atod_fast import preflight
 from atod_fast.config import Config
+from atod_fast.config.settings import demo_values_warning, same_tasks, to_toml
 from atod_fast.models import attention_shape
 from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy.layout import find_layout
 from atod_fast.policy.sharding import RESHARD_PARAMETERS
 from atod_fast.runtime import Runtime, used_models
-from atod_fast.settings import demo_values_warning, same_tasks, to_toml
 
 PHASES = ("teacher's eval", "rollout", "score", "update")
 

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atod_fast.config import Config
+from atod_fast.config.settings import check_env, check_model, check_ranks
 from atod_fast.errors import NotHere, UserError
 from atod_fast.models import (
     check_quantised,
@@ -30,7 +31,6 @@ from atod_fast.renderers import make_renderer
 from atod_fast.rollout.actor import open_split
 from atod_fast.rollout.engines import ENGINES
 from atod_fast.runtime import Runtime, used_models
-from atod_fast.settings import check_env, check_model, check_ranks
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 WEIGHT_FILES = (

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast import preflight, ranks, reporting, rundir, schedules
 from atod_fast.cli import Options
 from atod_fast.config import Config
+from atod_fast.config.settings import check_engines, demo_values_warning, same_tasks
 from atod_fast.errors import GuardError, RankLost, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import stop_ids
@@ -32,7 +33,6 @@ from atod_fast.rollout.duration import limit
 from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
-from atod_fast.settings import check_engines, demo_values_warning, same_tasks
 
 # Largest mean |log-prob difference| of an engine that holds the trainer's weights, by compute precision.
 LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}

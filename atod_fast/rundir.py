@@ -18,10 +18,10 @@ import torch
 from atod_fast import files, lock, ranks
 from atod_fast.cli import Options
 from atod_fast.config import Config
+from atod_fast.config.settings import load, read_toml, to_toml
 from atod_fast.errors import UserError
 from atod_fast.observe import provenance
 from atod_fast.policy import checkpoint
-from atod_fast.settings import load, read_toml, to_toml
 
 ROOT = Path("runs")
 _TRAJECTORIES = re.compile(r"(?:step|eval|dev)_(\d{6,})(?:_teacher)?\.(?:jsonl|unfinished)(?:\.partial)?")

@@ -26,6 +26,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 
 from atod_fast import ranks
 from atod_fast.batches import Row
+from atod_fast.config.settings import load as load_settings
 from atod_fast.errors import UserError
 from atod_fast.models import Compute, load_model, skeleton
 from atod_fast.plan import shape_of
@@ -40,7 +41,6 @@ from atod_fast.rollout.engines.protocol import Request, Sampling
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 from atod_fast.rollout.engines.transformers.forward import AnewForward, CacheForward, SlotForward
 from atod_fast.runtime import Runtime, attention_of
-from atod_fast.settings import load as load_settings
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 CPU = torch.device("cpu")

@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 from transformers import AutoTokenizer
 
+from atod_fast.config.settings import load
 from atod_fast.errors import UserError
 from atod_fast.models import resolve
 from atod_fast.renderers import make_renderer
 from atod_fast.rollout import actor
-from atod_fast.settings import load
 
 TASKS, STEPS = 5, 5  # two groups a step: two epochs
 SETTINGS = [

@@ -24,6 +24,7 @@ from tiny import save_model
 
 from atod_fast import cli, evaluate, train
 from atod_fast.config import Config
+from atod_fast.config.settings import demo_values_warning
 from atod_fast.envs import make
 from atod_fast.envs.adapters import adapter
 from atod_fast.envs.adapters.gymnasium import Gymnasium
@@ -37,7 +38,6 @@ from atod_fast.rollout.agent import Episode, rollout
 from atod_fast.rollout.engines.protocol import Completion, Request
 from atod_fast.rollout.pool import Pool
 from atod_fast.rollout.rendering import ChatRenderer
-from atod_fast.settings import demo_values_warning
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "environments.md").read_text(encoding="utf-8")
 BLOCKS = {language: re.findall(f"```{language}\n(.*?)```", PAGE, re.DOTALL) for language in ("python", "sh", "toml")}

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from atod_fast import preflight, train
+from atod_fast.config.settings import check_model, load
 from atod_fast.errors import UserError
 from atod_fast.models import DEMO_WEIGHTS, Reach, as_saved, load_model, one_as_saved, skeleton
 from atod_fast.plan import shape_of
@@ -37,7 +38,6 @@ from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 from atod_fast.rollout.engines.transformers.forward import AnewForward, CacheForward, SlotForward
 from atod_fast.rollout.engines.vllm.limits import check_experts
 from atod_fast.runtime import Runtime, attention_of
-from atod_fast.settings import check_model, load
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

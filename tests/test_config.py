@@ -18,8 +18,7 @@ from pydantic import ValidationError
 from atod_fast import __version__
 from atod_fast.cli import WIDTH, parse, parse_evaluation
 from atod_fast.config import Config, Env, Objective, Schedule, Slide, Student, Teacher, Train, Turns
-from atod_fast.errors import UserError
-from atod_fast.settings import (
+from atod_fast.config.settings import (
     FIELDS,
     FOLDER,
     OBJECTIVES,
@@ -38,6 +37,7 @@ from atod_fast.settings import (
     same_tasks,
     to_toml,
 )
+from atod_fast.errors import UserError
 
 OWN = ["student.path=/models/mine", "teacher.path=/models/larger", "env.name=guess:Guess"]  # what preset `own` asks for
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atod_fast import evaluate, train
+from atod_fast.config.settings import load
 from atod_fast.demo import build
 from atod_fast.demo.build import trace
 from atod_fast.demo.demos import DEMOS, Demo
@@ -29,7 +30,6 @@ from atod_fast.errors import UserError
 from atod_fast.models import load_tokenizer, resolve
 from atod_fast.records import Turn
 from atod_fast.renderers import make_renderer
-from atod_fast.settings import load
 
 pytest.importorskip("bm25s")
 pytest.importorskip("rapidfuzz")

@@ -10,11 +10,11 @@ from tiny import VOCABULARY, save_model
 
 from atod_fast import objective, ranks
 from atod_fast.batches import rows, turn_table
+from atod_fast.config.settings import load
 from atod_fast.policy.learner import Learner
 from atod_fast.records import Trajectory, Turn
 from atod_fast.runtime import Runtime
 from atod_fast.schedules import LearningRate
-from atod_fast.settings import load
 
 KAPPA, RHO, TEMPERATURE = 0.7, 1.4, 0.7
 BANNED = (0, 5, 17)  # ids that no action may hold

@@ -8,10 +8,10 @@ from test_rendering import END, START, TOKENIZER, make_turn
 from test_train import run
 
 from atod_fast import evaluate
+from atod_fast.config.settings import load
 from atod_fast.observe import console, transcripts
 from atod_fast.observe.advice import STEPS, Advice, advise, invalid_response
 from atod_fast.records import Trajectory
-from atod_fast.settings import load
 
 HEALTHY = {
     "rollout/invalid_actions": 0.4,

@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 
 from atod_fast import plan
 from atod_fast.cli import parse
+from atod_fast.config.settings import load
 from atod_fast.errors import UserError
 from atod_fast.models import attention_shape, load_config, skeleton
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.rollout.engines.vllm.limits import BLOCK, cache_bytes
 from atod_fast.runtime import Runtime
-from atod_fast.settings import load
 
 CPU = torch.device("cpu")
 GIB = 2**30

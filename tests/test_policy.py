@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from atod_fast import objective, ranks, schedules
 from atod_fast.batches import TurnTable
+from atod_fast.config.settings import load
 from atod_fast.errors import UserError
 from atod_fast.models import compare_tokenizers, load_model, resolve
 from atod_fast.objective import FULL_VOCABULARY
@@ -19,7 +20,6 @@ from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
 from atod_fast.runtime import Runtime
-from atod_fast.settings import load
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from test_rendering import make_tokenizer
 from tiny import save_model
 from transformers import Qwen3Config
 
-from atod_fast import models, plan, settings, train
+from atod_fast import models, plan, train
+from atod_fast.config import settings
+from atod_fast.config.settings import load
 from atod_fast.errors import NotHere, UserError
-from atod_fast.settings import load
 
 SMALL = ["train.steps=1", "train.tasks_per_step=2", "train.group_size=2", "eval.tasks=10"]
 WORLD = """

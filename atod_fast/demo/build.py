@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from atod_fast.config import Env
+from atod_fast.config.settings import load
 from atod_fast.demo.demos import DEMOS, Demo, Recipe
 from atod_fast.demo.rendering import CompactRenderer
 from atod_fast.demo.tokenizer import build_tokenizer
@@ -35,7 +36,6 @@ from atod_fast.records import Turn
 from atod_fast.rollout.actor import Actor
 from atod_fast.rollout.engines import make_engine
 from atod_fast.runtime import Runtime
-from atod_fast.settings import load
 
 POSITIONS = 512
 JUNK_RATES = (0.0, 0.15, 0.15, 0.3)  # probability of a bad action; each trace draws one of these

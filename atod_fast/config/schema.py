@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from atod_fast.methods import OBJECTIVES, nest
+from atod_fast.config.methods import OBJECTIVES, nest
 from atod_fast.schedules import RateShape, Shape
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

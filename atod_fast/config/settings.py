@@ -21,29 +21,30 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from atod_fast.config import Config, Section
+from atod_fast.config.methods import OBJECTIVES, Level, nest
+from atod_fast.config.schema import Config, Section
 from atod_fast.envs import check, find
 from atod_fast.errors import UserError
-from atod_fast.methods import OBJECTIVES, Level, nest
 
 LARGEST_TINY = 10_000_000  # parameters of a model that the demo's values may fit
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 
-PAPER = "presets/paper"
+PAPER = "config/presets/paper"
 
-# The TOML files of each preset, in FOLDER; later files override earlier ones. A preset of the paper's runs is made of
-# the settings that all runs share, those of the environment, those of the models, and those of this pair only.
+# The TOML files of each preset, in the package's folder; later files override earlier ones. A preset of the paper's
+# runs is made of the settings that all runs share, those of the environment, those of the models, and those of this
+# pair only.
 PRESETS: dict[str, tuple[str, ...]] = {
     "demo": ("envs/alfworld/demo",),
     "demo-searchqa": ("envs/searchqa/demo",),
     "demo-webshop": ("envs/webshop/demo",),
-    "own": (PAPER, "presets/own"),
+    "own": (PAPER, "config/presets/own"),
     **{
-        f"{env}-{size}": (PAPER, f"envs/{env}/preset", f"presets/{size}")
+        f"{env}-{size}": (PAPER, f"envs/{env}/preset", f"config/presets/{size}")
         for env in ("alfworld", "webshop", "searchqa")
         for size in ("0.6b", "1.7b", "4b")
     },
-    "alfworld-1.7b": (PAPER, "envs/alfworld/preset", "presets/1.7b", "envs/alfworld/preset-1.7b"),
+    "alfworld-1.7b": (PAPER, "envs/alfworld/preset", "config/presets/1.7b", "envs/alfworld/preset-1.7b"),
 }
 
 
