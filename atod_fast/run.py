@@ -24,7 +24,7 @@ from atod_fast.models import stop_ids
 from atod_fast.observe.console import Console
 from atod_fast.policy import checkpoint
 from atod_fast.policy.export import export
-from atod_fast.policy.learner import Learner, MiniBatches
+from atod_fast.policy.learner import Learner, MiniBatches, Scored
 from atod_fast.policy.resync import stream_weights
 from atod_fast.records import Trajectory
 from atod_fast.renderers import make_renderer
@@ -165,7 +165,7 @@ class Run:
         self.engine.sleep()
         return everyone
 
-    def checked_gap(self, minibatches: MiniBatches, step: int) -> dict[str, float]:
+    def checked_gap(self, minibatches: MiniBatches[Scored], step: int) -> dict[str, float]:
         """Compare the rollout engine's log-probs with the trainer's.
 
         Raises:

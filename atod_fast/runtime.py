@@ -21,7 +21,7 @@ from atod_fast.rollout.engines import ENGINES
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How this rank computes. A model that is not used, or is unknown in a dry run, is None."""
+    """How this rank computes. In a dry run the attention of a model that is not on this machine stays as it is set."""
 
     device: torch.device
     ranks: int
@@ -30,9 +30,9 @@ class Runtime:
     student_dtype: torch.dtype  # of forward and backward passes, and of every rollout; masters are fp32
     teacher_dtype: torch.dtype  # of scoring
     liger: bool  # the student computes with liger-kernel's modules
-    student: Compute | None  # for training, and for rollouts in the rollout engine
-    teacher: Compute | None  # for scoring
-    playing_teacher: Compute | None  # for its evaluation
+    student: Compute  # for training, and for rollouts in the rollout engine
+    teacher: Compute | None  # for scoring; None if no step uses it
+    playing_teacher: Compute | None  # for its evaluation; None if there is none
 
     @staticmethod
     def of(
@@ -55,10 +55,11 @@ class Runtime:
         student_dtype = dtype_of(config.student.compute_dtype, device)
         teacher_dtype = dtype_of(config.teacher.compute_dtype, device)
 
-        def compute(role: str, path: str, dtype: torch.dtype, used: bool = True) -> Compute | None:
-            if not used or role not in shapes:
-                return None
-            return Compute(path, dtype, attention_of(config.student.attention, device, dtype, shapes[role]))
+        def compute(role: str, path: str, dtype: torch.dtype) -> Compute:
+            attention = config.student.attention
+            if role in shapes:
+                attention = attention_of(attention, device, dtype, shapes[role])
+            return Compute(path, dtype, attention)
 
         return Runtime(
             device=device,
@@ -69,8 +70,8 @@ class Runtime:
             teacher_dtype=teacher_dtype,
             liger=uses_liger(config.student.liger, device),
             student=compute("student", config.student.path, student_dtype),
-            teacher=compute("teacher", config.teacher.path, teacher_dtype, config.teacher_scores),
-            playing_teacher=compute("teacher", config.teacher.path, student_dtype, config.teacher_plays),
+            teacher=compute("teacher", config.teacher.path, teacher_dtype) if config.teacher_scores else None,
+            playing_teacher=compute("teacher", config.teacher.path, student_dtype) if config.teacher_plays else None,
         )
 
 

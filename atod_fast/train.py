@@ -54,13 +54,12 @@ def train(run: Run) -> None:
             minibatches, minibatch_turns = learner.partition(sequences, step=step)
 
             with clock("teacher"):
-                if imitates:
-                    learner.score_teacher(minibatches)
+                taught = learner.score_teacher(minibatches) if imitates else None
             with clock("score"):
-                learner.score_student(minibatches, with_teacher=imitates)
-                gap = run.checked_gap(minibatches, step=step)
+                scored = learner.score_student(minibatches, taught)
+                gap = run.checked_gap(scored, step=step)
                 count = sum(len(t.turns) for t in trajectories)
-                disagreement, uncertainty = learner.turn_signals(minibatches, turns=count)
+                disagreement, uncertainty = learner.turn_signals(scored, turns=count)
                 table = turn_table(trajectories, disagreement=disagreement, uncertainty=uncertainty)
 
             with clock("weigh"):
@@ -69,7 +68,7 @@ def train(run: Run) -> None:
                 advantages = objective.rl_advantages(table, config.objective)
                 streams = objective.step_streams(
                     config.objective,
-                    [[scored.tokens for scored in minibatch] for minibatch in minibatches],
+                    [[micro.tokens for micro in minibatch] for minibatch in scored],
                     minibatch_turns,
                     table=table,
                     kappa=kappa,
@@ -79,7 +78,8 @@ def train(run: Run) -> None:
                 )
 
             with clock("train"):
-                learned = learner.update(minibatches, streams, learning_rate=run.learning_rate.value(step))
+                learned = learner.update(scored, streams, learning_rate=run.learning_rate.value(step))
+                del scored  # with the teacher's hidden states, before the engine wakes up
                 run.learnt(step=step)
             with clock("resync"):
                 sent = run.resync()

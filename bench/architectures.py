@@ -32,7 +32,7 @@ from atod_fast.models import Compute, load_model, skeleton
 from atod_fast.plan import shape_of
 from atod_fast.policy.export import export
 from atod_fast.policy.layout import Logits
-from atod_fast.policy.model import CausalPolicy, HeadJob, build_student
+from atod_fast.policy.model import CausalPolicy, Comparison, HeadJob, TeacherHead, build_student
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
@@ -367,8 +367,8 @@ def teach(path: str, load: Callable[[], PreTrainedModel]) -> None:
         other = torch.randn(len(batch.target), 16, generator=torch.Generator().manual_seed(0))
         weight = torch.randn(VOCABULARY, 16, generator=torch.Generator().manual_seed(1))
         head = policy.parts.head
-        job = HeadJob(batch.target, 0.7, teacher_hidden=policy(batch, None), teacher_weight=head.weight)
-        job = job._replace(teacher_bias=head.bias, teacher_softcap=head.softcap, teacher_scale=head.scale)
+        whole = TeacherHead(head.weight, head.bias, head.softcap, head.scale)
+        job = HeadJob(batch.target, 0.7, teacher=Comparison(policy(batch, None), whole))
         student = type(head)(nn.Linear(16, VOCABULARY, bias=False), Logits())
         student.weight = nn.Parameter(weight)
         close("a teacher's log-probs", student(other, job).teacher_logp, expected)
@@ -376,9 +376,8 @@ def teach(path: str, load: Callable[[], PreTrainedModel]) -> None:
         settings = load_settings(None, None, [f"teacher.path={path}", "teacher.compute_dtype=bf16"])
         half = LocalTeacher(Runtime.of(settings, CPU).teacher, mesh, offload=False)
         alike("log-probs", half.logp(batch, HeadJob(batch.target, 0.7)), expected, 0.98)
-        job = job._replace(teacher_hidden=half.hidden(batch))
         with half.head() as whole:
-            job = job._replace(teacher_weight=whole.weight, teacher_bias=whole.bias)
+            job = job._replace(teacher=Comparison(half.hidden(batch), whole))
             alike("a teacher's log-probs", student.bfloat16()(other.bfloat16(), job).teacher_logp, expected, 0.98)
 
 

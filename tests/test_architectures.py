@@ -30,7 +30,7 @@ from atod_fast.errors import UserError
 from atod_fast.models import DEMO_WEIGHTS, Reach, as_saved, load_model, one_as_saved, skeleton
 from atod_fast.plan import shape_of
 from atod_fast.policy.layout import Logits, find_layout, find_logits
-from atod_fast.policy.model import CausalPolicy, Head, HeadJob
+from atod_fast.policy.model import CausalPolicy, Comparison, Head, HeadJob, TeacherHead
 from atod_fast.policy.packing import collate
 from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.engines.transformers import forward, tryout
@@ -94,15 +94,9 @@ def test_the_exact_divergence_is_that_of_the_models_own_logits(student, teacher,
         logits = [torch.cat([model(torch.tensor([row.ids])).logits[0, :-1] for row in rows]) for model in models]
         policy, other = map(CausalPolicy, models)
         head = other.parts.head
-        job = HeadJob(
-            batch.target,
-            0.7,
-            divergence=divergence,
-            alpha=0.3,
-            teacher_hidden=other(batch, None),
-            teacher_weight=head.weight,
-        )
-        found = policy(batch, job._replace(teacher_softcap=head.softcap, teacher_scale=head.scale))
+        whole = TeacherHead(head.weight, softcap=head.softcap, scale=head.scale)
+        comparison = Comparison(other(batch, None), whole, divergence, alpha=0.3)
+        found = policy(batch, HeadJob(batch.target, 0.7, teacher=comparison))
     eye = torch.eye(architectures.VOCABULARY)
     operands = logits[0], eye, logits[1], eye, batch.target
     expected = naive.linear_divergence(*operands, divergence=divergence, alpha=0.3, temperature=0.7)

@@ -144,9 +144,8 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
     for number in (1, 2):
         # --- the product
         minibatches, wholes = learner.partition(sequences, number)
-        if kappa:
-            learner.score_teacher(minibatches)
-        learner.score_student(minibatches, with_teacher=kappa > 0)
+        scores = learner.score_teacher(minibatches) if kappa else None
+        minibatches = learner.score_student(minibatches, scores)
         signals = learner.turn_signals(minibatches, len(turns))
         table = turn_table(trajectories, *signals)
         weights = objective.weigh_turns(table, config.turns).weight

@@ -15,7 +15,7 @@ from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.policy import checkpoint, learner, sharding
 from atod_fast.policy.export import export
 from atod_fast.policy.learner import Learner
-from atod_fast.policy.model import CausalPolicy, HeadJob
+from atod_fast.policy.model import CausalPolicy, Comparison, HeadJob, Loss, TeacherHead
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
@@ -84,12 +84,12 @@ def test_the_heads_loss_and_gradients_are_those_of_materialised_logits(folder, t
     job = HeadJob(batch.target, 0.5, valid)
     if divergence:
         hidden, weight = (torch.randn(n, 20, generator=generator) for n in (len(batch.target), VOCABULARY + 3))
-        job = job._replace(divergence=divergence, alpha=0.3, teacher_hidden=hidden, teacher_weight=weight)
+        job = job._replace(teacher=Comparison(hidden, TeacherHead(weight), divergence, alpha=0.3))
 
     def loss(stats, a, b, c):
         return a * stats.logp - b * stats.entropy + (c * stats.divergence if divergence else 0)
 
-    out, stats = policy(batch, job._replace(loss=loss, inputs={"a": a, "b": b, "c": c}, schedule=schedule, check=True))
+    out, stats = policy(batch, job._replace(loss=Loss(loss, {"a": a, "b": b, "c": c}, schedule, check=True)))
     ours = gradients_of(policy, out)
 
     operands = policy(batch, None), policy.lm_head.weight
@@ -140,9 +140,8 @@ def update(student, teacher, *settings):
     turns = 2 * len(rows)
     kappa, rho = (schedules.make(slide).value(20) for slide in (config.schedule.kappa, config.schedule.rho))
     minibatches, wholes = trainer.partition(rows, step=1)
-    if kappa:
-        trainer.score_teacher(minibatches)
-    trainer.score_student(minibatches, with_teacher=kappa > 0)
+    taught = trainer.score_teacher(minibatches) if kappa else None
+    minibatches = trainer.score_student(minibatches, taught)
     d, h = trainer.turn_signals(minibatches, turns)
     table = TurnTable(
         disagreement=d,

@@ -7,7 +7,7 @@ what transformers says of a model and not by one family's names.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,16 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-class Parts(NamedTuple):
+Head = TypeVar("Head", bound=nn.Module)
+
+
+class Parts(NamedTuple, Generic[Head]):
     """The modules that a `ModelLayout` names. A tuple, so that a module may hold it without registering them again."""
 
     backbone: nn.Module
     blocks: nn.ModuleList
     embedding: nn.Embedding
-    head: nn.Module
+    head: Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,12 @@ class ModelLayout:
     head: str  # a linear layer
     tied: bool  # the head's weight is the embedding's
 
-    def parts(self, model: nn.Module) -> Parts:
-        """Return the modules themselves, of `model` or of a module with the same names."""
-        return Parts(*map(model.get_submodule, (self.backbone, self.blocks, self.embedding, self.head)))
+    def parts(self, model: nn.Module, head_type: type[Head] = nn.Linear) -> Parts[Head]:
+        """Return the modules themselves, of `model` or of a module with the same names and a head of another type."""
+        names = self.backbone, self.blocks, self.embedding, self.head
+        backbone, blocks, embedding, head = map(model.get_submodule, names)
+        assert isinstance(blocks, nn.ModuleList) and isinstance(embedding, nn.Embedding) and isinstance(head, head_type)
+        return Parts(backbone, blocks, embedding, head)
 
 
 def refuse(config, what: str) -> NoReturn:

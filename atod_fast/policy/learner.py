@@ -7,41 +7,43 @@ it, so every rank runs the same number of micro-batches, empty ones included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from atod_kernels import turn_reduce
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from atod_fast import ranks
 from atod_fast.batches import Batch, Row
 from atod_fast.config import Config
 from atod_fast.errors import GuardError
 from atod_fast.objective import FULL_VOCABULARY, Streams, Tokens, diagnostics, loss_function, token_signals
-from atod_fast.policy.model import HeadJob, build_student
+from atod_fast.policy.model import Comparison, HeadJob, Loss, build_student
 from atod_fast.policy.packing import collate, partition
 from atod_fast.policy.sharding import reshard, shard
-from atod_fast.policy.teacher import Teacher, TeacherHead
+from atod_fast.policy.teacher import Teacher
 from atod_fast.policy.teacher.local import LocalTeacher
 
 if TYPE_CHECKING:
     from atod_fast.runtime import Runtime
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Scored:
     """A micro-batch and the fp32 scores of its A action tokens under the frozen student and teacher."""
 
     batch: Batch
-    logp: Tensor | None = None  # [A] log pi_old, the trainer's own
-    entropy: Tensor | None = None  # [A] of pi_old
+    logp: Tensor  # [A] log pi_old, the trainer's own
+    entropy: Tensor  # [A] of pi_old
     teacher_logp: Tensor | None = None  # [A]; None: no teacher in this step
-    divergence: Tensor | None = None  # [A] full-vocabulary divergence between pi_old and the teacher
-    teacher_hidden: Tensor | None = None  # [A, H_t], if the teacher's whole distribution is needed
+    divergence: Tensor | None = None  # [A] full-vocabulary divergence between pi_old and the teacher, if it is read
+    teacher_hidden: Tensor | None = None  # [A, H_t], if the loss needs the teacher's whole distribution
 
     @property
     def tokens(self) -> Tokens:
@@ -49,7 +51,11 @@ class Scored:
         return Tokens(self.batch.turn, self.logp, self.teacher_logp, self.batch.rollout_logp)
 
 
-MiniBatches = list[list[Scored]]  # [mini-batch][micro-batch] of this rank
+T = TypeVar("T", Batch, Scored)
+MiniBatches = list[list[T]]  # [mini-batch][micro-batch] of this rank
+# The teacher's scores of micro-batches, in order: log-probs [A], or for exact divergences its final hidden states
+# [A, H_t]. They are taken out when they are used, so that nothing holds hidden states longer than needed.
+Taught = deque[Tensor]
 
 
 class Learner:
@@ -60,13 +66,14 @@ class Learner:
 
     def __init__(self, config: Config, runtime: Runtime, valid_columns: Tensor | None):
         self.config, self.device = config, runtime.device
-        compute, how = runtime.student, config.student
+        compute, how, mesh = runtime.student, config.student, runtime.mesh
+        assert mesh is not None, "a dry run has no learner"
         student = build_student(compute, liger=runtime.liger, checkpointing=how.gradient_checkpointing)
-        self.student = shard(student.to(runtime.device), runtime.mesh, compute.dtype)
+        self.student = shard(student.to(runtime.device), mesh, compute.dtype)
         assert all(p.dtype == torch.float32 for p in self.student.parameters()), "AdamW needs fp32 masters"
         self.teacher: Teacher | None = None
-        if config.teacher_scores:
-            self.teacher = LocalTeacher(runtime.teacher, runtime.mesh, offload=config.teacher.offload)
+        if runtime.teacher is not None:
+            self.teacher = LocalTeacher(runtime.teacher, mesh, offload=config.teacher.offload)
         # Fused: torch's default updates DTensors one by one, five times slower for a small model.
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(),
@@ -86,7 +93,7 @@ class Learner:
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
 
-    def partition(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches, list[Tensor]]:
+    def partition(self, rows: Sequence[Row], step: int) -> tuple[MiniBatches[Batch], list[Tensor]]:
         """Return this rank's micro-batches, and each whole mini-batch's turns [M] over all ranks."""
         train = self.config.train
         rng = np.random.default_rng([train.seed, step])
@@ -104,45 +111,52 @@ class Learner:
         ]
         members = [[r for rank in minibatch for micro in rank for r in micro] for minibatch in whole]
         turns = [torch.tensor([turn for r in part for turn in rows[r].turns]) for part in members]
-        return [[Scored(batch.to(self.device)) for batch in minibatch] for minibatch in mine], turns
+        return [[batch.to(self.device) for batch in minibatch] for minibatch in mine], turns
 
-    def _job(self, scored: Scored, divergence: str | None, head: TeacherHead | None) -> HeadJob:
-        job = HeadJob(scored.batch.target, self.config.rollout.temperature, self.valid_columns)
-        if divergence is None:
-            return job
-        return job._replace(
-            divergence=divergence,
-            alpha=self.config.objective.alpha,
-            teacher_hidden=scored.teacher_hidden,
-            teacher_weight=head.weight,
-            teacher_bias=head.bias,
-            teacher_softcap=head.softcap,
-            teacher_scale=head.scale,
-        )
+    def _job(self, batch: Batch, teacher: Comparison | None = None, loss: Loss | None = None) -> HeadJob:
+        return HeadJob(batch.target, self.config.rollout.temperature, self.valid_columns, teacher, loss)
 
-    def score_teacher(self, minibatches: MiniBatches) -> None:
-        """Run the teacher's backbone once; keep log-probs, or final hidden states for exact divergences."""
-        for scored in (s for minibatch in minibatches for s in minibatch):
-            if self.score_divergence is None:
-                scored.teacher_logp = self.teacher.logp(scored.batch, self._job(scored, None, None))
-            else:
-                scored.teacher_hidden = self.teacher.hidden(scored.batch)
+    @contextmanager
+    def _comparing(self, divergence: str | None) -> Iterator[Callable[[Tensor], Comparison] | None]:
+        """Yield a function from the teacher's hidden states to the comparison with it; None without a divergence."""
+        if divergence is None or self.teacher is None:
+            yield None
+            return
+        with self.teacher.head() as head:
+            yield lambda hidden: Comparison(hidden, head, divergence, self.config.objective.alpha)
+
+    def score_teacher(self, minibatches: MiniBatches[Batch]) -> Taught:
+        """Run the teacher's backbone once; return log-probs, or final hidden states for exact divergences."""
+        assert self.teacher is not None, "kappa > 0 in a step of a run without a teacher"
+        batches = [batch for minibatch in minibatches for batch in minibatch]
+        if self.score_divergence is None:
+            taught = deque(self.teacher.logp(batch, self._job(batch)) for batch in batches)
+        else:
+            taught = deque(self.teacher.hidden(batch) for batch in batches)
         self.teacher.rest()
+        return taught
 
     @torch.no_grad()
-    def score_student(self, minibatches: MiniBatches, *, with_teacher: bool) -> None:
-        """Compute log pi_old, its entropy and, from the teacher's hidden states, the exact divergence."""
-        divergence = self.score_divergence if with_teacher else None
-        with self.teacher.head() if divergence else nullcontext() as head:
-            for scored in (s for minibatch in minibatches for s in minibatch):
-                out = self.student(scored.batch, self._job(scored, divergence, head))
-                scored.logp, scored.entropy = out.logp, out.entropy
-                if divergence:
-                    scored.divergence, scored.teacher_logp = out.divergence, out.teacher_logp
-                    if self.loss_divergence is None:
-                        scored.teacher_hidden = None
+    def score_student(self, minibatches: MiniBatches[Batch], taught: Taught | None) -> MiniBatches[Scored]:
+        """Compute log pi_old, its entropy and, from the teacher's hidden states, the exact divergence.
 
-    def turn_signals(self, minibatches: MiniBatches, turns: int) -> tuple[Tensor, Tensor]:
+        Empties `taught`; None: the teacher has no part in this step.
+        """
+        with self._comparing(None if taught is None else self.score_divergence) as compare:
+            return [
+                [self._score(batch, None if taught is None else taught.popleft(), compare) for batch in minibatch]
+                for minibatch in minibatches
+            ]
+
+    def _score(self, batch: Batch, taught: Tensor | None, compare: Callable[[Tensor], Comparison] | None) -> Scored:
+        if taught is None or compare is None:
+            out = self.student(batch, self._job(batch))
+            return Scored(batch, out.logp, out.entropy, taught)
+        out = self.student(batch, self._job(batch, compare(taught)))
+        kept = None if self.loss_divergence is None else taught
+        return Scored(batch, out.logp, out.entropy, out.teacher_logp, out.divergence, kept)
+
+    def turn_signals(self, minibatches: MiniBatches[Scored], turns: int) -> tuple[Tensor, Tensor]:
         """Return disagreement d and uncertainty h of all ranks' turns, [K] fp32 on the CPU; 0 for turns without tokens.
 
         A turn's tokens lie in one row, so in one micro-batch of one rank: the sum over ranks adds only zeros to its
@@ -159,7 +173,8 @@ class Learner:
             ):
                 if len(numbers):
                     signals[line, numbers.cpu()] = turn_reduce(values, offsets, "mean").cpu()
-        return tuple(ranks.total(signals))
+        disagreement, uncertainty = ranks.total(signals)
+        return disagreement, uncertainty
 
     def make_room(self) -> None:
         """Free device memory for a rollout engine to wake up in, all but shards and optimiser state."""
@@ -169,7 +184,7 @@ class Learner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def logprob_gap(self, minibatches: MiniBatches) -> tuple[float, float]:
+    def logprob_gap(self, minibatches: MiniBatches[Scored]) -> tuple[float, float]:
         """Return the mean and largest |rollout engine's - trainer's log-prob| of the sampled tokens, over all ranks.
 
         Both are at the rollout temperature and, before the first update, of the same weights: a gap beyond rounding
@@ -183,7 +198,7 @@ class Learner:
         return summed / count, ranks.largest(float(gap.max()) if len(gap) else 0.0)
 
     def update(
-        self, minibatches: MiniBatches, streams: Sequence[Sequence[Streams]], learning_rate: float
+        self, minibatches: MiniBatches[Scored], streams: Sequence[Sequence[Streams]], learning_rate: float
     ) -> dict[str, float]:
         """Take one optimiser step per mini-batch, for `train.epochs` epochs; `streams` hold one entry per micro-batch.
 
@@ -197,25 +212,24 @@ class Learner:
         norms: list[float] = []
         self.student.train()
         # pi_theta is compared with the teacher only if a stream asks for it.
-        exact = self.loss_divergence is not None and minibatches[0][0].teacher_hidden is not None
-        with self.teacher.head() if exact else nullcontext() as head:
+        exact = minibatches[0][0].teacher_hidden is not None
+        with self._comparing(self.loss_divergence if exact else None) as compare:
             for _ in range(self.config.train.epochs):
                 for minibatch, wanted in zip(minibatches, streams, strict=True):
                     # A loss that reads other tokens does so in the first update already; later checks would only cost.
                     check = not self.optimizer.state
                     self.optimizer.zero_grad(set_to_none=True)
                     for scored, stream in zip(minibatch, wanted, strict=True):
-                        job = self._job(scored, self.loss_divergence if exact else None, head)
-                        job = job._replace(
-                            loss=loss_fn, inputs=stream.tensors(), schedule=self.config.student.head, check=check
-                        )
-                        loss, stats = self.student(scored.batch, job)
+                        hidden = scored.teacher_hidden
+                        teacher = None if compare is None or hidden is None else compare(hidden)
+                        how = Loss(loss_fn, stream.tensors(), self.config.student.head, check)
+                        loss, stats = self.student(scored.batch, self._job(scored.batch, teacher, how))
                         # FSDP2 averages gradients over ranks; the streams' weights already divide by the mini-batch.
                         (loss * ranks.world_size()).backward()
                         for key, value in (diagnostics(stats, stream, objective) | {"loss": loss.detach()}).items():
                             sums[key] = sums.get(key, 0.0) + value
                     norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip)
-                    norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+                    norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
                     if not np.isfinite(norms[-1]):
                         raise GuardError(
                             f"gradient norm is {norms[-1]} in update {len(norms)} of the step: "

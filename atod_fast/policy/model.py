@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from atod_kernels import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob, linear_token_loss
@@ -19,24 +19,41 @@ from atod_fast.models import Compute, load_model, reaches, recurrent, round_buff
 from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
 
 
+class TeacherHead(NamedTuple):
+    """The teacher's head as plain, unsharded tensors: custom operators take no mix of DTensors and tensors."""
+
+    weight: Tensor  # [V_t, H_t]
+    bias: Tensor | None = None  # [V_t]
+    softcap: float | None = None  # of the unscaled logits
+    scale: float = 1.0
+
+
+class Comparison(NamedTuple):
+    """The teacher's whole distribution at A action tokens, and the divergence from it that is wanted."""
+
+    hidden: Tensor  # [A, H_t]
+    head: TeacherHead
+    divergence: str = "reverse_kl"  # of atod_kernels.linear_divergence
+    alpha: float = 0.5
+
+
+class Loss(NamedTuple):
+    """A loss whose gradients the head forms in its forward pass."""
+
+    function: Callable[..., Tensor]  # (statistics, **inputs) -> [A], each token by itself
+    inputs: Mapping[str, Tensor]  # [A] each
+    schedule: str = "auto"  # this and `check` are linear_token_loss's
+    check: bool = False
+
+
 class HeadJob(NamedTuple):
-    """What the head computes for A action tokens; with the teacher's hidden states, divergences from it too."""
+    """What the head computes for A action tokens: log-probs and entropies, and what else is asked for."""
 
     target: Tensor  # [A] int64
     temperature: float
     valid_columns: Tensor | None = None  # bool [V], of the student
-    divergence: str = "reverse_kl"  # of atod_kernels.linear_divergence
-    alpha: float = 0.5
-    teacher_hidden: Tensor | None = None  # [A, H_t]
-    teacher_weight: Tensor | None = None  # [V_t, H_t]
-    teacher_bias: Tensor | None = None  # [V_t]
-    teacher_softcap: float | None = None
-    teacher_scale: float = 1.0
-    # loss(statistics, **inputs) -> [A], each token by itself; None: statistics alone.
-    loss: Callable[..., Tensor] | None = None
-    inputs: Mapping[str, Tensor] = {}  # [A] each
-    schedule: str = "auto"  # this and `check` are linear_token_loss's
-    check: bool = False
+    teacher: Comparison | None = None
+    loss: Loss | None = None
 
 
 HeadOutput = TokenDivergence | TokenLogprob | tuple[Tensor, TokenDivergence | TokenLogprob]
@@ -63,27 +80,24 @@ class Head(nn.Module):
         With a loss, return its sum over the tokens and the statistics. Its gradients are formed here; the statistics
         carry none.
         """
-        options = {
-            "temperature": job.temperature / self.scale,
-            "softcap": self.softcap,
-            "valid_columns": job.valid_columns,
-        }
-        if job.loss is None and job.teacher_hidden is None:
+        options: dict[str, Any] = {"temperature": job.temperature / self.scale, "softcap": self.softcap}
+        options |= {"target": job.target, "valid_columns": job.valid_columns}
+        if job.teacher is None and job.loss is None:
             # The mask has the student's width; the columns by which a padded teacher differs hold no token.
-            missing = self.weight.shape[0] - len(job.valid_columns) if job.valid_columns is not None else 0
-            options["valid_columns"] = (
-                nn.functional.pad(job.valid_columns, (0, missing)) if missing else job.valid_columns
-            )
-            return linear_logprob(hidden, self.weight, job.target, bias=self.bias, **options)
-        options |= {"student_bias": self.bias, "teacher_bias": job.teacher_bias, "teacher_softcap": job.teacher_softcap}
-        if job.teacher_hidden is not None:
-            options["teacher_scale"] = job.teacher_scale / self.scale
-        options |= {"divergence": job.divergence, "alpha": job.alpha}
-        operands = hidden, self.weight, job.teacher_hidden, job.teacher_weight, job.target
+            if job.valid_columns is not None and (missing := self.weight.shape[0] - len(job.valid_columns)):
+                options["valid_columns"] = nn.functional.pad(job.valid_columns, (0, missing))
+            return linear_logprob(hidden, self.weight, bias=self.bias, **options)
+        options["student_bias"] = self.bias
+        if job.teacher is not None:
+            teacher_hidden, head, divergence, alpha = job.teacher
+            options |= {"teacher_hidden": teacher_hidden, "teacher_weight": head.weight, "teacher_bias": head.bias}
+            options |= {"teacher_softcap": head.softcap, "teacher_scale": head.scale / self.scale}
+            options |= {"divergence": divergence, "alpha": alpha}
         if job.loss is None:
-            return linear_divergence(*operands, **options)
+            return linear_divergence(hidden, self.weight, **options)
+        function, inputs, schedule, check = job.loss
         return linear_token_loss(
-            job.loss, *operands, inputs=job.inputs, schedule=job.schedule, check=job.check, **options
+            function, hidden, self.weight, inputs=inputs, schedule=schedule, check=check, **options
         )
 
 
@@ -98,7 +112,7 @@ class CausalPolicy(nn.Module):
         logits = find_logits(source, self.layout)
         for name, child in source.named_children():
             self.add_module(name, Head(child, logits) if name == self.layout.head else child)
-        self.parts = self.layout.parts(self)
+        self.parts = self.layout.parts(self, Head)
         self.tied = self.layout.tied
         self.compute_dtype = self.parts.head.weight.dtype  # until `shard` says otherwise
         self.recurrent = recurrent(source)

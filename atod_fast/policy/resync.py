@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from atod_fast.policy.model import CausalPolicy
-from atod_fast.policy.sharding import units
+from atod_fast.policy.sharding import sharded, units
 
 
 @torch.no_grad()
@@ -22,14 +22,14 @@ def stream_weights(policy: CausalPolicy) -> Iterator[tuple[str, Tensor]]:
     pending = units(policy)
     names = {module: prefix for prefix, module in policy.named_modules()}
     seen: set[str] = set()
-    handle = pending[0].unshard(async_op=True)
+    handle = sharded(pending[0]).unshard(async_op=True)
     for number, unit in enumerate(pending):
         if handle is not None:
             handle.wait()
-        handle = pending[number + 1].unshard(async_op=True) if number + 1 < len(pending) else None
+        handle = sharded(pending[number + 1]).unshard(async_op=True) if number + 1 < len(pending) else None
         # remove_duplicate=False: a tied head is sent under its own name too.
         for name, parameter in unit.named_parameters(prefix=names[unit], remove_duplicate=False):
             if name not in seen and not isinstance(parameter, DTensor):
                 seen.add(name)
                 yield name, parameter.detach()
-        unit.reshard()
+        sharded(unit).reshard()

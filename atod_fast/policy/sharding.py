@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from atod_fast.policy.model import CausalPolicy
 
@@ -34,7 +34,8 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
     if not policy.tied:
         fully_shard(policy.parts.embedding, reshard_after_forward=reshard, **options)
         fully_shard(policy.parts.head, reshard_after_forward=False, **options)
-    return fully_shard(policy, reshard_after_forward=False, **options)
+    fully_shard(policy, reshard_after_forward=False, **options)
+    return policy
 
 
 def units(policy: CausalPolicy) -> list[nn.Module]:
@@ -43,7 +44,13 @@ def units(policy: CausalPolicy) -> list[nn.Module]:
     return [*ends[0], *policy.parts.blocks, *ends[1], policy]
 
 
+def sharded(module: nn.Module) -> FSDPModule:
+    """Return the module, which FSDP2 has made a unit of its own."""
+    assert isinstance(module, FSDPModule)
+    return module
+
+
 def reshard(policy: CausalPolicy) -> None:
     """Free every unsharded parameter: after a forward pass the root and the head stay unsharded."""
     for unit in units(policy):
-        unit.reshard()
+        sharded(unit).reshard()

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from atod_fast.batches import Batch
-from atod_fast.policy.model import HeadJob
-
-
-class TeacherHead(NamedTuple):
-    """The teacher's head as plain, unsharded tensors: custom operators take no mix of DTensors and tensors."""
-
-    weight: Tensor  # [V_t, H_t]
-    bias: Tensor | None  # [V_t]
-    softcap: float | None  # of the unscaled logits
-    scale: float
+from atod_fast.policy.model import HeadJob, TeacherHead
 
 
 class Teacher(Protocol):

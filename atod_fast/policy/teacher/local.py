@@ -11,9 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from atod_fast.batches import Batch
 from atod_fast.models import Compute
-from atod_fast.policy.model import CausalPolicy, HeadJob, build_teacher
-from atod_fast.policy.sharding import reshard, shard
-from atod_fast.policy.teacher import TeacherHead
+from atod_fast.policy.model import CausalPolicy, HeadJob, TeacherHead, build_teacher
+from atod_fast.policy.sharding import reshard, shard, sharded
 
 
 class LocalTeacher:
@@ -34,7 +33,7 @@ class LocalTeacher:
     @contextmanager
     def head(self) -> Iterator[TeacherHead]:
         head = self.policy.parts.head
-        (self.policy if self.policy.tied else head).unshard()
+        sharded(self.policy if self.policy.tied else head).unshard()
         try:
             bias = None if head.bias is None else head.bias.detach()
             yield TeacherHead(head.weight.detach(), bias, head.softcap, head.scale)
