@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -27,22 +28,22 @@ RESULTS = ROOT / "bench" / "results" / "mutants.md"
 LIMIT = 300  # seconds for a mutant's tests; a mutant that makes them hang counts as noticed
 NOTICED, LIVES = 1, 0  # pytest's exit codes
 
-LEARNER = ("test_learner_reference.py", "test_policy.py")
-LOOP = ("test_loop_reference.py",)
+LEARNER = ("policy/test_learner_reference.py", "policy/test_policy.py")
+LOOP = ("run/test_loop_reference.py",)
 TESTS = {  # nearest first
-    "objective/advantage.py": ("test_advantage.py",),
-    "objective/loss.py": ("test_objective.py", "test_learner_reference.py"),
-    "schedules.py": ("test_schedule.py",),
-    "objective/streams.py": ("test_objective.py", "test_learner_reference.py"),
-    "objective/turns.py": ("test_objective.py", "test_learner_reference.py"),
+    "objective/advantage.py": ("objective/test_advantage.py",),
+    "objective/loss.py": ("objective/test_objective.py", "policy/test_learner_reference.py"),
+    "schedules.py": ("run/test_schedule.py",),
+    "objective/streams.py": ("objective/test_objective.py", "policy/test_learner_reference.py"),
+    "objective/turns.py": ("objective/test_objective.py", "policy/test_learner_reference.py"),
     "policy/learner.py": LEARNER,
-    "policy/packing.py": ("test_packing.py", *LEARNER),
+    "policy/packing.py": ("policy/test_packing.py", *LEARNER),
     "policy/teacher/local.py": LEARNER,
-    "rollout/actor.py": ("test_actor.py", *LOOP),
-    "rollout/agent.py": ("test_rollout.py", *LOOP),
+    "rollout/actor.py": ("rollout/test_actor.py", *LOOP),
+    "rollout/agent.py": ("rollout/test_rollout.py", *LOOP),
     "train.py": LOOP,
-    "batches.py": (*LOOP, "test_learner_reference.py"),
-    "records.py": (*LOOP, "test_learner_reference.py"),
+    "batches.py": (*LOOP, "policy/test_learner_reference.py"),
+    "records.py": (*LOOP, "policy/test_learner_reference.py"),
     "envs/alfworld/env.py": LOOP,
 }
 
@@ -490,7 +491,7 @@ def main() -> int:
             shutil.copy(ROOT / "atod_fast" / file, path)
             if code not in (NOTICED, LIVES):
                 raise SystemExit(f"mutant {mutant.name}: pytest ends with {code}; is it importable?")
-            found.append(Verdict(file, mutant, killer.removeprefix("tests/"), time.time() - start))
+            found.append(Verdict(file, mutant, re.sub(r"^tests/(\w+/)*", "", killer), time.time() - start))
             print(f"{mutant.name:26}{found[-1].seconds:4.0f} s  {killer or 'LIVES'}", flush=True)
     if not args.only:
         RESULTS.write_text(report(found), encoding="utf-8")

@@ -1,6 +1,6 @@
 """ALFWorld's text games in pure Python, without TextWorld's planner.
 
-Observations, admissible commands and goal check equal TextWorld's: `tests/test_alfworld_textworld.py` compares them
+Observations, admissible commands and goal check equal TextWorld's: `test_alfworld_textworld.py` compares them
 step by step.
 """
 
