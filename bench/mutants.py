@@ -30,17 +30,18 @@ NOTICED, LIVES = 1, 0  # pytest's exit codes
 
 LEARNER = ("policy/test_learner_reference.py", "policy/test_policy.py")
 LOOP = ("run/test_loop_reference.py",)
+SWITCHES = ("objective/test_switches.py", "policy/test_learner_reference.py")
 TESTS = {  # nearest first
     "objective/advantage.py": ("objective/test_advantage.py",),
-    "objective/loss.py": ("objective/test_objective.py", "policy/test_learner_reference.py"),
+    "objective/loss.py": ("objective/test_loss.py", "objective/test_streams.py", *SWITCHES),
     "schedules.py": ("run/test_schedule.py",),
-    "objective/streams.py": ("objective/test_objective.py", "policy/test_learner_reference.py"),
-    "objective/turns.py": ("objective/test_objective.py", "policy/test_learner_reference.py"),
+    "objective/streams.py": ("objective/test_streams.py", "objective/test_loss.py", *SWITCHES),
+    "objective/turns.py": ("objective/test_turn_weights.py", "objective/test_streams.py", *SWITCHES),
     "policy/learner.py": LEARNER,
     "policy/packing.py": ("policy/test_packing.py", *LEARNER),
     "policy/teacher/local.py": LEARNER,
     "rollout/actor.py": ("rollout/test_actor.py", *LOOP),
-    "rollout/agent.py": ("rollout/test_rollout.py", *LOOP),
+    "rollout/agent.py": ("rollout/test_rollout.py", "rollout/test_rollout_failures.py", *LOOP),
     "train.py": LOOP,
     "batches.py": (*LOOP, "policy/test_learner_reference.py"),
     "records.py": (*LOOP, "policy/test_learner_reference.py"),

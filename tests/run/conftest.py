@@ -10,13 +10,13 @@ from atod_fast.policy import checkpoint
 from helpers.runs import QUICK, run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def three_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return folder, run(folder, "train.steps=3", "checkpoint.every=2")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def three(tmp_path_factory):
     """A finished run of three steps, each with its checkpoint."""
     folder = tmp_path_factory.mktemp("three") / "run"
