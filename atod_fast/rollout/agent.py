@@ -57,10 +57,10 @@ def rollout(
     the others go on. `progress` is called with (episodes finished, episodes, turns taken, tokens sampled).
     Raises UserError if the configuration needs longer sequences than the engine holds.
     """
-    how = config.rollout
-    if engine.max_model_len < how.longest:
+    settings = config.rollout
+    if engine.max_model_len < settings.longest:
         raise UserError(
-            f"rollout.prompt_tokens={how.prompt_tokens}: sequences of {how.longest} tokens, "
+            f"rollout.prompt_tokens={settings.prompt_tokens}: sequences of {settings.longest} tokens, "
             f"the engine holds {engine.max_model_len}; lower it"
         )
     plays = [_Play(key, episode, renderer, config) for key, episode in enumerate(episodes)]
@@ -68,8 +68,8 @@ def rollout(
     live = asked = finished = tokens = 0
     failures: set[str] = set()
     sampling = Sampling(
-        how.temperature if temperature is None else temperature,
-        how.response_tokens,
+        settings.temperature if temperature is None else temperature,
+        settings.response_tokens,
         renderer.stop_ids,
         renderer.valid_columns,
     )
@@ -95,7 +95,7 @@ def rollout(
         last.callback(engine.end)
         engine.begin(sampling)
         while waiting or live:
-            while waiting and live < how.concurrency:
+            while waiting and live < settings.concurrency:
                 play = waiting.popleft()
                 pool.reset(play.key, play.episode.env_seed, play.episode.task)
                 live += 1
@@ -140,7 +140,7 @@ class _Play:
 
     def next(self, answer: Answer) -> Request | None:
         """Record the environment's answer; return the next request, or None if the trajectory is over or failed."""
-        trajectory, how = self.trajectory, self.config.rollout
+        trajectory, settings = self.trajectory, self.config.rollout
         turns = trajectory.turns
         if answer.failure is not None:
             trajectory.failure = answer.failure
@@ -163,7 +163,7 @@ class _Play:
             trajectory.failure = f"its observation could not be made a prompt: {one_line(error)}"
             return None
         ids = self.sequence + self.prompt
-        room = how.longest - how.response_tokens
+        room = settings.longest - settings.response_tokens
         if 0 < len(ids) <= room:
             seed = np.random.SeedSequence((self.episode.seed, len(turns))).generate_state(1, np.uint64)[0] >> 1
             return Request(self.key, ids, int(seed))
@@ -172,7 +172,7 @@ class _Play:
         else:
             trajectory.failure = (
                 f"its first prompt has {len(ids)} tokens, room is for 1 to {room}: "
-                f"rollout.prompt_tokens={how.prompt_tokens} may be raised"
+                f"rollout.prompt_tokens={settings.prompt_tokens} may be raised"
             )
         return None
 

@@ -19,12 +19,12 @@ def limit(config: Config, engines: int, instant: bool) -> float:
     """
     if config.guard.wait_minutes:
         return config.guard.wait_minutes * 60
-    env, how = config.env, config.rollout
+    env, settings = config.env, config.rollout
     longest = LEAST
     for played in (config.train.tasks_per_step * config.train.group_size, config.eval.tasks):
         episodes = ceil(played / engines)
-        together = min(how.concurrency, episodes)
+        together = min(settings.concurrency, episodes)
         call = together * INSTANT_STEP if instant else ceil(together / env.workers) * env.step_timeout
-        wave = (env.max_turns + 1) * call + env.max_turns * how.response_tokens * TOKEN
+        wave = (env.max_turns + 1) * call + env.max_turns * settings.response_tokens * TOKEN
         longest = max(longest, ceil(episodes / together) * wave)
     return longest

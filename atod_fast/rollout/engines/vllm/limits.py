@@ -53,18 +53,18 @@ def check(config: Config, model: Attention, dtype: torch.dtype) -> None:
                 f"{key}={temperature:g}: vLLM samples at {COLDEST} to {HOTTEST}, or 0; change it, "
                 "or set rollout.engine=transformers"
             )
-    how = config.rollout
-    if model.heads % how.tensor_parallel or (
-        model.kv_heads % how.tensor_parallel and how.tensor_parallel % model.kv_heads
+    settings = config.rollout
+    if model.heads % settings.tensor_parallel or (
+        model.kv_heads % settings.tensor_parallel and settings.tensor_parallel % model.kv_heads
     ):
         raise UserError(
-            f"rollout.tensor_parallel={how.tensor_parallel} cannot share the student's {model.heads} heads "
+            f"rollout.tensor_parallel={settings.tensor_parallel} cannot share the student's {model.heads} heads "
             f"({model.kv_heads} of keys and values); use a divisor of both, or 1"
         )
-    least = _cache_bytes(model, dtype, 1, how.longest, how.tensor_parallel)
-    if 0 < how.kv_cache_gib * 2**30 < least:
+    least = _cache_bytes(model, dtype, 1, settings.longest, settings.tensor_parallel)
+    if 0 < settings.kv_cache_gib * 2**30 < least:
         raise UserError(
-            f"rollout.kv_cache_gib={how.kv_cache_gib:g} holds no sequence of {how.longest} tokens; "
+            f"rollout.kv_cache_gib={settings.kv_cache_gib:g} holds no sequence of {settings.longest} tokens; "
             f"use {least / 2**30:.2g} or more, or 0"
         )
 
@@ -83,9 +83,9 @@ def cache_bytes(config: Config, model: Attention, dtype: torch.dtype) -> int:
 
     It needs `rollout.concurrency` sequences of the greatest length.
     """
-    how = config.rollout
-    return int(how.kv_cache_gib * 2**30) or _cache_bytes(
-        model, dtype, how.concurrency, how.longest, how.tensor_parallel
+    settings = config.rollout
+    return int(settings.kv_cache_gib * 2**30) or _cache_bytes(
+        model, dtype, settings.concurrency, settings.longest, settings.tensor_parallel
     )
 
 
