@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from atod_fast.config import Env
@@ -85,7 +87,7 @@ def trace(
         steps.append(Step(observation, command, bad))
         observation, _, terminated, truncated, info = env.step(command)
         over = terminated or truncated
-    return steps, info["won"]
+    return steps, info.get("won", False)
 
 
 def examples(
@@ -110,6 +112,7 @@ def examples(
 
 
 def training_tasks(settings: Env, **options: int) -> Environment:
+    """Return the environment of `settings.train`, with some of its options replaced."""
     return make(settings.name, **(settings.options | settings.train | options))
 
 
@@ -118,7 +121,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM
 
     Its matrices start larger than with transformers' standard deviation of 0.02, which is meant for wide models.
     """
-    special = {
+    special: dict[str, Any] = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -158,11 +161,10 @@ def batches(data: Sequence[Example], rng: Random) -> Iterator[list[Example]]:
         yield from epoch
 
 
-def collate(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
-    """Return ids [B, L] int64, right-padded, and weight [B, L] fp32."""
-    length = max(len(example.ids) for example in batch)
-    ids = torch.tensor([example.ids + [pad] * (length - len(example.ids)) for example in batch])
-    return ids, torch.tensor([example.weight + [0.0] * (length - len(example.weight)) for example in batch])
+def collate(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Return ids [B, L] int64 and weight [B, L] fp32, right-padded with 0, the id of the tokenizer's PAD."""
+    ids, weight = [torch.tensor(example.ids) for example in batch], [torch.tensor(example.weight) for example in batch]
+    return pad_sequence(ids, batch_first=True), pad_sequence(weight, batch_first=True)
 
 
 def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, label: str) -> None:
@@ -182,7 +184,7 @@ def supervise(model: Qwen3ForCausalLM, data: Sequence[Example], recipe: Recipe, 
     model.train()
     start = time.perf_counter()
     for step, batch in enumerate(batches(data, Random(recipe.seed)), 1):
-        ids, weight = collate(batch, model.config.pad_token_id)
+        ids, weight = collate(batch)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         token_loss = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * weight[:, 1:]
         actions = weight[:, 1:] == 1
@@ -211,6 +213,7 @@ def success(demo: Demo, folder: Path, tasks: int, temperature: float) -> float:
         demo.preset, overrides=[f"student.path={folder}", f"eval.tasks={tasks}", f"eval.temperature={temperature}"]
     )
     runtime = Runtime.of(config, torch.device("cpu"))
+    assert runtime.student is not None, "only a dry run may not know the student"
     engine = make_engine(config, runtime.engine, runtime.student, runtime.device)
     tokenizer = load_tokenizer(config.student.path)
     renderer = CompactRenderer(tokenizer, demo.dialect)
@@ -238,6 +241,7 @@ def build(demo: Demo, out: Path, seed: int = 0, tasks: int | None = None, share:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: rebuild one demo's models, then print their success rates on held-out tasks."""
     parser = argparse.ArgumentParser(
         prog="python -m atod_fast.demo.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

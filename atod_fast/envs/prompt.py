@@ -8,7 +8,7 @@ the wording without it is ours, and so is everything for context `full`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from atod_fast.envs.protocol import Environment, Prompt
 from atod_fast.envs.text import one_line
@@ -31,7 +31,7 @@ def prompt_for(name: str, env: Environment, *, thinking: bool, history: int) -> 
     Raises:
         UserError: the environment has no such method, the method raises, or its result is no `Prompt`.
     """
-    own = getattr(env, "prompt", None)
+    own: Callable[[bool, int], Prompt] | None = getattr(env, "prompt", None)
     if not callable(own):
         raise UserError(
             f"env.name={name!r} has no prompt; give its class a method prompt(thinking, history), "

@@ -36,15 +36,19 @@ class Environment(Protocol):
 
     def __len__(self) -> int:
         """Return the number of tasks; task indices are 0..len-1."""
+        ...
 
     def reset(self, seed: int, task: int) -> tuple[str, Info]:
         """Start `task`; return observation and info. Equal seed, task and actions give an equal episode."""
+        ...
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         """Return observation, reward, terminated, truncated and info."""
+        ...
 
     def clone(self) -> Environment:
         """Return another, independent episode over the same (shared, read-only) tasks."""
+        ...
 
     def close(self) -> None:
         """Release what the episode holds."""
@@ -67,15 +71,19 @@ class Prompt(Protocol):
 
         task_observation: the episode's first observation. history: all finished turns, none at first.
         """
+        ...
 
     def first(self, observation: str, admissible: Sequence[str]) -> str:
         """Return the first user message."""
+        ...
 
     def following(self, observation: str, admissible: Sequence[str]) -> str:
         """Return a later user message."""
+        ...
 
     def project(self, text: str) -> tuple[str, bool]:
         """Return the command in a response, and whether the response had the required form."""
+        ...
 
 
 _KINDS: dict[str, Callable[[Any], Any]] = {

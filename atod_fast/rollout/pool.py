@@ -131,13 +131,15 @@ class Pool:
         return [self._answers.get() for _ in range(self._answers.qsize())]
 
 
-def _answer(key: int, observation: str, info: Info, *outcome: float) -> Answer:
+def _answer(
+    key: int, observation: str, info: Info, reward: float = 0.0, terminated: bool = False, truncated: bool = False
+) -> Answer:
     """Validate an environment's reply; a bad type or non-finite number fails this episode only."""
     if not isinstance(observation, str) or not isinstance(info, dict):
         raise TypeError(
             f"the observation is {type(observation).__name__}, the info {type(info).__name__}; text and a dict are due"
         )
-    answer = Answer(key, encodable(observation), info | known_facts(info), *outcome)
+    answer = Answer(key, encodable(observation), info | known_facts(info), reward, terminated, truncated)
     for name, number in (("reward", answer.reward), ("score", answer.info.get("score", 0.0))):
         if not math.isfinite(number):
             raise ValueError(f"the {name} is {number}")

@@ -38,12 +38,14 @@ class Renderer(Protocol):
         Context `window`: the whole prompt. Context `full`: the tokens since the previous action; if that action was cut
         off without a stop token, they begin by closing its message. `info` belongs to `observation`.
         """
+        ...
 
     def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
         """Return the text of the response `ids`, the command for the environment, and whether the form is valid.
 
         `stopped`: the last id is a stop token, which is not part of the text.
         """
+        ...
 
 
 class ChatRenderer:
@@ -85,7 +87,7 @@ class ChatRenderer:
             tokenizer, thinking=thinking, day=day or date.today(), continues=context == "full"
         )
         self._opened = "<think>" if self._template.opening.rstrip().endswith("<think>") else ""
-        ends = dict.fromkeys(i for i in (self._template.end, tokenizer.eos_token_id, *stop_ids) if i is not None)
+        ends = dict.fromkeys(i for i in (self._template.end, tokenizer.eos_token_id, *stop_ids) if isinstance(i, int))
         self.stop_ids = tuple(i for i in ends if columns is None or i < columns)
         if not self.stop_ids:
             raise UserError(
@@ -142,7 +144,7 @@ class ChatRenderer:
         return ids
 
     def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
-        text = self._tokenizer.decode(
+        text: str = self._tokenizer.decode(  # pyright: ignore[reportAssignmentType]
             list(ids[: len(ids) - stopped]), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         command, valid = self._words.project(self._opened + text)

@@ -53,11 +53,13 @@ class ChatTemplate:
         name = tokenizer.name_or_path
         if tokenizer.chat_template is None:
             raise UserError(f"student.path: tokenizer {name!r} has no chat template; use a chat or instruct model")
-        if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
             raise UserError(
                 f"student.path: tokenizer {name!r} is not a fast one; give a model folder with a tokenizer.json"
             )
-        self._tokenizer, self._thinking, self._noon = tokenizer, thinking, datetime.combine(day, time(12))
+        self._tokenizer, self._backend, self._thinking = tokenizer, backend, thinking
+        self._noon = datetime.combine(day, time(12))
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         # Added tokens of white space alone (spaces, line breaks) are ordinary text to the model.
         self._control = {text: i for text, i in added.items() if text.strip(" \n\r\t\u2581")}
@@ -124,7 +126,7 @@ class ChatTemplate:
     def _render(self, messages: list[str]) -> str:
         """Return what the template writes for `messages`, alternately of the user and the assistant."""
         talk = [{"role": ("user", "assistant")[n % 2], "content": message} for n, message in enumerate(messages)]
-        return self._tokenizer.apply_chat_template(
+        return self._tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
             talk,
             tokenize=False,
             add_generation_prompt=True,
@@ -146,7 +148,7 @@ class ChatTemplate:
 
     def _respelled(self) -> tuple[Tokenizer, dict[int, int]]:
         """Return the tokenizer with its control tokens respelled, and the original id of each of its added tokens."""
-        described = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        described = json.loads(self._backend.to_str())
         described |= {"truncation": None, "padding": None}
         spelled = {}
         for token in described["added_tokens"]:
@@ -165,4 +167,5 @@ class ChatTemplate:
                 [RESPELLED.format(self._control[word]) if word in words else word, score] for word, score in vocabulary
             ]
         copy = Tokenizer.from_str(json.dumps(described))
-        return copy, {copy.token_to_id(text): i for text, i in spelled.items()}
+        ids = ((copy.token_to_id(text), i) for text, i in spelled.items())
+        return copy, {respelled: i for respelled, i in ids if respelled is not None}

@@ -90,7 +90,7 @@ class Gymnasium(Adapter):
         if self._env is None:
             self._env = self._open()
         observation, info = self._env.reset(seed=start)
-        self._text = self._shown(observation, info)
+        self._text = self._shown(self._env, observation, info)
         self._facts = Info(task_id=f"{self._id}/{start}") | self._told(info, False)
         return self._text, self._facts.copy()
 
@@ -102,7 +102,7 @@ class Gymnasium(Adapter):
             return self._text, 0.0, False, False, self._facts | Info(is_action_valid=False)
         observation, gained, terminated, truncated, info = self._env.step(taken)
         reward = float(gained)
-        self._text = self._shown(observation, info)
+        self._text = self._shown(self._env, observation, info)
         won = bool(terminated) and reward >= self._won
         self._facts |= self._told(info, won)
         return self._text, reward, bool(terminated), bool(truncated), self._facts.copy()
@@ -172,14 +172,18 @@ class Gymnasium(Adapter):
         mask, names = info.get("action_mask"), self._names
         if self._numbers is not None and mask is not None:
             names = [name for name, may in zip(names, mask, strict=True) if may]
-        facts = Info(won=won, admissible_actions=names, is_action_valid=True) | known_facts(info)
-        self._allowed = {name.strip().lower() for name in facts["admissible_actions"]}
-        shown = {name: fit(facts[name], LONGEST_NAME) for name in ("task_type", "task_id") if name in facts}
-        return facts | shown | {"admissible_actions": self._fit_list(facts["admissible_actions"])}
+        facts = Info(won=won, is_action_valid=True) | known_facts(info)
+        actions = facts.get("admissible_actions", names)
+        self._allowed = {name.strip().lower() for name in actions}
+        facts["admissible_actions"] = self._fit_list(actions)
+        for name in ("task_type", "task_id"):
+            if text := facts.get(name):
+                facts[name] = fit(text, LONGEST_NAME)
+        return facts
 
-    def _shown(self, observation: Any, info: Mapping[str, Any]) -> str:
+    def _shown(self, env: Env, observation: Any, info: Mapping[str, Any]) -> str:
         if self._observation == "render":
-            observation = self._env.render()
+            observation = env.render()
         elif self._describe is not None:
             observation = self._describe(observation, info)
         if not isinstance(observation, str):
@@ -201,7 +205,7 @@ def _worded(text: str) -> str:
 def _function(name: str) -> Callable[[Any, Mapping[str, Any]], str]:
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        found: Callable[..., str] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"observation={name!r} cannot be loaded: {error}") from error
     if not callable(found):

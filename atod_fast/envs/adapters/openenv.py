@@ -141,17 +141,14 @@ class OpenEnv(Adapter):
 
     def reset(self, seed: int, task: int) -> tuple[str, Info]:
         start = self._world_seed(task)
-        kept, self._task_id = self._socket is not None, f"{self._host}/{start}"
-        if not kept:
-            self._connect()
+        kept, self._task_id = self._socket, f"{self._host}/{start}"
         try:
-            data = self._ask("reset", self._reset | {"seed": start})
+            data = self._ask(kept or self._connect(), "reset", self._reset | {"seed": start})
         except ConnectionError:
-            if not kept:
+            if kept is None:
                 raise
             self.close()  # servers end idle sessions
-            self._connect()
-            data = self._ask("reset", self._reset | {"seed": start})
+            data = self._ask(self._connect(), "reset", self._reset | {"seed": start})
         self._text, self._listed = self._read(data, first=True)
         return self._text, self._info(True)
 
@@ -159,7 +156,7 @@ class OpenEnv(Adapter):
         if self._socket is None:
             raise RuntimeError("step before reset")
         try:
-            data = self._ask("step", filled(self._action, action))
+            data = self._ask(self._socket, "step", filled(self._action, action))
         except ServerError as error:
             if not error.of_value:
                 raise
@@ -179,7 +176,7 @@ class OpenEnv(Adapter):
                 # The server hangs up when the session is over and a new one can start.
                 socket.recv(timeout=min(CLOSING, self._timeout))
 
-    def _connect(self) -> None:
+    def _connect(self) -> ClientConnection:
         try:
             from websockets.sync.client import connect
         except ImportError as error:
@@ -191,8 +188,9 @@ class OpenEnv(Adapter):
         waits = {"open_timeout": self._timeout, "close_timeout": min(CLOSING, self._timeout)}
         self._open = ExitStack()
         self._socket = self._open.enter_context(connect(self._url, max_size=MESSAGE_BYTES, proxy=proxy, **waits))
+        return self._socket
 
-    def _ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, socket: ClientConnection, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """Send a message and return the server's answer.
 
         Raises ServerError if that is an error, ConnectionError if the server is gone, TimeoutError after `timeout`.
@@ -201,8 +199,8 @@ class OpenEnv(Adapter):
 
         try:
             with suppress(ConnectionClosed):  # its last message can still be read
-                self._socket.send(json.dumps({"type": kind, "data": data}))
-            reply = json.loads(self._socket.recv(timeout=self._timeout))
+                socket.send(json.dumps({"type": kind, "data": data}))
+            reply = json.loads(socket.recv(timeout=self._timeout))
         except ConnectionClosed as error:
             raise ConnectionError(f"the server hung up ({error})") from error
         except TimeoutError:

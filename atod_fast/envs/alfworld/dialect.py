@@ -74,15 +74,17 @@ class Expert:
 
     def command(self) -> str:
         """Return the next command; called before every turn."""
-        world = self.world
+        world, held = self.world, self.world.held
         self._searched.update(place for place in world.here if world.is_open(place))
-        if world.held is None:
+        if held is None:
             return self._search()
-        if self.game.kind[world.held] != self.task.object:
-            return self._put([place for place in self.game.receptacles if world.held in self.game.accepts[place]])
-        if self._treatment and not world.true(self._treatment[1], world.held):
-            return self._treat(self._treatment[0])
-        return self._put([place for place in self.game.receptacles if self.game.kind[place] == self.task.receptacle])
+        if self.game.kind[held] != self.task.object:
+            return self._put(held, [place for place in self.game.receptacles if held in self.game.accepts[place]])
+        if self._treatment and not world.true(self._treatment[1], held):
+            return self._treat(held, self._treatment[0])
+        return self._put(
+            held, [place for place in self.game.receptacles if self.game.kind[place] == self.task.receptacle]
+        )
 
     def _search(self) -> str:
         for place in self.world.here:
@@ -97,17 +99,17 @@ class Expert:
             left = [place for place in self._places if place not in self._searched]
         return self._say("gotolocation", r=left[0])
 
-    def _treat(self, action: str) -> str:
+    def _treat(self, held: str, action: str) -> str:
         tools = self.game.tools[action]
         here = [place for place in self.world.here if place in tools]
-        return self._say(action, o=self.world.held, r=here[0]) if here else self._say("gotolocation", r=min(tools))
+        return self._say(action, o=held, r=here[0]) if here else self._say("gotolocation", r=min(tools))
 
-    def _put(self, places: list[str]) -> str:
-        """Put the held object down at one of `places`, here if possible."""
+    def _put(self, held: str, places: list[str]) -> str:
+        """Put the object `held` down at one of `places`, here if possible."""
         for place in self.world.here:
             if place in places:
                 return (
-                    self._say("putobject", o=self.world.held, r=place)
+                    self._say("putobject", o=held, r=place)
                     if self.world.is_open(place)
                     else self._say("openobject", r=place)
                 )
@@ -138,14 +140,21 @@ def junk(world: FastAlfWorld, rng: Random) -> str:
     return rng.choices(sentences, weights=(3, 2, 1, 1, 1, 1, 1))[0]
 
 
+def _state(env: AlfWorld) -> FastAlfWorld:
+    """Return the game of the last reset as it stands now; TextWorld's engine does not show it."""
+    if not isinstance(env.engine, FastAlfWorld):
+        raise TypeError("the dialect needs engine='fast', and a reset")
+    return env.engine
+
+
 def _games(env: AlfWorld, count: int) -> Iterable[Game]:
     for task in range(count):
         env.reset(0, task)
-        yield env.game
+        yield _state(env).game
 
 
 def _player(env: AlfWorld) -> Player:
-    expert = Expert(env.engine)
+    expert = Expert(_state(env))
     return lambda steps, observation: expert.command()
 
 
@@ -155,5 +164,5 @@ DIALECT = Dialect(
     words=str.split,
     vocabulary=lambda env, count: vocabulary(_games(env, count)),
     expert=_player,
-    junk=lambda env, observation, rng: junk(env.engine, rng),
+    junk=lambda env, observation, rng: junk(_state(env), rng),
 )

@@ -132,12 +132,12 @@ class FastAlfWorld:
                 cut = (item for item, place in self.facts["objectatlocation"] if place == self.location)
                 moves += [("sliceobject", "", item) for item in cut if item in properties["sliceable"]]
         words, name = game.texts.commands, game.names.get
-        return {words[m[0]].format(r=name(m[1]), o=name(m[2]), co=name(m[2]), ko=name(held)): m for m in moves}
+        return {words[m[0]].format(r=name(m[1]), o=name(m[2]), co=name(m[2]), ko=name(held or "")): m for m in moves}
 
     def _rows(self, predicate: str, pattern: tuple[str | None, ...]) -> Iterator[Row]:
         """Return the facts of a predicate that fit the known arguments, sorted as TextWorld enumerates them."""
         rows = self.facts.get(predicate) or self.game.static.get(predicate, frozenset())
         if None not in pattern:
-            return iter((pattern,) if pattern in rows else ())
+            return iter(rows & {pattern})
         known = [(at, value) for at, value in enumerate(pattern) if value is not None]
         return iter(sorted(row for row in rows if all(row[at] == value for at, value in known)))

@@ -28,9 +28,13 @@ class Engine(Protocol):
     admissible: list[str]
     won: bool
 
-    def reset(self) -> str: ...
+    def reset(self) -> str:
+        """Restart the game and return the first observation."""
+        ...
 
-    def step(self, command: str) -> tuple[str, bool]: ...
+    def step(self, command: str) -> tuple[str, bool]:
+        """Return the observation, and whether the command was admissible."""
+        ...
 
 
 class Games:
@@ -104,17 +108,17 @@ class AlfWorld:
         self.game = self._games.get(task)
         if self.instant:
             self.engine = FastAlfWorld(self.game)
-        else:
-            self.engine = self.engine or TextWorldEngine()  # a clone loads its own copy of the planner
+        else:  # a clone loads its own copy of the planner
+            self.engine = self.engine if isinstance(self.engine, TextWorldEngine) else TextWorldEngine()
             self.engine.load(self.game)
-        return self.engine.reset(), self._info(True)
+        return self.engine.reset(), _info(self.game, self.engine, True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
-        if self.game is None:
+        if self.game is None or self.engine is None:
             raise RuntimeError("step before reset")
         observation, accepted = self.engine.step(action)
         won = self.engine.won
-        return observation, self._reward if won else 0.0, won, False, self._info(accepted)
+        return observation, self._reward if won else 0.0, won, False, _info(self.game, self.engine, accepted)
 
     def clone(self) -> AlfWorld:
         return copy_with(self, engine=None, game=None)
@@ -127,14 +131,15 @@ class AlfWorld:
             self.engine.close()
         self.engine = self.game = None
 
-    def _info(self, accepted: bool) -> Info:
-        return Info(
-            won=self.engine.won,
-            admissible_actions=list(self.engine.admissible),
-            is_action_valid=accepted,
-            task_type=self.game.task.type,
-            task_id=self.game.task_id,
-        )
+
+def _info(game: Game, engine: Engine, accepted: bool) -> Info:
+    return Info(
+        won=engine.won,
+        admissible_actions=list(engine.admissible),
+        is_action_valid=accepted,
+        task_type=game.task.type,
+        task_id=game.task_id,
+    )
 
 
 def _generated(spec: Spec, count: int) -> Games:
@@ -150,6 +155,6 @@ def _official(split: str | None, data: str | None, games: Paths | None, task_typ
         split = games
     if split is not None:
         games = split_folder(split, data)
-    paths = [games] if isinstance(games, str | os.PathLike) else games
+    paths = [games] if isinstance(games, str | os.PathLike) else games or ()
     files = playable(find_games(paths), task_types)
     return Games(len(files), lambda index: Game.parse(read_file(files[index]), task_id(files[index])))

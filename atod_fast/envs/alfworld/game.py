@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from atod_fast.envs.alfworld import grammar, pddl
 from atod_fast.envs.alfworld.goal import Goal, Task, compile_goal, describe
@@ -25,7 +26,7 @@ class Game:
 
     task_id: str
     task: Task
-    data: Mapping[str, object]  # the game file: pddl_domain, grammar, pddl_problem
+    data: Mapping[str, Any]  # the game file: pddl_domain, grammar, pddl_problem
     domain: Domain
     texts: grammar.Grammar
     names: dict[str, str]
@@ -44,7 +45,7 @@ class Game:
     travel: dict[str, str]  # "go to ..." command -> receptacle
 
     @classmethod
-    def parse(cls, data: Mapping[str, object], task_id: str) -> Game:
+    def parse(cls, data: Mapping[str, Any], task_id: str) -> Game:
         """Parse a game file's content. Raise GameError, naming what is damaged or not supported."""
         try:
             return cls._parse(data, task_id)
@@ -54,7 +55,7 @@ class Game:
             raise GameError(f"malformed ({type(error).__name__}: {error})") from error
 
     @classmethod
-    def _parse(cls, data: Mapping[str, object], task_id: str) -> Game:
+    def _parse(cls, data: Mapping[str, Any], task_id: str) -> Game:
         for key in ("pddl_domain", "grammar", "pddl_problem"):
             if not isinstance(data.get(key), str):
                 raise GameError(f"the game has no {key}")
@@ -64,7 +65,7 @@ class Game:
         _check_predicates(texts, domain)
 
         facts = problem.facts
-        location = dict(facts.get("receptacleatlocation", []))
+        location = {place: spot for place, spot in facts.get("receptacleatlocation", [])}
         if len(location) != len(set(facts.get("receptacleatlocation", []))):
             raise GameError("a receptacle is at several locations")
         agents = facts.get("atlocation", [])

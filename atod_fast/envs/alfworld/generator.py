@@ -114,7 +114,7 @@ def _tables() -> dict:
 
 @lru_cache(maxsize=4)
 def _data(name: str) -> str:
-    return resources.files(__package__).joinpath("data", name).read_text(encoding="utf-8")
+    return resources.files("atod_fast.envs.alfworld").joinpath("data", name).read_text(encoding="utf-8")
 
 
 def generate(spec: Spec, index: int) -> tuple[str, dict[str, object]]:

@@ -31,6 +31,7 @@ class Goal:
     clauses: tuple[tuple[tuple[tuple[str, Row], ...], ...], ...]
 
     def holds(self, facts: Mapping[str, Set[Row]]) -> bool:
+        """Return whether the goal is reached in a state with these facts, by predicate."""
         return all(any(all(row in facts[name] for name, row in ground) for ground in clause) for clause in self.clauses)
 
 

@@ -101,7 +101,8 @@ class Domain:
 def domain(text: str) -> Domain:
     """Parse a game's `pddl_domain`. Raise GameError if an action is not the one that the engine implements."""
     actions, tools = _actions(text)
-    known = _actions(resources.files(__package__).joinpath("data/alfred.pddl").read_text(encoding="utf-8"))[0]
+    shipped = resources.files("atod_fast.envs.alfworld").joinpath("data/alfred.pddl")
+    known = _actions(shipped.read_text(encoding="utf-8"))[0]
     for name in known.keys() | actions.keys():
         if known.get(name) != actions.get(name) and (name != "help" or name in actions):
             raise GameError(f"the PDDL domain's action {name} is not ALFWorld's")

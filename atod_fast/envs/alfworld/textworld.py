@@ -45,7 +45,7 @@ class TextWorldEngine:
         entities = self._env._entity_infos
         names = self._demangler(game_infos=entities, shuffle=False)
         for entity in entities.values():
-            entity.name = names.demangle_alfred_name(entity.id)
+            entity.name = names.demangle_alfred_name(entity.id)  # pyright: ignore[reportAttributeAccessIssue]
 
     def reset(self) -> str:
         argv = sys.argv

@@ -51,6 +51,7 @@ class TermIds(dict[str, int]):
         return number
 
     def of(self, text: str) -> list[int]:
+        """Return the term numbers of the words of `text`, in order, without stop words."""
         return [number for word in _WORD.findall(text.lower()) if (number := self[word]) >= 0]
 
 

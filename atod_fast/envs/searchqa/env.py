@@ -97,37 +97,45 @@ class SearchQA:
             self._questions, self._retriever = _existing(questions, retriever, given, remote)
         self.instant = self._retriever.instant
         self._topk, self._chars, self._style, self._reward = topk, passage_chars, results, float(reward)
-        self.question: Question | None = None
+        self._asked: Question | None = None
 
     def __len__(self) -> int:
         return len(self._questions)
+
+    @property
+    def question(self) -> Question:
+        """The question of this episode. Raises RuntimeError before the first reset."""
+        if self._asked is None:
+            raise RuntimeError("step before reset")
+        return self._asked
 
     def reset(self, seed: int, task: int) -> tuple[str, Info]:
         """Ask question `task`. The environment is deterministic: `seed` changes nothing."""
         if not 0 <= task < len(self):
             raise IndexError(f"task {task} of {len(self)} questions")
-        self.question, self._over = self._questions[task], False
-        return self.question.text, self._info(True)
+        self._asked, self._over = self._questions[task], False
+        return self._asked.text, self._info(True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
-        if self.question is None or self._over:
-            raise RuntimeError("step before reset" if self.question is None else "step after the end of the episode")
+        question = self.question
+        if self._over:
+            raise RuntimeError("step after the end of the episode")
         kind, text = parse_command(action) or (None, "")
         if kind == "answer":
             self._over = True
-            won = exact_match(text, self.question.answers)
-            return "", self._reward if won else 0.0, True, False, self._info(True, won, f1(text, self.question.answers))
+            won = exact_match(text, question.answers)
+            return "", self._reward if won else 0.0, True, False, self._info(True, won, f1(text, question.answers))
         observation, valid = self._search(text) if kind else ("", False)
         return observation, 0.0, False, False, self._info(valid)
 
     def clone(self) -> SearchQA:
-        return copy_with(self, question=None)
+        return copy_with(self, _asked=None)
 
     def prompt(self, thinking: bool, history: int) -> SearchPrompt:
         return SearchPrompt(thinking, history)
 
     def close(self) -> None:
-        self.question = None
+        self._asked = None
 
     def _search(self, query: str) -> tuple[str, bool]:
         """Return the observation after a search, and whether the retriever's answer was usable."""
@@ -177,7 +185,9 @@ def _existing(
     if not isinstance(retriever, str | os.PathLike):
         raise UserError(f"retriever={retriever!r} must be an index folder, a corpus .jsonl or a URL")
     local = None if is_url(os.fspath(retriever)) else local_path(os.fspath(retriever))
-    found = read_questions([Path(path).expanduser() for path in paths], **given | {"sources": sources})
+    found = read_questions(
+        [Path(path).expanduser() for path in paths], sources=sources, limit=given["limit"], bad_lines=given["bad_lines"]
+    )
     if local is None:
         whole(retries=(remote["retries"], 0), concurrency=(remote["concurrency"], 1))
         _number(timeout=remote["timeout"])
@@ -188,19 +198,19 @@ def _existing(
     return found, open_local(local, given["bad_lines"])
 
 
-_DEFAULTS = dict(SearchQA.__init__.__kwdefaults__)
+_DEFAULTS = dict(SearchQA.__init__.__kwdefaults__ or {})
 
 
 def _only(source: str, options: dict) -> None:
     goes_with(source, **{name: (value, _DEFAULTS[name]) for name, value in options.items() if value != []})
 
 
-def _texts(name: str, value: Any, what: str) -> list[str | os.PathLike]:
+def _texts(name: str, value: Any, what: str) -> list[str]:
     """Return `value` as a list; a single text becomes a list of one. Raise UserError if it is neither."""
     texts = [value] if isinstance(value, str | os.PathLike) else value
     if not isinstance(texts, Sequence) or not all(isinstance(text, str | os.PathLike) for text in texts):
         raise UserError(f"{name}={value!r} must be {what}")
-    return list(texts)
+    return [os.fspath(text) for text in texts]
 
 
 def _number(**options: object) -> None:

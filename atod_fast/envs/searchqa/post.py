@@ -32,12 +32,12 @@ class Poster:
     """
 
     def __init__(self, url: str, path: str, timeout: float) -> None:
-        import urllib3
+        from urllib3 import connection, exceptions, util
 
         try:
-            parts = urllib3.util.parse_url(url)
-        except urllib3.exceptions.LocationParseError:
-            parts = urllib3.util.Url()
+            parts = util.parse_url(url)
+        except exceptions.LocationParseError:
+            parts = util.Url()
         if not parts.host or parts.port == 0:
             raise UserError(
                 f"retriever={without_secrets(url)!r} is not a URL; give one like http://127.0.0.1:8000/retrieve"
@@ -47,11 +47,11 @@ class Poster:
         self.shown = without_secrets(parts.url)
         self._target, self._headers = parts.request_uri, {"Content-Type": "application/json"}
         if parts.auth:
-            self._headers |= urllib3.util.make_headers(basic_auth=unquote(parts.auth))
-        kind = urllib3.connection.HTTPSConnection if parts.scheme == "https" else urllib3.connection.HTTPConnection
+            self._headers |= util.make_headers(basic_auth=unquote(parts.auth))
+        kind = connection.HTTPSConnection if parts.scheme == "https" else connection.HTTPConnection
         self._connection = partial(kind, parts.host, parts.port, timeout=timeout)
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # connections
-        self._timeout, self._failures = timeout, (OSError, HTTPException, urllib3.exceptions.HTTPError)
+        self._timeout, self._failures = timeout, (OSError, HTTPException, exceptions.HTTPError)
 
     def post(self, body: bytes, most: int) -> tuple[int, bytes]:
         """Send `body` and return the status and body of the answer.

@@ -32,9 +32,11 @@ class Retriever(Protocol):
 
     def search(self, query: str, topk: int) -> list[Passage]:
         """Return at most `topk` passages, best first. Raise RetrieverError or BadAnswer."""
+        ...
 
 
 def is_url(retriever: str) -> bool:
+    """Return whether `retriever` is an http or https URL rather than a path."""
     return retriever.lower().startswith(("http://", "https://"))
 
 

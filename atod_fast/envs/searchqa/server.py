@@ -106,7 +106,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # connections waiting to be accepted: a rollout's come all at once
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # a client that hung up is no error here
             super().handle_error(request, client_address)
 

@@ -48,6 +48,7 @@ class Product:
 
     @property
     def price_tag(self) -> str:
+        """The price as a page shows it: "$19.99", or "$10.0 to $25.0"."""
         return " to ".join(f"${price}" for price in self.prices)
 
 
@@ -206,6 +207,7 @@ def strings(entry: Mapping[str, Any], key: str) -> list[str]:
 
 
 def lines(entry: Mapping[str, Any], key: str) -> list[str]:
+    """Return the strings `entry[key]`, each made safe by `line`. Raise Malformed as `strings` does."""
     return [line(value) for value in strings(entry, key)]
 
 

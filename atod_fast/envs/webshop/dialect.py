@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from random import Random
 
@@ -56,12 +56,13 @@ def compact(page: str) -> list[str]:
 
 
 def _read(found: re.Match[str]) -> str:
-    kind, text = found.lastgroup, found[found.lastgroup]
-    if kind == "phrase":
-        return _WORDS[text]
-    if kind == "price":
-        return f"${ceil(float(text) / 10) * 10}"
-    return f"b{int(text)}" if kind == "asin" else f"page{text}" if kind == "page" else "buy"
+    if found["phrase"]:
+        return _WORDS[found["phrase"]]
+    if found["price"]:
+        return f"${ceil(float(found['price']) / 10) * 10}"
+    if found["asin"]:
+        return f"b{int(found['asin'])}"
+    return f"page{found['page']}" if found["page"] else "buy"
 
 
 def _text(word: str) -> str:
@@ -100,13 +101,20 @@ def vocabulary(env: WebShop, count: int) -> list[str]:
     return sorted({*VERBS, *BUTTONS, *_TEXTS, *products, *prices, *(f"page{number}" for number in range(1, 7))})
 
 
+def _options(goal: Goal) -> Mapping[str, str]:
+    """Return the option values that a goal asks for, by name. A goal that people wrote names none: ValueError."""
+    if not isinstance(goal.options, Mapping):
+        raise ValueError("the dialect needs goals of a generated catalogue, whose options have names")
+    return goal.options
+
+
 def fulfils(goal: Goal, product: Product, price: float) -> bool:
     """Return whether `product`, with the goal's options and at `price` dollars, is what the goal asks for."""
     alike = product.query == goal.product.query and set(goal.attributes) <= set(product.attributes)
     return (
         alike
         and price <= goal.price_upper
-        and all(value in product.options.get(name, ()) for name, value in goal.options.items())
+        and all(value in product.options.get(name, ()) for name, value in _options(goal).items())
     )
 
 
@@ -115,14 +123,14 @@ def player(env: WebShop) -> Player:
 
     It chooses the options before it buys.
     """
-    goal, catalogue = env.goal, env.shop.catalogue
+    goal, wanted, catalogue = env.goal, _options(env.goal), env.shop.catalogue
     products = {product.asin.lower(): product for product in catalogue.products}
     good = {
         asin
         for (asin, product), price in zip(products.items(), catalogue.prices, strict=True)
         if fulfils(goal, product, price)
     }
-    search = f"search[{' '.join((*goal.attributes, _TEXTS[_WORDS[goal.product.query]], *goal.options.values()))}]"
+    search = f"search[{' '.join((*goal.attributes, _TEXTS[_WORDS[goal.product.query]], *wanted.values()))}]"
 
     def play(steps: Sequence[Step], observation: str) -> str:
         pieces = observation.lower().split(SEPARATOR.lower())
@@ -151,9 +159,7 @@ def player(env: WebShop) -> Player:
             for name, values in options.items()
             if _clicked(step) in values
         }
-        return next(
-            (f"click[{value}]" for name, value in goal.options.items() if chosen.get(name) != value), f"click[{BUY}]"
-        )
+        return next((f"click[{value}]" for name, value in wanted.items() if chosen.get(name) != value), f"click[{BUY}]")
 
     return play
 

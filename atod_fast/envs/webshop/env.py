@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from atod_fast.envs.options import choice, goes_with, whole
 from atod_fast.envs.protocol import Info, copy_with
@@ -108,7 +109,7 @@ class WebShop:
         self.goal: Goal = self.shop.goals[self._places[task]]
         self._score = 0.0
         self._visit = Visit(self.shop, self.goal.instruction, Random(f"{seed} {task}"))
-        return self._visit.page.text, self._info(True)
+        return self._visit.page.text, self._info(self._visit, True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
         visit = self._visit
@@ -120,7 +121,7 @@ class WebShop:
             self._score = score(self.goal, product, price, visit.options, self._tag, self._alike)
             visit.page = done_page(product, visit.options, self._score)
             reward = REWARD * (self._score == 1)
-        return visit.page.text, reward, visit.bought is not None, False, self._info(accepted)
+        return visit.page.text, reward, visit.bought is not None, False, self._info(visit, accepted)
 
     def clone(self) -> WebShop:
         return copy_with(self, _visit=None)
@@ -131,10 +132,10 @@ class WebShop:
     def close(self) -> None:
         self._visit = None
 
-    def _info(self, accepted: bool) -> Info:
+    def _info(self, visit: Visit, accepted: bool) -> Info:
         return Info(
             won=self._score == 1,
-            admissible_actions=self._visit.page.admissible,
+            admissible_actions=visit.page.admissible,
             is_action_valid=accepted,
             task_type=self.goal.product.category,
             task_id=f"{self.goal.product.asin}/{self._places[self._task]}",
@@ -142,7 +143,7 @@ class WebShop:
         )
 
 
-def _file(option: str, value: File) -> Path:
+def _file(option: str, value: Any) -> Path:
     try:
         return Path(value).expanduser()
     except (TypeError, RuntimeError) as error:

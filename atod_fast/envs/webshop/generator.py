@@ -156,9 +156,8 @@ class Files:
 
     def write(self, folder: str | Path) -> tuple[Path, Path, Path]:
         """Write the files into `folder`, under WebShop's names; return their paths in the order of the fields."""
-        paths = tuple(
-            Path(folder) / name for name in ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json")
-        )
+        folder = Path(folder)
+        paths = folder / "items_shuffle.json", folder / "items_ins_v2.json", folder / "items_human_ins.json"
         for path, content in zip(paths, (self.products, self.attributes, self.human), strict=True):
             path.write_text(json.dumps(content), encoding="utf-8")
         return paths

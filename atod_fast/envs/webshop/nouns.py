@@ -63,6 +63,7 @@ def tagger(choice: str) -> tuple[str, Nouns]:
 
 @lru_cache(maxsize=CACHED_TITLES)
 def heuristic(title: str) -> tuple[str, ...]:
+    """Return the words of a title, in lower case, that are no function words: all that might be nouns."""
     words = (word.lower() for word in _WORD.findall(_POSSESSIVE.sub("", title)))
     return tuple(word for word in words if word not in _FUNCTION_WORDS)
 

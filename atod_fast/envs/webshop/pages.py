@@ -37,6 +37,7 @@ class Page:
 
 
 def search_page(instruction: str) -> Page:
+    """Return the page on which a visit begins: the instruction and the search bar."""
     return _page(["WebShop", "Instruction:", *_string(instruction), "Search"], [SEARCH_BAR])
 
 
@@ -50,6 +51,7 @@ def results_page(instruction: str, products: Sequence[Product], page: int, total
 
 
 def item_page(instruction: str, product: Product) -> Page:
+    """Return the page of a product: its options with their values, title and price, and the button that buys it."""
     pieces = [*_head(instruction), "< Prev"]
     for name, values in product.options.items():
         pieces += _string(name)
@@ -81,6 +83,7 @@ def sub_page(instruction: str, product: Product, name: str) -> Page:
 
 
 def done_page(product: Product, options: Mapping[str, str], score: float) -> Page:
+    """Return the last page, after the purchase of `product` with these options; it shows the score, in [0, 1]."""
     chosen = json.dumps(options, sort_keys=True)
     for character in "<>&'":  # as Flask writes JSON into a page
         chosen = chosen.replace(character, f"\\u{ord(character):04x}")

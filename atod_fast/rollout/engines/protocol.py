@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from atod_fast.config import Config
 from atod_fast.errors import GuardError
@@ -66,6 +66,7 @@ class Engine(Protocol):
 
         Raise EngineFailure if the engine broke down: `load_weights` restores it, as far as possible.
         """
+        ...
 
     def release(self, key: int) -> None:
         """Forget a trajectory that is over: its cache, and its request if there is one."""
@@ -88,11 +89,12 @@ class Kind(Protocol):
 
     def suits(self, device: torch.device) -> bool:
         """Return whether `rollout.engine=auto` may choose it on this device."""
+        ...
 
     def check_model(self, config: Config, body: PreTrainedModel) -> None:
         """Raise UserError if it cannot run this model, whose weights are on the meta device."""
 
-    def check(self, config: Config, shape: object | None, dtype: torch.dtype, device: torch.device) -> None:
+    def check(self, config: Config, shape: PretrainedConfig | None, dtype: torch.dtype, device: torch.device) -> None:
         """Raise UserError if it is not installed or does not support the settings.
 
         shape: the student's transformers configuration; None where a dry run does not have it.
@@ -108,6 +110,7 @@ class Kind(Protocol):
         say: Callable[[str], None],
     ) -> Engine:
         """Make an engine for the model `compute`. See `engines.make_engine`."""
+        ...
 
 
 def checked(weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:

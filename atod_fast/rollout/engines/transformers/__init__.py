@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from atod_fast.config import Config
 from atod_fast.models import Compute, load_model
@@ -21,7 +21,7 @@ class TransformersKind:
     def check_model(self, config: Config, body: PreTrainedModel) -> None:
         TransformersEngine(body, slots=1, max_model_len=config.rollout.longest, device="meta")
 
-    def check(self, config: Config, shape: object | None, dtype: torch.dtype, device: torch.device) -> None:
+    def check(self, config: Config, shape: PretrainedConfig | None, dtype: torch.dtype, device: torch.device) -> None:
         pass
 
     def make(
@@ -33,7 +33,7 @@ class TransformersKind:
         filled: bool,
         say: Callable[[str], None],
     ) -> TransformersEngine:
-        model = load_model(compute.path, compute.dtype, compute.attention).to(device)
+        model = load_model(compute.path, compute.dtype, compute.attention)
         longest = config.rollout.longest
         engine = TransformersEngine(model, slots=config.rollout.concurrency, max_model_len=longest, device=device)
         if engine.slower:

@@ -81,7 +81,8 @@ class TransformersEngine:
             )
         self.max_model_len = max_model_len
         self._device = torch.device(device)
-        self._model = model.to(self._device).eval().requires_grad_(False)
+        model.to(self._device)  # pyright: ignore[reportArgumentType]
+        self._model = model.eval().requires_grad_(False)
         self._pass_tokens = pass_tokens
         if forward is None:
             small = partial(TransformersEngine, model, slots=2, device=device)
@@ -115,7 +116,9 @@ class TransformersEngine:
     def begin(self, sampling: Sampling) -> None:
         if not self._filled:
             raise RuntimeError("the engine was put to sleep: load_weights first")
-        vocabulary = self._model.get_output_embeddings().weight.shape[0]
+        head = self._model.get_output_embeddings()
+        assert head is not None, "a causal LM has a head"
+        vocabulary = head.get_parameter("weight").shape[0]
         valid = sampling.valid_columns
         if valid is not None and (valid.shape != (vocabulary,) or not valid.any()):
             raise ValueError(

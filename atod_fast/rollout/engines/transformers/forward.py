@@ -28,10 +28,15 @@ class Forward(Protocol):
     """Runs forward passes for one model and keeps the caches."""
 
     splits: bool  # a prompt may be fed in several passes
-    slower: str | None  # why it is slower than it could be
+
+    @property
+    def slower(self) -> str | None:
+        """Why it is slower than it could be; None if it is not."""
+        ...
 
     def kept(self, cached: int, shared: int) -> int:
         """Return how many of a slot's `cached` tokens its next prompt can use; the first `shared` are equal."""
+        ...
 
     def __call__(
         self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray, drawing: np.ndarray
@@ -41,6 +46,7 @@ class Forward(Protocol):
         ids [N]: all rows' tokens, end to end. Returns logits [n, V] after the last token of the rows that are
         `drawing` (bool [R]).
         """
+        ...
 
     def free(self) -> None:
         """Free the caches' memory; every slot is then empty."""

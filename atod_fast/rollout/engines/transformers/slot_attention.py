@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,10 +46,11 @@ class _Group:
         if reach not in self.masks:
             columns, last = torch.arange(self.length, device=self.last.device), self.last[:, None, :, None]
             hidden = columns > last
-            if reach.kind == "sliding_attention":
-                hidden |= columns <= last - reach.size
-            elif reach.kind == "chunked_attention":
-                hidden |= columns < last // reach.size * reach.size
+            match reach:
+                case Reach("sliding_attention", int(size)):
+                    hidden |= columns <= last - size
+                case Reach("chunked_attention", int(size)):
+                    hidden |= columns < last // size * size
             zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
             self.masks[reach] = zeros.masked_fill_(hidden, -torch.inf)
         return self.masks[reach]
@@ -186,7 +188,7 @@ def _attend(
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -48,10 +48,11 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
     except Exception as error:
         _refuse(model, _line(error))
     with _narrowed(model, max_model_len), _sharp(model):
-        attention = model.config._attn_implementation
+        attention = _attention(model)
         for forward in FORWARDS:
             try:
-                told = _play(make(forward, length), length, model.get_input_embeddings().weight.shape[0])
+                vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+                told = _play(make(forward, length), length, vocabulary)
                 model.set_attn_implementation(attention)
                 if _agree(model, told):
                     return forward
@@ -61,6 +62,11 @@ def choose(model: PreTrainedModel, max_model_len: int, make: Callable[[MakeForwa
             finally:
                 model.set_attn_implementation(attention)
     _refuse(model, why)
+
+
+def _attention(model: PreTrainedModel) -> str:
+    """Return the name of the attention with which a model computes."""
+    return model.config._attn_implementation or "eager"
 
 
 def _refuse(model: PreTrainedModel, why: str) -> NoReturn:
@@ -85,11 +91,6 @@ def _play(engine: Engine, length: int, vocabulary: int) -> Told:
     prompt = draw.integers(0, vocabulary, length)
     other = draw.integers(0, vocabulary, length)[: length - response].tolist()
     engine.begin(Sampling(temperature=1.0, max_tokens=response, stop_ids=()))
-    told: Told = []
-
-    def ask(key: int, prompt: list[int]) -> None:
-        told.append((prompt, None))
-        engine.add(Request(key, prompt, seed=len(told)))
 
     def answers(count: int) -> list[Completion]:
         done: list[Completion] = []
@@ -98,17 +99,17 @@ def _play(engine: Engine, length: int, vocabulary: int) -> Told:
         return done
 
     first = prompt[: max(1, length // 3)].tolist()
-    ask(0, first)
+    engine.add(Request(0, first, seed=1))
     joined = engine.step()  # the other one joins behind it
-    ask(1, other)
-    for completion in (*joined, *answers(2 - len(joined))):
-        told[completion.key] = told[completion.key][0], completion
+    engine.add(Request(1, other, seed=2))
+    done = {completion.key: completion for completion in (*joined, *answers(2 - len(joined)))}
+    told = [(first, done[0]), (other, done[1])]
     engine.release(1)
-    going_on = [*first, *told[0][1].ids, *prompt[length // 3 :].tolist()][: length - response]
+    going_on = [*first, *done[0].ids, *prompt[length // 3 :].tolist()][: length - response]
     changed = [*going_on[: len(going_on) // 2], *other][: length - response]
-    for following in (going_on, changed):
-        ask(0, following)
-        told[-1] = following, answers(1)[0]
+    for seed, following in enumerate((going_on, changed), 3):
+        engine.add(Request(0, following, seed))
+        told.append((following, answers(1)[0]))
     engine.end()
     return told
 
@@ -149,7 +150,7 @@ def _sharp(model: PreTrainedModel) -> Iterator[None]:
     tensors = [
         (tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in TOLERANCE
     ]
-    attention = model.config._attn_implementation
+    attention = _attention(model)
     if attention == "flash_attention_2":
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     for tensor, _ in tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from atod_fast import ranks
 from atod_fast.config import Config
@@ -28,7 +28,7 @@ class VllmKind:
             what = f"{names[0]}, a buffer of a {model} model"
             raise UserError(f"rollout.engine=vllm cannot be sent {what}; set rollout.engine=transformers")
 
-    def check(self, config: Config, shape: object | None, dtype: torch.dtype, device: torch.device) -> None:
+    def check(self, config: Config, shape: PretrainedConfig | None, dtype: torch.dtype, device: torch.device) -> None:
         if shape is not None:
             limits.check(config, attention_shape(shape), dtype)
             limits.check_experts(shape, device)

@@ -260,7 +260,7 @@ def build(
                 model=resolve(path),
                 skip_tokenizer_init=True,
                 generation_config="vllm",
-                dtype=dtype,
+                dtype=dtype,  # pyright: ignore[reportArgumentType]
                 load_format="auto" if filled else "dummy",
                 use_tqdm_on_load=False,
                 distributed_executor_backend="external_launcher",
@@ -303,7 +303,7 @@ def build(
     return VllmEngine(engine, mask, max_model_len=max_model_len, **names, sleeps=not on_cpu, filled=filled)
 
 
-def _watch_loading(model: torch.nn.Module) -> None:
+def _watch_loading(model: Any) -> None:
     """Make `model.load_weights` raise GuardError for missing weights; vLLM itself goes on with what memory held."""
     load = model.load_weights
 
