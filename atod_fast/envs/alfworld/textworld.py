@@ -23,7 +23,7 @@ class TextWorldEngine:
         data = os.environ.get("ALFWORLD_DATA")
         try:
             from alfworld.agents.utils.misc import Demangler
-            from textworld import EnvInfos
+            from textworld.core import EnvInfos
             from textworld.envs import PddlEnv
         except ImportError as error:
             raise UserError(

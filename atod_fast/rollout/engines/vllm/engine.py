@@ -169,8 +169,7 @@ class VllmEngine:
 
 def sampling_params(sampling: Sampling, seed: int) -> Any:
     """Return vLLM's sampling parameters for one request."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
         temperature=sampling.temperature,
@@ -253,7 +252,7 @@ def build(
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
-            from vllm import EngineArgs
+            from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
             arguments = EngineArgs(
