@@ -184,9 +184,8 @@ def _find(options: Options) -> Place:
             f"schedule.kappa.kind=adaptive: the run of {path} did not measure its teacher on env.dev; "
             "start a run of its own"
         )
-    return Place(
-        run_dir, path, finished=here and step == newest == steps and (run_dir / "hf" / "config.json").is_file()
-    )
+    exported = (run_dir / "hf" / "config.json").is_file()
+    return Place(run_dir, path, finished=here and step == newest == steps and exported)
 
 
 def _refuse_unusable(run_dir: Path) -> None:

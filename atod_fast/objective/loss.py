@@ -94,9 +94,7 @@ def _divergence(stats: Statistics, streams: Streams, objective: Objective) -> Te
     """
     if objective.divergence in FULL_VOCABULARY:
         return stats.divergence
-    assert streams.teacher_logp is not None, (
-        f"objective.divergence={objective.divergence} reads the teacher's log-probs"
-    )
+    assert streams.teacher_logp is not None, f"{objective.divergence} reads the teacher's log-probs"
     log_ratio = streams.teacher_logp - stats.logp
     if objective.divergence == "k2":
         return log_ratio**2 / 2

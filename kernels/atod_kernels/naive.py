@@ -100,11 +100,8 @@ def linear_divergence(
     with torch.no_grad():
         z = logits(teacher_hidden, teacher_weight, teacher_bias, columns, temperature, teacher_softcap)
         log_q = (z * teacher_scale)[:, keep].log_softmax(-1)
-    values, entropy, teacher_entropy = (
-        divergence_of(log_p, log_q, divergence, alpha),
-        entropy_of(log_p),
-        entropy_of(log_q),
-    )
+    values = divergence_of(log_p, log_q, divergence, alpha)
+    entropy, teacher_entropy = entropy_of(log_p), entropy_of(log_q)
     if target is None:
         return TokenDivergence(values, entropy, None, None, teacher_entropy)
     ids = torch.searchsorted(keep, target.clamp(min=0))
