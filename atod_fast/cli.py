@@ -23,10 +23,10 @@ from atod_fast.config.settings import (
     PRESETS,
     defaults,
     expected,
-    is_section,
     load,
     nearest,
     preset_summary,
+    section_of,
     show,
 )
 from atod_fast.errors import UserError
@@ -137,7 +137,7 @@ def key_help() -> str:
     lines: list[str] = []
     default = defaults()
     for key, field in FIELDS.items():
-        if is_section(field):
+        if section_of(field):
             lines += ["", f"{key}: {field.description}"]
             continue
         lines.append(f"  {key} = {show(default[key])}")

@@ -4,7 +4,13 @@ The commands print their message on one line and exit with their code.
 """
 
 
-class UserError(Exception):
+class Ending(Exception):
+    """An error that ends a command as foreseen; the subclasses say with which exit code."""
+
+    exit_code: int
+
+
+class UserError(Ending):
     """Bad usage, configuration or input. The message names the key, the value and the remedy."""
 
     exit_code = 2
@@ -14,7 +20,7 @@ class NotHere(UserError):
     """A file, folder or server that the settings name cannot be reached. A dry run goes on without it."""
 
 
-class GuardError(Exception):
+class GuardError(Ending):
     """A run-time guard stopped the run.
 
     Such as: a non-finite loss, rollout and trainer log-probs that disagree, a checkpoint that cannot be written, or one
@@ -36,7 +42,7 @@ class RankLost(GuardError):
     """Another rank has ended or did not arrive in time. No collective is possible any more, so nothing can be saved."""
 
 
-class Unexpected(Exception):
+class Unexpected(Ending):
     """None of the above: a bug, a lost device, another file that cannot be written.
 
     The rank where it happened has printed the traceback.

@@ -61,7 +61,10 @@ def export(path: Path, out: Path, student: str) -> list[str]:
     import warnings
 
     import torch
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     from atod_fast.models import load_tokenizer
     from atod_fast.policy import checkpoint
@@ -72,14 +75,14 @@ def export(path: Path, out: Path, student: str) -> list[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the missing process group
-            facts = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            facts = FileSystemReader(path).read_metadata().state_dict_metadata
             weights = {
                 name: torch.empty(fact.size, dtype=fact.properties.dtype)
                 for name, fact in facts.items()
-                if name.startswith("model.") and hasattr(fact, "size")
+                if name.startswith("model.") and isinstance(fact, TensorStorageMetadata)
             }
-            dcp.load(weights, checkpoint_id=path, no_dist=True)
-    except (dcp.api.CheckpointException, Exception) as error:  # CheckpointException is no Exception
+            load(weights, checkpoint_id=path, no_dist=True)
+    except (CheckpointException, Exception) as error:  # CheckpointException is no Exception
         raise UserError(
             f"{path} is damaged or another program's ({checkpoint.reason(error)}); take another checkpoint"
         ) from None

@@ -12,9 +12,12 @@ import signal
 import subprocess
 import sys
 from types import FrameType
+from typing import Any
+
+from atod_fast.errors import Ending
 
 
-class Interrupted(Exception):
+class Interrupted(Ending):
     """The run was asked to stop; every rank raises it at the same place."""
 
     exit_code = 130
@@ -26,7 +29,7 @@ class Interrupt:
     def __init__(self):
         self.requested = False
         self._ending = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # handlers
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # torchrun sends SIGTERM to the other ranks as soon as one has ended: that is no second request.

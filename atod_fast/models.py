@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from atod_fast.errors import NotHere, UserError
 
@@ -111,7 +112,7 @@ def reaches(config) -> list[Reach]:
     return [Reach(kind, sizes.get(kind)) for kind in kinds]
 
 
-def _from_pretrained(loader, path: str, **options):
+def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
     """Return `loader.from_pretrained` of a model path. Raises UserError, in one line, if it cannot be loaded."""
     try:
         return loader.from_pretrained(resolve(path), **options)

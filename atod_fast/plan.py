@@ -222,18 +222,15 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
     yield Item("student, gradients", 4 * student.parameters / ranks, ("update",))
     yield Item("student, gathered", gathered(student, c), ("score", "update"))
     yield Item("student, gradients to reduce", min(student.parameters, student.root + student.block) * c, ("update",))
-    if scores and not config.teacher.offload:
-        yield Item("teacher, shard", ct * teacher.parameters / ranks, phases)
-    if scores:
+    if teacher is not None and scores:
+        if not config.teacher.offload:
+            yield Item("teacher, shard", ct * teacher.parameters / ranks, phases)
         yield Item("teacher, gathered", gathered(teacher, ct), ("score",))
-    if exact_loss:
-        yield Item("teacher, head", teacher.root * ct, ("update",))
-    if exact:
-        yield Item(
-            "teacher, final hidden states",
-            share * teacher.hidden * ct,
-            ("score", "update") if exact_loss else ("score",),
-        )
+        if exact_loss:
+            yield Item("teacher, head", teacher.root * ct, ("update",))
+        if exact:
+            held = ("score", "update") if exact_loss else ("score",)
+            yield Item("teacher, final hidden states", share * teacher.hidden * ct, held)
 
     tokens = rollout.concurrency * rollout.longest
     cache = tokens * cache_line(student, c)
@@ -243,7 +240,7 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
     awake = ("rollout",) if device.type == "cuda" else phases
     yield Item("rollout engine, weights", student.parameters * c / together, awake if vllm else phases)
     yield Item("rollout engine, KV cache", cache, awake)
-    if plays:
+    if teacher is not None and plays:
         yield Item("teacher's engine", teacher.parameters * c + tokens * cache_line(teacher, c), PHASES[:1])
 
     yield Item("activations", micro * block_activations(student, c), ("score",))

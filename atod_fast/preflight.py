@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atod_fast.config import Config
 from atod_fast.config.settings import check_env, check_model, check_ranks
@@ -46,7 +46,7 @@ class Model:
     """A student or a teacher without its weights."""
 
     path: str
-    config: object  # of transformers
+    config: PretrainedConfig
     body: PreTrainedModel  # on the meta device
     tokenizer: PreTrainedTokenizerBase | None  # None: not on this machine, in a dry run
 
@@ -137,7 +137,9 @@ def _noting(unchecked: list[str], key: str) -> Iterator[None]:
         unchecked.append(f"{key}: {error}")
 
 
-def _offline(role: str, path: str, unchecked: list[str]) -> tuple[object, PreTrainedTokenizerBase | None] | None:
+def _offline(
+    role: str, path: str, unchecked: list[str]
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None] | None:
     """Return configuration and tokenizer from this machine, or the published configuration; None without either."""
     missing = [] if is_here(path, *WEIGHT_FILES) else ["weights"]
     tokenizer = None
@@ -150,7 +152,7 @@ def _offline(role: str, path: str, unchecked: list[str]) -> tuple[object, PreTra
     if shape is None:
         missing.insert(0, "config.json")
         facts = CONFIGS.get(path)
-        shape = facts and AutoConfig.for_model(**facts)
+        shape = AutoConfig.for_model(**facts) if facts else None
         remark = ", planned as published" if shape else f"; for its part of the plan: hf download {path} config.json"
     if missing:
         unchecked.append(f"{role}.path={path!r}: {', '.join(missing)} not on this machine{remark}")
@@ -161,6 +163,7 @@ def _body(config: Config, role: str, path: str, shape, runtime: Runtime) -> PreT
     """Return the model without its weights. Raises UserError if it cannot act, score or learn as configured."""
     check_quantised(path, shape)
     compute = runtime.student if role == "student" else runtime.teacher or runtime.playing_teacher
+    assert compute is not None, f"{role} is not used"
     if compute.attention == "flash_attention_2" and compute.dtype == torch.float32:
         key = f"{role}.compute_dtype={(config.student if role == 'student' else config.teacher).compute_dtype}"
         raise UserError(

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from atod_fast import errors
-from atod_fast.errors import GuardError, RankLost, Unexpected, UserError
+from atod_fast.errors import Ending, RankLost, Unexpected, UserError
 from atod_fast.interrupt import Interrupted
 from atod_fast.records import Trajectory, Turn
 
@@ -66,10 +66,11 @@ def start() -> tuple[torch.device, DeviceMesh]:
         if "RANK" in os.environ:
             # torchrun's store outlives `stop`: a second start must not find what the first one left in it.
             store, number, size = next(rendezvous("env://", timeout=COLLECTIVE))
-            store = dist.PrefixStore(f"start{next(_starts)}", store)
+            store = dist.distributed_c10d.PrefixStore(f"start{next(_starts)}", store)
             dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=COLLECTIVE)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
 
 
@@ -101,8 +102,8 @@ def be_patient(seconds: float) -> None:
     _limit = timedelta(seconds=seconds)
     if world_size() > 1:
         # Rank 0 knows who is missing and must report it first: the other ranks wait longer.
-        _waiting = dist.new_group(backend="gloo", timeout=_limit + STOPPING)
-        _stopping = dist.new_group(backend="gloo", timeout=STOPPING)
+        _waiting = _of_mine(dist.new_group(backend="gloo", timeout=_limit + STOPPING))
+        _stopping = _of_mine(dist.new_group(backend="gloo", timeout=STOPPING))
 
 
 def wait() -> None:
@@ -145,13 +146,13 @@ def _gone(who: str) -> str:
     return f"{who} is gone (seen by rank {rank()} in {_doing!r}); what it last said tells why"
 
 
-def understood(error: BaseException) -> Exception:
+def understood(error: BaseException) -> Ending:
     """Return the error to report for `error`, with a message of one line.
 
     It is `error` itself if it is one of this package's, RankLost for a failed collective, else Unexpected, after the
     traceback is printed.
     """
-    if isinstance(error, UserError | GuardError | Unexpected | Interrupted):
+    if isinstance(error, Ending):
         return error
     text = str(error)
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
@@ -166,7 +167,7 @@ def understood(error: BaseException) -> Exception:
     )
 
 
-def ending(error: BaseException) -> tuple[Exception, str]:
+def ending(error: BaseException) -> tuple[Ending, str]:
     """Return the error that ends this process, as `understood`, and its message on one line.
 
     A non-zero rank prints the line itself if rank 0 may never learn of the error. Call it before `stop`.
@@ -265,7 +266,13 @@ def neighbours(size: int) -> dist.ProcessGroup:
 
     Its time-out is the limit of `be_patient`.
     """
-    return dist.new_subgroups(size, backend="gloo", timeout=_limit)[0]
+    return _of_mine(dist.new_subgroups(size, backend="gloo", timeout=_limit)[0])
+
+
+def _of_mine(group: object) -> dist.ProcessGroup:
+    """Return a new process group, which this rank is in; torch returns a number where it is not."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def gather_trajectories(mine: Sequence[Trajectory]) -> list[Trajectory]:

@@ -99,11 +99,12 @@ class Run:
 
         for line in same_tasks(config):
             console.say(f"warning: {line}", style="bold yellow")
-        student = found.models["student"]
+        student, tokenizer = found.models["student"], found.models["student"].tokenizer
+        assert tokenizer is not None, "only a dry run goes without one"
         if warning := demo_values_warning(config, student.parameters):
             console.say(warning, style="bold yellow")
         splits = *config.evaluated, "train"
-        self.actor = open_actor(config, config.student.path, student.tokenizer, student.columns, splits)
+        self.actor = open_actor(config, config.student.path, tokenizer, student.columns, splits)
         # Before the trainer's models: vLLM needs its memory while it is built, then frees it until the first sync.
         self.engine = make_engine(config, runtime.engine, runtime.student, device, filled=False, say=console.say)
         self.player = Player(
@@ -126,7 +127,7 @@ class Run:
         self.whole_at = self.learner.updates  # number of updates after step `done`; more means a half-done step
         self.saved = self.done if place.here else 0  # the newest step with a checkpoint in the run folder
         self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
-        self.reporter = reporting.Reporter(self.run_dir, config, console, student.tokenizer, callbacks)
+        self.reporter = reporting.Reporter(self.run_dir, config, console, tokenizer, callbacks)
         with ranks.together():
             if ranks.rank() == 0:
                 beyond = self.done if place.here else -1
@@ -251,11 +252,11 @@ class Run:
         found: dict[str, float] = {}
         for split in config.evaluated:
             found |= self.evaluate(self.engine, "evaluating the student", split)
-        if config.teacher_plays:
+        if (compute := self.runtime.playing_teacher) is not None:
             # With transformers: a second vLLM could not be taken down without the first one's process groups.
             self.engine.sleep()
             runtime, say = self.runtime, self.console.say
-            teacher = make_engine(config, "transformers", runtime.playing_teacher, runtime.device, say=say)
+            teacher = make_engine(config, "transformers", compute, runtime.device, say=say)
             for split in config.evaluated if config.schedule.kappa.kind == "adaptive" else ("eval",):
                 found |= self.evaluate(teacher, "evaluating the teacher", split, teacher=True)
             del teacher

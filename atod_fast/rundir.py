@@ -122,27 +122,30 @@ def choose(options: Options) -> Place:
 
 def _find(options: Options) -> Place:
     run_dir, resume = options.run_dir, options.resume
-    if run_dir is None and resume in (None, "auto"):
-        runs = {
-            int(match[1] or 1): path
-            for path in ROOT.glob("*")
-            if (match := re.fullmatch(re.escape(options.name) + r"(?:-(\d+))?", path.name))
-        }
-        newest = max(runs, default=0)
-        if resume is None or not runs:
-            return Place(ROOT / (f"{options.name}-{newest + 1}" if runs else options.name), None)
-        run_dir = runs[newest]
-    if resume is None:
-        _refuse_taken(run_dir)
-        return Place(run_dir, None)
-    source = run_dir if resume == "auto" else Path(resume)
+    if resume is None or resume == "auto":
+        if run_dir is None:
+            runs = {
+                int(match[1] or 1): path
+                for path in ROOT.glob("*")
+                if (match := re.fullmatch(re.escape(options.name) + r"(?:-(\d+))?", path.name))
+            }
+            newest = max(runs, default=0)
+            if resume is None or not runs:
+                return Place(ROOT / (f"{options.name}-{newest + 1}" if runs else options.name), None)
+            run_dir = runs[newest]
+        if resume is None:
+            _refuse_taken(run_dir)
+            return Place(run_dir, None)
+        source = run_dir
+    else:
+        source = Path(resume)
     if checkpoint.is_complete(source):
         source = path = checkpoint.placed(source)
         run = checkpoint.run_of(path)
     else:
         run, path = source, checkpoint.latest(source)
         if path is None and resume == "auto":
-            return Place(run_dir, None)
+            return Place(source, None)
         if path is None:
             raise UserError(
                 f"--resume {resume} is neither a checkpoint nor a run with one; "
@@ -171,7 +174,7 @@ def _find(options: Options) -> Place:
     if here and step < newest and not options.set_aside:
         raise UserError(
             f"--resume {path}: the run has gone on to step {newest}; "
-            f"add --set-aside to move what came after step {step} into {_free(run)}, "
+            f"add --set-aside to move what came after step {step} into {_free(run_dir)}, "
             "or --run-dir NEW for a run of its own"
         )
     if config.schedule.kappa.kind == "adaptive" and (
@@ -181,7 +184,8 @@ def _find(options: Options) -> Place:
             f"schedule.kappa.kind=adaptive: the run of {path} did not measure its teacher on env.dev; "
             "start a run of its own"
         )
-    return Place(run_dir, path, finished=here and step == newest == steps and (run / "hf" / "config.json").is_file())
+    exported = (run_dir / "hf" / "config.json").is_file()
+    return Place(run_dir, path, finished=here and step == newest == steps and exported)
 
 
 def _refuse_unusable(run_dir: Path) -> None:

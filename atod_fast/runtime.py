@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -106,7 +107,8 @@ def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) ->
         raise UserError(f"student.attention='sdpa' leaves out the softcap of {model}; use auto or eager")
     if name != "auto":
         return name
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
+    # Code of the model's own repository is not in the mapping.
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
     implementations = model._compatible_flash_implementations or ["flash_attention_2"]
     flash = model._supports_flash_attn and "flash_attention_2" in implementations
     # ALiBi: flash attention has no argument for a bias of scores.

@@ -31,15 +31,19 @@ class Schedule(Protocol):
 
     def value(self, step: int) -> float:
         """Return the value at `step`, counted from 1."""
+        ...
 
     def observe(self, success: float) -> None:
         """Record the student's success rate, in [0, 1], in one evaluation on env.dev."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in JSON types; empty if the value depends on the step alone."""
+        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        ...
 
 
 class _OfStep:

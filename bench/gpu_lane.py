@@ -211,8 +211,8 @@ def plain(
     local = target
     if target is not None and valid_columns is not None:
         local = (valid_columns.cumsum(0) - 1)[target.clamp(min=0)]
-    entropy, logp = naive.sampled(log_p, local)
-    teacher_entropy, teacher_logp = naive.sampled(log_q, local)
+    entropy, teacher_entropy = naive.entropy_of(log_p), naive.entropy_of(log_q)
+    logp, teacher_logp = (None if local is None else naive.sampled(x, local) for x in (log_p, log_q))
     out = (naive.divergence_of(log_p, log_q, divergence, alpha), entropy, logp, teacher_logp, teacher_entropy)
     return tuple(x if x is None or target is None else x.masked_fill(target == -100, 0) for x in out)
 

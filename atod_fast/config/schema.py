@@ -24,64 +24,73 @@ class Section(BaseModel):
 
 class Student(Section):
     path: str = Field(
-        "demo:student",
+        default="demo:student",
         description="Hugging Face model folder or hub name; the tiny models shipped with atod_fast are demo:student, "
         "demo:webshop/student, ...",
     )
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto",
+        default="auto",
         description="precision of forward and backward passes (master weights: fp32); auto = bf16 on CUDA, else fp32",
     )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
-        "auto",
+        default="auto",
         description="attention implementation; auto = flash_attention_2 on CUDA if it is installed and the model "
         "supports it, else sdpa, else eager",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute the activations of each block in the backward pass"
+        default=False, description="recompute the activations of each block in the backward pass"
     )
     head: Literal["auto", "fast", "lean"] = Field(
-        "auto",
+        default="auto",
         description="how an update computes logits: fast computes those of a chunk once and the gradient right after; "
         "lean computes them twice, tile by tile, and needs the least memory; auto = fast",
     )
     liger: Literal["auto", "on", "off"] = Field(
-        "auto", description="use RMSNorm, RoPE and SwiGLU of liger-kernel; auto = on CUDA if it is installed"
+        default="auto", description="use RMSNorm, RoPE and SwiGLU of liger-kernel; auto = on CUDA if it is installed"
     )
 
 
 class Teacher(Section):
     path: str = Field(
-        "demo:teacher",
+        default="demo:teacher",
         description="Hugging Face model folder or hub name; the tiny models shipped with atod_fast are demo:teacher, "
         'demo:webshop/teacher, ...; "" = no teacher, possible if kappa is 0 in every step (objective.preset=grpo)',
     )
-    compute_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="as student.compute_dtype")
-    offload: bool = Field(False, description="keep the teacher's sharded weights in CPU memory while it is not used")
+    compute_dtype: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="as student.compute_dtype")
+    offload: bool = Field(
+        default=False, description="keep the teacher's sharded weights in CPU memory while it is not used"
+    )
 
 
 class Env(Section):
     name: str = Field(
-        "alfworld",
+        default="alfworld",
         description="environment: alfworld, webshop, searchqa, gymnasium, openenv, an entry point of group "
         "atod_fast.envs, or module:Class",
     )
-    max_turns: int = Field(12, ge=1, description="most turns of an episode, which ends after them")
-    options: dict[str, Any] = Field({}, description="options that the environment of every split is constructed with")
-    train: dict[str, Any] = Field({"generate": 1500, "seed": 0}, description="further options for the training tasks")
+    max_turns: int = Field(default=12, ge=1, description="most turns of an episode, which ends after them")
+    options: dict[str, Any] = Field(
+        default={}, description="options that the environment of every split is constructed with"
+    )
+    train: dict[str, Any] = Field(
+        default={"generate": 1500, "seed": 0}, description="further options for the training tasks"
+    )
     eval: dict[str, Any] = Field(
-        {"generate": 2400, "seed": 1}, description="further options for the held-out tasks, whose success is reported"
+        default={"generate": 2400, "seed": 1},
+        description="further options for the held-out tasks, whose success is reported",
     )
     # Games of odd seeds are never training games; none of this seed's games is one of eval's either.
     dev: dict[str, Any] = Field(
-        {"generate": 2400, "seed": 5},
+        default={"generate": 2400, "seed": 5},
         description="further options for the tasks whose success schedule.kappa.kind=adaptive and checkpoint.keep_best "
         "use; without these settings the tasks are not opened; if env.train or env.eval is replaced and env.dev is "
         "not, env.dev is empty",
     )
-    workers: int = Field(8, ge=1, description="threads that step environments which do not answer at once")
+    workers: int = Field(default=8, ge=1, description="threads that step environments which do not answer at once")
     step_timeout: float = Field(
-        60.0, gt=0, description="most seconds for one step of an environment; a slower step fails its trajectory"
+        default=60.0,
+        gt=0,
+        description="most seconds for one step of an environment; a slower step fails its trajectory",
     )
 
     @model_validator(mode="before")
@@ -94,38 +103,40 @@ class Env(Section):
 
 class Rollout(Section):
     engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto",
+        default="auto",
         description="rollout engine: vllm (on the training GPUs), or transformers with atod_fast's decode loop; "
         "auto = vllm on CUDA if a supported version is installed, else transformers",
     )
-    tensor_parallel: int = Field(1, ge=1, description="consecutive ranks that share one vLLM engine")
+    tensor_parallel: int = Field(default=1, ge=1, description="consecutive ranks that share one vLLM engine")
     kv_cache_gib: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="GiB of vLLM's key/value cache on each rank; 0 = room for rollout.concurrency sequences of the "
         "greatest length",
     )
     context: Literal["window", "full"] = Field(
-        "full",
+        default="full",
         description="window: each turn has a new prompt with the last rollout.history turns and is one training row "
         "(paper); full: a trajectory is one growing sequence and one row",
     )
     temperature: float = Field(
-        1.0, gt=0, description="sampling temperature; all log-probs and divergences are computed at it"
+        default=1.0, gt=0, description="sampling temperature; all log-probs and divergences are computed at it"
     )
     prompt_tokens: int = Field(
-        384, ge=8, description="most tokens of a prompt (rollout.context=full: of the whole sequence)"
+        default=384, ge=8, description="most tokens of a prompt (rollout.context=full: of the whole sequence)"
     )
-    response_tokens: int = Field(9, ge=1, description="most tokens of the response in one turn")
-    history: int = Field(2, ge=0, description="past turns that a prompt shows with rollout.context=window")
-    thinking: bool = Field(False, description="turn on the model's thinking mode, and require <think>...</think>")
+    response_tokens: int = Field(default=9, ge=1, description="most tokens of the response in one turn")
+    history: int = Field(default=2, ge=0, description="past turns that a prompt shows with rollout.context=window")
+    thinking: bool = Field(
+        default=False, description="turn on the model's thinking mode, and require <think>...</think>"
+    )
     date: str = Field(
-        "",
+        default="",
         description="YYYY-MM-DD, the date shown by chat templates that write one; empty = the day the run starts, "
         "also after it is resumed",
     )
     concurrency: int = Field(
-        64,
+        default=64,
         ge=1,
         description="trajectories that one engine plays at the same time; each holds a slot of the transformers "
         "engine's key/value cache",
@@ -162,90 +173,98 @@ class Rollout(Section):
 
 
 class Eval(Section):
-    every: int = Field(20, ge=0, description="steps between evaluations; 0 = only before and after training")
+    every: int = Field(default=20, ge=0, description="steps between evaluations; 0 = only before and after training")
     tasks: int = Field(
-        400, ge=1, description="held-out tasks of an evaluation, one episode each; as many of env.dev, if it is used"
+        default=400,
+        ge=1,
+        description="held-out tasks of an evaluation, one episode each; as many of env.dev, if it is used",
     )
-    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy")
+    temperature: float = Field(default=1.0, ge=0, description="sampling temperature; 0 = greedy")
     teacher: bool = Field(
-        True,
+        default=True,
         description="also evaluate the teacher, once, before training (with the transformers engine); "
         "schedule.kappa.kind=adaptive needs it",
     )
 
 
 class Train(Section):
-    steps: int = Field(120, ge=1, description="training steps, each a rollout and its updates")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
-    learning_rate: float = Field(7e-4, ge=0, description="peak AdamW learning rate")
-    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    steps: int = Field(default=120, ge=1, description="training steps, each a rollout and its updates")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of all random numbers")
+    learning_rate: float = Field(default=7e-4, ge=0, description="peak AdamW learning rate")
+    warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")
     schedule: RateShape = Field(
-        "linear",
+        default="linear",
         description="how the learning rate falls from its peak to its final value; constant = it does not fall",
     )
     final_learning_rate: float = Field(
-        0.2, ge=0, le=1, description="learning rate of the last step, as a fraction of the peak; not used by constant"
+        default=0.2,
+        ge=0,
+        le=1,
+        description="learning rate of the last step, as a fraction of the peak; not used by constant",
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay")
     # A TOML array arrives as a list, which strict mode would refuse.
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="AdamW betas")
-    grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), strict=False, description="AdamW betas")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
     tasks_per_step: int = Field(
-        8, ge=1, description="tasks per step, over all ranks; must be divisible by their number"
+        default=8, ge=1, description="tasks per step, over all ranks; must be divisible by their number"
     )
-    group_size: int = Field(8, ge=1, description="trajectories per task")
+    group_size: int = Field(default=8, ge=1, description="trajectories per task")
     minibatch_rows: int = Field(
-        16, ge=0, description="most rows per optimiser update, over all ranks; 0 = all rows in one update"
+        default=16, ge=0, description="most rows per optimiser update, over all ranks; 0 = all rows in one update"
     )
-    epochs: int = Field(1, ge=1, description="passes over the rows of a step")
+    epochs: int = Field(default=1, ge=1, description="passes over the rows of a step")
     microbatch_tokens: int = Field(
-        4096, ge=16, description="most tokens of a forward pass on a rank; a longer row is passed alone"
+        default=4096, ge=16, description="most tokens of a forward pass on a rank; a longer row is passed alone"
     )
 
 
 class Objective(Section):
     preset: Literal["paper", "exact", "opd", "grpo", "fixed", "sequential"] = Field(
-        "paper",
+        default="paper",
         description="expands into keys of objective.*, schedule.* and turns.*, overriding earlier sources; keys set in "
         "the same or a later source override it",
     )
     divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"] = (
         Field(
-            "k1",
+            default="k1",
             description="k1: sampled reverse KL, as an advantage (paper); k2, k3: sampled, as a loss (on policy, k3 "
             "has the gradient of the forward KL); the others: over the full vocabulary, as a loss",
         )
     )
-    alpha: float = Field(0.5, ge=0, le=1, description="mixture weight of jsd and the skewed divergences")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="mixture weight of jsd and the skewed divergences")
     log_ratio_clip: float = Field(
-        0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = no bound (paper)"
+        default=0.0, ge=0, description="bound of |log pi_T - log pi_old| in the k1 advantage; 0 = no bound (paper)"
     )
     advantage: Literal["grpo", "rloo", "gigpo"] = Field(
-        "grpo", description="estimator of the reinforcement-learning advantage"
+        default="grpo", description="estimator of the reinforcement-learning advantage"
     )
-    normalise_std: bool = Field(True, description="divide advantages by the group's standard deviation")
-    std_epsilon: float = Field(1e-6, gt=0, description="added to that standard deviation")
+    normalise_std: bool = Field(default=True, description="divide advantages by the group's standard deviation")
+    std_epsilon: float = Field(default=1e-6, gt=0, description="added to that standard deviation")
     baseline: Literal["trajectory", "rows"] = Field(
-        "rows",
+        default="rows",
         description="what group statistics are over: trajectories, or the rewards of their turns after the "
         "invalid-action penalty (rows, as verl-agent); rloo needs trajectory",
     )
-    gigpo_omega: float = Field(1.0, ge=0, description="weight of GiGPO's step-level advantage")
-    gigpo_gamma: float = Field(0.95, gt=0, le=1, description="discount of GiGPO's step returns")
-    invalid_penalty: float = Field(0.0, ge=0, description="subtracted from the reward of a turn with an invalid action")
+    gigpo_omega: float = Field(default=1.0, ge=0, description="weight of GiGPO's step-level advantage")
+    gigpo_gamma: float = Field(default=0.95, gt=0, le=1, description="discount of GiGPO's step returns")
+    invalid_penalty: float = Field(
+        default=0.0, ge=0, description="subtracted from the reward of a turn with an invalid action"
+    )
     invalid: Literal["form", "accepted"] = Field(
-        "form",
+        default="form",
         description="which actions invalid_penalty counts as invalid: form, responses without the required form "
         "(verl-agent); accepted, also actions that the environment refuses",
     )
-    clip: float = Field(0.2, gt=0, description="PPO clip range")
-    dual_clip: float = Field(3.0, ge=0, description="dual-clip bound for negative advantages; 0 = off")
-    entropy_bonus: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
+    clip: float = Field(default=0.2, gt=0, description="PPO clip range")
+    dual_clip: float = Field(default=3.0, ge=0, description="dual-clip bound for negative advantages; 0 = off")
+    entropy_bonus: float = Field(default=0.0, ge=0, description="coefficient of the entropy bonus")
     aggregation: Literal["token", "trajectory", "turn"] = Field(
-        "token", description="what the loss is averaged over: tokens, or the token means of trajectories or turns"
+        default="token",
+        description="what the loss is averaged over: tokens, or the token means of trajectories or turns",
     )
     tis_cap: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine), which is 1 if the two "
         "agree; 0 = no such weight (paper)",
@@ -279,14 +298,16 @@ class Objective(Section):
 
 class Slide(Section):
     kind: Literal[Shape, "adaptive"] = Field(
-        "linear",
+        default="linear",
         description="how the value changes; adaptive (kappa only): start * (1 - success of student / teacher on "
         "env.dev), never rising",
     )
-    start: float = Field(1.0, ge=0, description="value before it changes")
-    end: float = Field(0.1, ge=0, description="value after it has changed; not used by constant and adaptive")
-    horizon: int = Field(64, ge=1, description="steps the change takes after hold; kind=step: steps until it jumps")
-    hold: int = Field(0, ge=0, description="steps at the start value before the change begins")
+    start: float = Field(default=1.0, ge=0, description="value before it changes")
+    end: float = Field(default=0.1, ge=0, description="value after it has changed; not used by constant and adaptive")
+    horizon: int = Field(
+        default=64, ge=1, description="steps the change takes after hold; kind=step: steps until it jumps"
+    )
+    hold: int = Field(default=0, ge=0, description="steps at the start value before the change begins")
 
     @property
     def always_zero(self) -> bool:
@@ -294,8 +315,8 @@ class Slide(Section):
 
 
 class Schedule(Section):
-    kappa: Slide = Field(Slide(start=1.0, end=0.1), description="weight of imitation")
-    rho: Slide = Field(Slide(start=1.0, end=2.0), description="weight of reward")
+    kappa: Slide = Field(default=Slide(start=1.0, end=0.1), description="weight of imitation")
+    rho: Slide = Field(default=Slide(start=1.0, end=2.0), description="weight of reward")
 
     @model_validator(mode="after")
     def _kinds(self) -> Schedule:
@@ -316,57 +337,67 @@ class Schedule(Section):
 
 class Turns(Section):
     disagreement: Literal["sampled", "exact"] = Field(
-        "sampled", description="d: mean |log pi_old - log pi_T| (paper), or mean full-vocabulary KL"
+        default="sampled", description="d: mean |log pi_old - log pi_T| (paper), or mean full-vocabulary KL"
     )
     uncertainty: Literal["sampled", "exact"] = Field(
-        "sampled", description="h: mean negative log-likelihood (paper), or mean entropy"
+        default="sampled", description="h: mean negative log-likelihood (paper), or mean entropy"
     )
-    normalise: Literal["minmax", "rank", "none"] = Field("minmax", description="how each signal is scaled to [0, 1]")
+    normalise: Literal["minmax", "rank", "none"] = Field(
+        default="minmax", description="how each signal is scaled to [0, 1]"
+    )
     fuse: Literal["softor", "mean", "max", "product", "disagreement", "uncertainty", "uniform", "shuffled"] = Field(
-        "softor", description="how the two signals are combined to one weight"
+        default="softor", description="how the two signals are combined to one weight"
     )
     scope: Literal["trajectory", "batch"] = Field(
-        "trajectory", description="which turns a signal is scaled over: those of a trajectory, or all of a step"
+        default="trajectory", description="which turns a signal is scaled over: those of a trajectory, or all of a step"
     )
     budget: Literal["raw", "mean1"] = Field(
-        "raw", description="raw (paper), or mean1: scaled and clipped to [0.5, 2], with a token-weighted mean of 1"
+        default="raw",
+        description="raw (paper), or mean1: scaled and clipped to [0.5, 2], with a token-weighted mean of 1",
     )
-    min_turns: int = Field(3, ge=1, description="trajectories with fewer turns keep weight 1")
-    min_disagreement: float = Field(0.01, ge=0, description="trajectories whose largest d is smaller keep weight 1")
+    min_turns: int = Field(default=3, ge=1, description="trajectories with fewer turns keep weight 1")
+    min_disagreement: float = Field(
+        default=0.01, ge=0, description="trajectories whose largest d is smaller keep weight 1"
+    )
 
 
 class Checkpoint(Section):
-    every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end or when interrupted")
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    every: int = Field(
+        default=50, ge=0, description="steps between checkpoints; 0 = only at the end or when interrupted"
+    )
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     keep_best: bool = Field(
-        False, description="also keep the checkpoint with the best success on env.dev, named in checkpoints/best.json"
+        default=False,
+        description="also keep the checkpoint with the best success on env.dev, named in checkpoints/best.json",
     )
 
 
 class Observe(Section):
     trajectories_every: int = Field(
-        10,
+        default=10,
         ge=0,
         description="steps between files of training trajectories; each evaluation also writes one; 0 = no such files",
     )
     prompts: bool = Field(
-        True,
+        default=True,
         description="write the rendered prompt of each turn, with special tokens, to these files (4 bytes a token)",
     )
 
 
 class Guard(Section):
     logprob_gap: float = Field(
-        0.0, ge=0, description="largest mean |rollout - trainer log-prob| allowed; 0 = 1e-3 in fp32, 0.05 in bf16"
+        default=0.0,
+        ge=0,
+        description="largest mean |rollout - trainer log-prob| allowed; 0 = 1e-3 in fp32, 0.05 in bf16",
     )
     wait_minutes: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="minutes that a rank waits for the others after a rollout; 0 = computed from the settings as the "
         "longest possible rollout (env.step_timeout per turn, 1 s per token), at least 30 minutes",
     )
     failed_environments: float = Field(
-        0.5, ge=0, le=1, description="largest share of environments that may fail in a rollout or an evaluation"
+        default=0.5, ge=0, le=1, description="largest share of environments that may fail in a rollout or an evaluation"
     )
 
 
@@ -392,18 +423,18 @@ def _method(given: Mapping[str, Any]) -> dict[str, Any]:
 class Config(Section):
     """All settings. `objective.preset` always expands into the keys it owns; keys given with it override it."""
 
-    student: Student = Field(Student(), description="the model that is trained")
-    teacher: Teacher = Field(Teacher(), description="the frozen model that scores the student's tokens")
-    env: Env = Field(Env(), description="the environment and its tasks")
-    rollout: Rollout = Field(Rollout(), description="how the student plays episodes")
-    eval: Eval = Field(Eval(), description="evaluation on held-out tasks")
-    train: Train = Field(Train(), description="training steps and optimiser")
-    objective: Objective = Field(Objective(), description="the loss")
-    schedule: Schedule = Field(Schedule(), description="weights of imitation and of reward over the steps")
-    turns: Turns = Field(Turns(), description="T-DUR turn weights")
-    checkpoint: Checkpoint = Field(Checkpoint(), description="when checkpoints are saved")
-    observe: Observe = Field(Observe(), description="files of trajectories")
-    guard: Guard = Field(Guard(), description="when to stop a faulty run")
+    student: Student = Field(default=Student(), description="the model that is trained")
+    teacher: Teacher = Field(default=Teacher(), description="the frozen model that scores the student's tokens")
+    env: Env = Field(default=Env(), description="the environment and its tasks")
+    rollout: Rollout = Field(default=Rollout(), description="how the student plays episodes")
+    eval: Eval = Field(default=Eval(), description="evaluation on held-out tasks")
+    train: Train = Field(default=Train(), description="training steps and optimiser")
+    objective: Objective = Field(default=Objective(), description="the loss")
+    schedule: Schedule = Field(default=Schedule(), description="weights of imitation and of reward over the steps")
+    turns: Turns = Field(default=Turns(), description="T-DUR turn weights")
+    checkpoint: Checkpoint = Field(default=Checkpoint(), description="when checkpoints are saved")
+    observe: Observe = Field(default=Observe(), description="files of trajectories")
+    guard: Guard = Field(default=Guard(), description="when to stop a faulty run")
 
     @model_validator(mode="before")
     @classmethod

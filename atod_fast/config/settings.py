@@ -51,12 +51,14 @@ PRESETS: dict[str, tuple[str, ...]] = {
 def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
         yield prefix + name, field
-        if is_section(field):
-            yield from _walk(field.annotation, f"{prefix}{name}.")
+        if inner := section_of(field):
+            yield from _walk(inner, f"{prefix}{name}.")
 
 
-def is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """Return the section that a field of a section holds, None for a key."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 FIELDS: dict[str, FieldInfo] = dict(_walk(Config))  # sections and keys by dotted name, in order
@@ -289,7 +291,7 @@ def _flatten(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterato
         key = prefix + name
         if key not in FIELDS:
             raise UserError(f"{source}{key} is not a key (see --help){did_you_mean(key, FIELDS)}")
-        if not is_section(FIELDS[key]):
+        if not section_of(FIELDS[key]):
             yield key, value
         elif isinstance(value, dict):
             yield from _flatten(value, source, f"{key}.")
@@ -326,7 +328,7 @@ def _with_option(table: Any, path: list[str], value: Any, key: str) -> dict[str,
 def _explain(error: ValidationError, merged: Level, origin: Mapping[str, str]) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        return first["msg"].removeprefix("Value error, ")
     loc = [str(part) for part in first["loc"]]
     key = next(name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in FIELDS)
     value, field = merged[key], FIELDS[key]

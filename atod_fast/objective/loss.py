@@ -10,9 +10,9 @@ The surrogate is that of verl (core_algos.compute_policy_loss), with its clamp o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
-from atod_kernels import TokenDivergence, TokenLogprob
 from torch import Tensor
 
 from atod_fast.config import Objective
@@ -21,7 +21,18 @@ from .streams import FULL_VOCABULARY, Streams
 
 LOG_RATIO_BOUND = 20.0  # exp() beyond it gives no useful gradient, and 0 * inf would be NaN
 
-Statistics = TokenDivergence | TokenLogprob  # the student's; without a teacher there is no divergence
+
+class Statistics(Protocol):
+    """What the loss reads of the student's `TokenDivergence` or, without a teacher, `TokenLogprob`; [A] each."""
+
+    @property
+    def logp(self) -> Tensor: ...
+
+    @property
+    def entropy(self) -> Tensor: ...
+
+    @property
+    def divergence(self) -> Tensor: ...  # of TokenDivergence alone; without a teacher it is not read
 
 
 def token_loss(stats: Statistics, streams: Streams, objective: Objective) -> Tensor:
@@ -83,6 +94,7 @@ def _divergence(stats: Statistics, streams: Streams, objective: Objective) -> Te
     """
     if objective.divergence in FULL_VOCABULARY:
         return stats.divergence
+    assert streams.teacher_logp is not None, f"{objective.divergence} reads the teacher's log-probs"
     log_ratio = streams.teacher_logp - stats.logp
     if objective.divergence == "k2":
         return log_ratio**2 / 2

@@ -117,24 +117,24 @@ def make_streams(
     """
     if old_logp.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"old_logp is {old_logp.dtype}: ratios of log-probs need fp32, score in fp32")
-    imitate = needs_teacher(kappa)
-    if imitate and objective.divergence not in FULL_VOCABULARY and teacher_logp is None:
-        raise ValueError(
-            f"teacher_logp is None, but objective.divergence={objective.divergence} reads it while kappa > 0 "
-            f"(kappa={kappa:g})"
-        )
-
     reward_advantage = rho * rl_advantage.to(old_logp)[turn]
-    advantage, divergence_weight = reward_advantage, None
-    if imitate:
+    advantage, divergence_weight, read = reward_advantage, None, None
+    if needs_teacher(kappa):
         imitation = kappa * turn_weight.to(old_logp)[turn]
-        if objective.divergence == "k1":
+        if objective.divergence in FULL_VOCABULARY:
+            divergence_weight = imitation
+        elif teacher_logp is None:
+            raise ValueError(
+                f"teacher_logp is None, but objective.divergence={objective.divergence} reads it while kappa > 0 "
+                f"(kappa={kappa:g})"
+            )
+        elif objective.divergence == "k1":
             log_ratio = teacher_logp - old_logp
             if objective.log_ratio_clip > 0:
                 log_ratio = log_ratio.clamp(-objective.log_ratio_clip, objective.log_ratio_clip)
             advantage = imitation * log_ratio + reward_advantage
         else:
-            divergence_weight = imitation
+            divergence_weight, read = imitation, teacher_logp
 
     policy_weight = torch.ones_like(old_logp)
     if objective.tis_cap > 0:
@@ -147,7 +147,7 @@ def make_streams(
         policy_weight=policy_weight,
         weight=token_weight.to(old_logp),
         divergence_weight=divergence_weight,
-        teacher_logp=teacher_logp if imitate and objective.divergence in ("k2", "k3") else None,
+        teacher_logp=read,
     )
 
 

@@ -35,8 +35,8 @@ def token_signals(
     config: Turns,
     old_logp: Tensor,
     teacher_logp: Tensor,
-    entropy: Tensor | None = None,
-    divergence: Tensor | None = None,
+    entropy: Tensor,
+    divergence: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the per-token terms of d and h, to be averaged over each turn. All tensors are [A].
 

@@ -167,7 +167,8 @@ def save(
         _by_the_first(final, begin)
         model, optim = get_state_dict(policy, optimizer)
         try:
-            dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
+            parts = {"model": model, "optimizer": optim}
+            dcp.save(parts, checkpoint_id=partial)  # pyright: ignore[reportPrivateImportUsage]
         except dcp.api.CheckpointException as error:  # on every rank
             raise GuardError(f"{final} could not be written ({reason(error)})") from None
         _by_the_first(final, finish)
@@ -219,7 +220,8 @@ def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
     state = read_state(path)
     model, optim = get_state_dict(policy, optimizer)
     try:
-        dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
+        parts = {"model": model, "optimizer": optim}
+        dcp.load(parts, checkpoint_id=path)  # pyright: ignore[reportPrivateImportUsage]
     except (dcp.api.CheckpointException, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             f"--resume {path} does not fit student.path or is damaged ({reason(error)}); "

@@ -23,7 +23,8 @@ def export(
     path: Path, policy: CausalPolicy, source: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] | None
 ) -> list[str]:
     """Gather the policy's weights and `write` them on rank 0; return its lines there. Collective."""
-    whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     lines: list[str] = []
     with ranks.together():
         if ranks.rank() == 0:

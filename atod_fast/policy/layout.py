@@ -120,7 +120,8 @@ def find_logits(model: PreTrainedModel, layout: ModelLayout) -> Logits:
     Raises:
         UserError: no scale and softcap give the model's logits.
     """
-    config, head, backbone = model.config, model.get_output_embeddings(), model.get_submodule(layout.backbone)
+    config, parts = model.config, layout.parts(model)
+    head, backbone = parts.head, parts.backbone
     softcap = next((value for key in SOFTCAPS if (value := getattr(config, key, None)) is not None), None)
     told = [value for key in SCALES if isinstance(value := getattr(config, key, None), int | float) and value > 0]
     generator = torch.Generator().manual_seed(0)

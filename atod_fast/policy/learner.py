@@ -123,7 +123,7 @@ class Learner:
             yield None
             return
         with self.teacher.head() as head:
-            yield lambda hidden: Comparison(hidden, head, divergence, self.config.objective.alpha)
+            yield lambda hidden: Comparison(hidden, head, divergence, alpha=self.config.objective.alpha)
 
     def score_teacher(self, minibatches: MiniBatches[Batch]) -> Taught:
         """Run the teacher's backbone once; return log-probs, or final hidden states for exact divergences."""

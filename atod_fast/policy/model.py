@@ -109,9 +109,9 @@ class CausalPolicy(nn.Module):
         super().__init__()
         self.config, self.generation_config = source.config, source.generation_config
         self.layout = find_layout(source)
-        logits = find_logits(source, self.layout)
+        logits, linear = find_logits(source, self.layout), self.layout.parts(source).head
         for name, child in source.named_children():
-            self.add_module(name, Head(child, logits) if name == self.layout.head else child)
+            self.add_module(name, Head(linear, logits) if child is linear else child)
         self.parts = self.layout.parts(self, Head)
         self.tied = self.layout.tied
         self.compute_dtype = self.parts.head.weight.dtype  # until `shard` says otherwise

@@ -88,8 +88,10 @@ def collate(rows: Sequence[Row], *, packed: bool) -> Batch:
             turn.extend([number] * (last - first))
     logprobs = [value for row in rows for value in row.logprobs]
     return Batch(
-        input_ids,
-        position_ids,
-        *(torch.tensor(x, dtype=torch.int64) for x in (index, target, turn)),
-        torch.tensor(logprobs, dtype=torch.float32),
+        input_ids=input_ids,
+        position_ids=position_ids,
+        index=torch.tensor(index, dtype=torch.int64),
+        target=torch.tensor(target, dtype=torch.int64),
+        turn=torch.tensor(turn, dtype=torch.int64),
+        rollout_logp=torch.tensor(logprobs, dtype=torch.float32),
     )

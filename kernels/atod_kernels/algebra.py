@@ -194,14 +194,17 @@ def logit_gradient(z: Tensor, stats: Tensor, factors: Tensor, kind: str, mixture
     z [models, n, w] and e [n, w] are overwritten; stats [STATISTICS, n, 1], factors [3, n, 1].
     """
     own, other, constant = factors.unbind(0)
-    us, x = (*z.sub_(stats[SHIFTS][: len(z)]), None)[:2]
+    us, *of_teacher = z.sub_(stats[SHIFTS][: len(z)])
     torch.exp(us, out=e)
+    if not of_teacher:
+        return us.mul_(own).add_(constant).mul_(e)
+    x = of_teacher[0]
     if mixture is not None:
         x = mixture.slope(us, x.add_(stats[LOG_S] - stats[LOG_T]))  # log q against u_s = log p: log S is added to both
     dz = us.mul_(own)
     if kind == FORWARD_KL:
         return dz.add_(constant).mul_(e).addcmul_(x.exp_(), other)
-    return (dz if x is None else dz.addcmul_(x, other)).add_(constant).mul_(e)
+    return dz.addcmul_(x, other).add_(constant).mul_(e)
 
 
 def softcap_slope(z: Tensor, cap: Tensor) -> Tensor:

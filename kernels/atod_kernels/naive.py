@@ -38,11 +38,15 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(a > 0, a * (log_a - log_b).masked_fill(a == 0, 0), 0).sum(-1)
 
 
-def sampled(log_p: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return entropy [T] and log-probability of the target [T] (None without targets)."""
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Return the entropy [T] of log-probabilities [T, V]."""
     p = log_p.exp()
-    entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(-1)
-    return entropy, None if target is None else log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
+    return -(p * log_p.masked_fill(p == 0, 0)).sum(-1)
+
+
+def sampled(log_p: Tensor, target: Tensor) -> Tensor:
+    """Return the log-probability of the target [T]."""
+    return log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
 
 
 def mixture(log_p: Tensor, log_q: Tensor, p_share: float) -> Tensor:
@@ -96,11 +100,13 @@ def linear_divergence(
     with torch.no_grad():
         z = logits(teacher_hidden, teacher_weight, teacher_bias, columns, temperature, teacher_softcap)
         log_q = (z * teacher_scale)[:, keep].log_softmax(-1)
-    local = None if target is None else torch.searchsorted(keep, target.clamp(min=0))
-    entropy, logp = sampled(log_p, local)
-    teacher_entropy, teacher_logp = sampled(log_q, local)
-    out = (divergence_of(log_p, log_q, divergence, alpha), entropy, logp, teacher_logp, teacher_entropy)
-    return TokenDivergence(*(x if x is None or target is None else x.masked_fill(target == IGNORE, 0) for x in out))
+    values = divergence_of(log_p, log_q, divergence, alpha)
+    entropy, teacher_entropy = entropy_of(log_p), entropy_of(log_q)
+    if target is None:
+        return TokenDivergence(values, entropy, None, None, teacher_entropy)
+    ids = torch.searchsorted(keep, target.clamp(min=0))
+    out = values, entropy, sampled(log_p, ids), sampled(log_q, ids), teacher_entropy
+    return TokenDivergence(*(x.masked_fill(target == IGNORE, 0) for x in out))
 
 
 def linear_logprob(
@@ -118,5 +124,5 @@ def linear_logprob(
         torch.arange(weight.shape[0], device=weight.device) if valid_columns is None else valid_columns.nonzero()[:, 0]
     )
     log_p = logits(hidden, weight, bias, weight.shape[0], temperature, softcap)[:, keep].log_softmax(-1)
-    entropy, logp = sampled(log_p, torch.searchsorted(keep, target.clamp(min=0)))
-    return TokenLogprob(logp.masked_fill(target == IGNORE, 0), entropy.masked_fill(target == IGNORE, 0))
+    out = sampled(log_p, torch.searchsorted(keep, target.clamp(min=0))), entropy_of(log_p)
+    return TokenLogprob(*(x.masked_fill(target == IGNORE, 0) for x in out))

@@ -63,9 +63,9 @@ class Problem:
 
     def detached(self) -> Problem:
         """Return the same problem with the parameters detached."""
-        values = {name: getattr(self, name) for name in FIELDS}
-        parameters = {name: None if values[name] is None else values[name].detach() for name in PARAMETERS}
-        return Problem(**(values | parameters))
+        values: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
+        values |= {name: None if values[name] is None else values[name].detach() for name in PARAMETERS}
+        return Problem(**values)
 
     @property
     def student(self) -> Layer:
@@ -158,7 +158,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def resolve(group: str) -> dist.ProcessGroup:
     """Return the process group of a name. Raises RuntimeError if this process has none."""
-    return dist.distributed_c10d._resolve_process_group(group)
+    by_name = dist.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
+    return by_name(group)  # pyright: ignore[reportArgumentType]
 
 
 def over_shards(problem: Problem, part: Tensor) -> Tensor:

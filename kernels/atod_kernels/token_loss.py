@@ -71,7 +71,8 @@ def assert_separable(loss: TokenLoss, stats: Tensor, losses: Tensor, upstream: T
     if stats.device.type == "cpu" and not torch.compiler.is_compiling():
         require(bool(same), message)
     else:
-        torch._assert_async(same, message)  # raises on the device, without waiting for it
+        # It raises on the device, without waiting for it.
+        torch._assert_async(same, message)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Attach(torch.autograd.Function):

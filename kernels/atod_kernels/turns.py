@@ -180,9 +180,10 @@ def turn_weight_report(
     validate.tensor("disagreement", disagreement, 1)
     device, count = disagreement.device, disagreement.shape[0]
     validate.tensor("trajectory_offsets", trajectory_offsets, 1)
-    for name, x in (("disagreement", disagreement), ("uncertainty", uncertainty), ("turn_lengths", turn_lengths)):
-        if x is None and name == "turn_lengths":
-            continue
+    given = {"disagreement": disagreement, "uncertainty": uncertainty}
+    if turn_lengths is not None:
+        given["turn_lengths"] = turn_lengths
+    for name, x in given.items():
         validate.tensor(name, x, 1)
         require(
             x.shape[0] == count,

@@ -11,12 +11,12 @@ from atod_fast.config import Config
 from atod_fast.config.settings import (
     FIELDS,
     TABLES,
-    is_section,
+    section_of,
 )
 from atod_fast.errors import UserError
 
 OWN = ["student.path=/models/mine", "teacher.path=/models/larger", "env.name=guess:Guess"]  # what preset `own` asks for
-KEYS = [key for key, field in FIELDS.items() if not is_section(field)]
+KEYS = [key for key, field in FIELDS.items() if not section_of(field)]
 
 
 def values(config: Config) -> dict[str, Any]:

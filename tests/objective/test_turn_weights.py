@@ -101,7 +101,7 @@ def test_shuffled_weights_are_the_same_on_every_rank_and_depend_on_the_seed():
 
 def test_signals_are_sampled_or_exact():
     old, teacher, entropy, divergence = (torch.tensor(x) for x in ([-1.0, -2.0], [-3.0, -0.5], [0.7, 0.8], [0.3, 0.4]))
-    assert [x.tolist() for x in token_signals(Turns(), old, teacher)] == [[2.0, 1.5], [1.0, 2.0]]
+    assert [x.tolist() for x in token_signals(Turns(), old, teacher, entropy, divergence)] == [[2.0, 1.5], [1.0, 2.0]]
     exact = token_signals(Turns(disagreement="exact", uncertainty="exact"), old, teacher, entropy, divergence)
     assert exact == (divergence, entropy)
 

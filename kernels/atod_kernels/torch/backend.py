@@ -43,7 +43,7 @@ def products_of(p: Problem) -> Iterator[None]:
     if not (AMX and inputs == {torch.bfloat16} and p.dtype == torch.float32 and p.student.hidden.is_cpu):
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     with MATRIX_UNIT:  # one thread at a time, or one would restore another's setting
         before, settings.fp32_precision = settings.fp32_precision, "bf16"
         try:
@@ -63,7 +63,7 @@ class Chunk:
         self.target = None if target is None else target - p.start
         self.hidden = [self._hidden(layer) for layer in p.layers]
         self.temperature = None if p.temperature is None else p.temperature[rows, None]
-        self.inverse = None if p.temperature is None else self.temperature.reciprocal()
+        self.inverse = None if self.temperature is None else self.temperature.reciprocal()
 
     def _hidden(self, layer: Layer) -> Tensor:
         """Return the hidden rows as an operand, ignored rows zeroed: their NaN must not reach a sum over tokens."""
@@ -247,7 +247,7 @@ def head_gradients(
                 dw = final if final is None or final.dtype == p.dtype else torch.empty_like(final, dtype=p.dtype)
                 for gradient in chunks:
                     add(gradient, columns, operands, dw)
-                if chunks and dw is not final:
+                if chunks and final is not None and dw is not None and dw is not final:
                     final.copy_(dw)
         else:
             for gradient in chunks:
