@@ -86,6 +86,8 @@ def describe(config: Config, ranks: int) -> str:
         f"        {step.rows:,} rows of {step.tokens:,} tokens, "
         f"{step.action_tokens:,} of them actions, in {step.updates:,} updates",
     ]
+    if rounds := config.train.resample_flat:
+        lines.append(f"        up to {rounds * step.trajectories:,} more trajectories are played for flat groups")
     if all(role in shapes for role in used_models(config)):
         lines += ["", *_table(list(memory(config, shapes["student"], shapes.get("teacher"), found.runtime)))]
     else:

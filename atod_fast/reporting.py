@@ -83,6 +83,9 @@ class Reporter:
         step, every = metrics["step"], self.config.observe.trajectories_every
         self.write(metrics)
         self.console.step(metrics)
+        if skipped := metrics.get("policy/skipped_updates"):
+            line = f"warning: step {step}: {skipped} updates skipped, whose gradient was not finite"
+            self.console.say(line, style="yellow")
         for line in self.advice.after(metrics, trajectories):
             self.console.say(f"warning: {line}", style="yellow")
         if every and step % every == 0:
@@ -161,6 +164,7 @@ def policy_metrics(learned: dict[str, float]) -> dict[str, float]:
         "policy/clip_fraction": learned["clip_fraction"],
         "policy/gradient_norm": learned["gradient_norm"],
         "policy/importance_weight": learned["importance"],
+        "policy/skipped_updates": learned["skipped"],
     }
 
 
@@ -170,9 +174,14 @@ def turn_metrics(
     advantages: Advantages,
     *,
     with_teacher: bool,
+    kept: Tensor | None = None,
 ) -> dict[str, float | list[float]]:
-    """Return means of the turns' signals and weights, and their profiles by turn index."""
-    return {
+    """Return means of the turns' signals and weights, and their profiles by turn index.
+
+    kept: bool [K], the turns that stay in the loss, if objective.mismatch_mask is in use.
+    """
+    masked = {} if kept is None else {"turns/masked": float((~kept).double().mean())}
+    return masked | {
         "turns/disagreement": float(table.disagreement.mean()) if with_teacher else float("nan"),
         "turns/uncertainty": float(table.uncertainty.mean()),
         "turns/weight_mean": float(weights.weight.mean()),

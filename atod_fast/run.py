@@ -28,11 +28,12 @@ from atod_fast.policy.learner import Learner, MiniBatches, Scored
 from atod_fast.policy.resync import stream_weights
 from atod_fast.records import Trajectory
 from atod_fast.renderers import make_renderer
-from atod_fast.rollout.actor import Actor, dated
+from atod_fast.rollout.actor import Actor, Group, dated
 from atod_fast.rollout.duration import limit
 from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
+from atod_fast.rollout.resampling import resample
 
 # Largest mean |log-prob difference| of an engine that holds the trainer's weights, by compute precision.
 LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -125,6 +126,7 @@ class Run:
             self.done, self.before = state["step"], state["before"]
             console.say(f"resumed from {resume}")
         self.whole_at = self.learner.updates  # number of updates after step `done`; more means a half-done step
+        self.skipped_at = self.learner.skipped = state.get("skipped", 0)  # updates in a row up to the end of that step
         self.saved = self.done if place.here else 0  # the newest step with a checkpoint in the run folder
         self.best: checkpoint.Best | None = None  # of the checkpoints there, with checkpoint.keep_best
         self.reporter = reporting.Reporter(self.run_dir, config, console, tokenizer, callbacks)
@@ -160,11 +162,24 @@ class Run:
 
     # What a step consists of
 
-    def roll_out(self, step: int) -> list[Trajectory]:
-        """Play the step's episodes, then put the engine to sleep. Returns all ranks' trajectories on every rank."""
+    def roll_out(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
+        """Play the step's episodes, with train.resample_flat in several rounds, then put the engine to sleep.
+
+        Returns all ranks' trajectories on every rank, and the metrics of the rounds.
+        """
         everyone = self.player.play(f"step {step}", partial(self.actor.train, self.engine, step))
+        metrics: dict[str, float] = {}
+        if rounds := self.config.train.resample_flat:
+
+            def play(groups: Sequence[Group], beside: Sequence[Trajectory]) -> list[Trajectory]:
+                label = f"step {step}, round {groups[0].attempt} for {len(groups)} flat groups"
+                return self.player.play(label, partial(self.actor.train, self.engine, step, groups=groups), beside)
+
+            found = resample(everyone, self.actor.spare_tasks(step), rounds, play)
+            everyone = found.trajectories
+            metrics = {"rollout/extra_groups": found.played, "rollout/replaced_groups": found.replaced}
         self.engine.sleep()
-        return everyone
+        return everyone, metrics
 
     def checked_gap(self, minibatches: MiniBatches[Scored], step: int) -> dict[str, float]:
         """Compare the rollout engine's log-probs with the trainer's.
@@ -184,7 +199,7 @@ class Run:
 
     def learnt(self, step: int) -> None:
         """Note that step `step` is complete in the weights."""
-        self.done, self.whole_at = step, self.learner.updates
+        self.done, self.whole_at, self.skipped_at = step, self.learner.updates, self.learner.skipped
 
     def resync(self) -> int:
         """Wake the rollout engine and send it the student's weights. Returns the bytes sent."""
@@ -301,6 +316,7 @@ class Run:
             "before": self.before,
             "adaptive": self.kappa.state_dict() or None,
             "best": self.best,
+            "skipped": self.skipped_at,
             "stop_ids": sorted(self.actor.renderer.stop_ids),
             "date": self.config.rollout.date,
         }

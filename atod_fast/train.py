@@ -48,7 +48,7 @@ def train(run: Run) -> None:
             imitates = objective.needs_teacher(kappa)
 
             with clock("rollout"):
-                everyone = run.roll_out(step=step)
+                everyone, rounds = run.roll_out(step=step)
                 trajectories = [t for t in everyone if t.failure is None]
                 sequences = rows(trajectories)
             minibatches, minibatch_turns = learner.partition(sequences, step=step)
@@ -66,6 +66,9 @@ def train(run: Run) -> None:
                 generator = torch.Generator().manual_seed(config.train.seed + step)
                 weights = objective.weigh_turns(table, config.turns, generator=generator)
                 advantages = objective.rl_advantages(table, config.objective)
+                kept = None
+                if config.objective.mismatch_mask:
+                    kept = objective.kept_turns(learner.mismatch(scored, turns=count), config.objective)
                 streams = objective.step_streams(
                     config.objective,
                     [[micro.tokens for micro in minibatch] for minibatch in scored],
@@ -75,6 +78,7 @@ def train(run: Run) -> None:
                     rho=rho,
                     turn_weight=weights.weight,
                     rl_advantage=advantages.turn,
+                    kept=kept,
                 )
 
             with clock("train"):
@@ -85,8 +89,8 @@ def train(run: Run) -> None:
                 sent = run.resync()
 
             metrics = {"step": step, "schedule/kappa": kappa, "schedule/rho": rho, "sync/bytes": sent, **gap}
-            metrics |= reporting.rollout_metrics(everyone, table) | reporting.policy_metrics(learned)
-            metrics |= reporting.turn_metrics(table, weights, advantages, with_teacher=imitates)
+            metrics |= reporting.rollout_metrics(everyone, table) | rounds | reporting.policy_metrics(learned)
+            metrics |= reporting.turn_metrics(table, weights, advantages, with_teacher=imitates, kept=kept)
             metrics |= reporting.cost_metrics(clock, tokens=int(table.length.sum()), device=run.runtime.device)
             with run.reported(
                 metrics,

@@ -37,10 +37,12 @@ TESTS = {  # nearest first
     "schedules.py": ("run/test_schedule.py",),
     "objective/streams.py": ("objective/test_streams.py", "objective/test_loss.py", *SWITCHES),
     "objective/turns.py": ("objective/test_turn_weights.py", "objective/test_streams.py", *SWITCHES),
-    "policy/learner.py": LEARNER,
+    "objective/responses.py": SWITCHES,
+    "policy/learner.py": (*LEARNER, "policy/test_skipped_updates.py"),
     "policy/packing.py": ("policy/test_packing.py", *LEARNER),
     "policy/teacher/local.py": LEARNER,
     "rollout/actor.py": ("rollout/test_actor.py", *LOOP),
+    "rollout/resampling.py": ("rollout/test_resampling.py",),
     "rollout/agent.py": ("rollout/test_rollout.py", "rollout/test_rollout_failures.py", *LOOP),
     "train.py": LOOP,
     "batches.py": (*LOOP, "policy/test_learner_reference.py"),
@@ -131,7 +133,16 @@ MUTANTS = {  # by file below atod_fast/
             "torch.stack([table.anchor, table.anchor]",
         ),
     ],
+    "objective/responses.py": [
+        Mutant(
+            "one-sided-mask", "a ratio below the bound's inverse stays", "mismatch.abs() <= math", "mismatch <= math"
+        ),
+        Mutant(
+            "summed-response", "d, h and a response's ratio are sums over tokens", '"mean"), tokens', '"sum"), tokens'
+        ),
+    ],
     "objective/streams.py": [
+        Mutant("masked-imitated", "a turn left out is imitated", "if divergence_weight is not None:", "if False:"),
         Mutant(
             "weights-on-reward",
             "T-DUR's weights touch the reward term",
@@ -168,7 +179,21 @@ MUTANTS = {  # by file below atod_fast/
         ),
     ],
     "objective/loss.py": [
-        Mutant("no-upper-clip", "a good token's ratio has no bound", "ratio.clamp(max=1 + objective.clip)", "ratio"),
+        Mutant(
+            "no-upper-clip",
+            "a good token's ratio has no bound",
+            "ratio.clamp(max=1 + (objective.clip_high or objective.clip))",
+            "ratio",
+        ),
+        Mutant(
+            "clip-high-ignored", "clip_high is ignored", "(objective.clip_high or objective.clip)", "objective.clip"
+        ),
+        Mutant(
+            "response-without-gradient",
+            "no gradient goes through a response's ratio",
+            "(stats.logp - stats.logp.detach())",
+            "0.0 * stats.logp",
+        ),
         Mutant(
             "no-lower-clip",
             "a bad token's ratio has no lower bound",
@@ -197,7 +222,9 @@ MUTANTS = {  # by file below atod_fast/
     ],
     "policy/learner.py": [
         Mutant("trainer-at-1", "the trainer scores at temperature 1", "self.config.rollout.temperature", "1.0"),
-        Mutant("alpha-fixed", "objective.alpha is ignored", "alpha=self.config.objective.alpha", "alpha=0.5"),
+        Mutant(
+            "alpha-fixed", "objective.alpha is ignored", "divergence, self.config.objective.alpha", "divergence, 0.5"
+        ),
         Mutant(
             "all-columns",
             "banned ids share the softmax",
@@ -212,7 +239,7 @@ MUTANTS = {  # by file below atod_fast/
         Mutant(
             "gradients-pile-up",
             "a mini-batch keeps the gradient of the one before",
-            "self.optimizer.zero_grad(set_to_none=True)\n                    for scored",
+            "self.optimizer.zero_grad(set_to_none=True)\n        for scored",
             "for scored",
         ),
         Mutant(
@@ -222,10 +249,22 @@ MUTANTS = {  # by file below atod_fast/
             "default_rng([train.seed, 0])",
         ),
         Mutant(
-            "summed-signals",
-            "d and h are sums over tokens",
-            'turn_reduce(values, offsets, "mean")',
-            'turn_reduce(values, offsets, "sum")',
+            "first-signals",
+            "d and h are swapped",
+            "signals[line, numbers",
+            "signals[1 - line, numbers",
+        ),
+        Mutant(
+            "stale-response",
+            "a response's ratio stays 1",
+            "moved=self.updates > scored_at",
+            "moved=False",
+        ),
+        Mutant(
+            "never-in-a-row",
+            "an update applied does not end a row",
+            "self.updates + 1, 0\n",
+            "self.updates + 1, self.skipped\n",
         ),
         Mutant("forward-signal", "d is the forward KL", '("reverse_kl" if config', '("forward_kl" if config'),
         Mutant(
@@ -303,14 +342,20 @@ MUTANTS = {  # by file below atod_fast/
         Mutant(
             "group-of-copies",
             "members of a group share their seed",
-            "seed=_seed(train.seed, step, group, member)",
-            "seed=_seed(train.seed, step, group)",
+            "seed=_seed(*place, member, *again)",
+            "seed=_seed(*place, *again)",
         ),
         Mutant("same-tasks", "every step plays the same tasks", "(step - 1) * train.tasks_per_step + group", "group"),
         Mutant(
             "one-order", "all epochs and seeds have one order", "default_rng([train.seed, epoch])", "default_rng(0)"
         ),
         Mutant("own-worlds", "members of a group get different worlds", "env_seed=world)", "env_seed=world + member)"),
+    ],
+    "rollout/resampling.py": [
+        Mutant("flat-for-flat", "a flat group gives way to another", " - set(flat_groups(fresh))", ""),
+        Mutant(
+            "failures-differ", "failed trajectories make a group differ", "if trajectory.failure is None:", "if True:"
+        ),
     ],
     "train.py": [
         Mutant(

@@ -28,10 +28,13 @@ _PAPER: Level = {
     "objective.normalise_std": True,
     "objective.std_epsilon": 1e-6,
     "objective.baseline": "rows",  # verl-agent's default; the paper does not settle it
+    "objective.ratio": "token",
     "objective.clip": 0.2,
+    "objective.clip_high": 0.0,
     "objective.dual_clip": 3.0,
     "objective.aggregation": "token",
     "objective.tis_cap": 0.0,
+    "objective.mismatch_mask": 0.0,
     **_schedule("linear", kappa=(1.0, 0.1), rho=(1.0, 2.0)),
     "turns.disagreement": "sampled",
     "turns.uncertainty": "sampled",

@@ -210,6 +210,12 @@ class Train(Section):
         default=8, ge=1, description="tasks per step, over all ranks; must be divisible by their number"
     )
     group_size: int = Field(default=8, ge=1, description="trajectories per task")
+    resample_flat: int = Field(
+        default=0,
+        ge=0,
+        description="most rounds a step in which groups whose trajectories all have the same reward give way to groups "
+        "of other tasks (DAPO's dynamic sampling); 0 = none",
+    )
     minibatch_rows: int = Field(
         default=16, ge=0, description="most rows per optimiser update, over all ranks; 0 = all rows in one update"
     )
@@ -256,7 +262,17 @@ class Objective(Section):
         description="which actions invalid_penalty counts as invalid: form, responses without the required form "
         "(verl-agent); accepted, also actions that the environment refuses",
     )
-    clip: float = Field(default=0.2, gt=0, description="PPO clip range")
+    ratio: Literal["token", "sequence"] = Field(
+        default="token",
+        description="what pi / pi_old is taken of: each token (paper), or the geometric mean over a turn's response "
+        "(sequence, GSPO), which costs a forward pass more in each update of a step but the first",
+    )
+    clip: float = Field(default=0.2, gt=0, description="PPO clip range: the ratio is bounded by 1 - clip and 1 + clip")
+    clip_high: float = Field(
+        default=0.0,
+        ge=0,
+        description="clip range above 1, if not the one below (DAPO's clip-higher); 0 = objective.clip",
+    )
     dual_clip: float = Field(default=3.0, ge=0, description="dual-clip bound for negative advantages; 0 = off")
     entropy_bonus: float = Field(default=0.0, ge=0, description="coefficient of the entropy bonus")
     aggregation: Literal["token", "trajectory", "turn"] = Field(
@@ -268,6 +284,12 @@ class Objective(Section):
         ge=0,
         description="cap of the truncated importance weight pi_old(trainer)/pi(rollout engine), which is 1 if the two "
         "agree; 0 = no such weight (paper)",
+    )
+    mismatch_mask: float = Field(
+        default=0.0,
+        ge=0,
+        description="turns whose geometric mean of pi_old(trainer)/pi(rollout engine) is above this bound, or below "
+        "1/bound, are left out of the loss; 0 = none (paper)",
     )
 
     @model_validator(mode="after")
@@ -293,6 +315,11 @@ class Objective(Section):
                     f"objective.{key}={getattr(self, key):g} would cut tokens on which nothing has changed; "
                     "use 1 or more, or 0 for none"
                 )
+        if 0 < self.mismatch_mask <= 1:
+            raise ValueError(
+                f"objective.mismatch_mask={self.mismatch_mask:g} would leave out turns on which engine and trainer "
+                "agree; use more than 1, or 0 for none"
+            )
         return self
 
 
@@ -395,6 +422,12 @@ class Guard(Section):
         ge=0,
         description="minutes that a rank waits for the others after a rollout; 0 = computed from the settings as the "
         "longest possible rollout (env.step_timeout per turn, 1 s per token), at least 30 minutes",
+    )
+    skipped_updates: int = Field(
+        default=3,
+        ge=0,
+        description="most updates in a row that are skipped because their gradient is not finite; one more stops the "
+        "run",
     )
     failed_environments: float = Field(
         default=0.5, ge=0, le=1, description="largest share of environments that may fail in a rollout or an evaluation"
@@ -517,4 +550,21 @@ class Config(Section):
             raise ValueError(
                 "train.group_size=1 leaves no group to compare rewards in; use 2 or more, or objective.preset=opd"
             )
+        if self.train.resample_flat and self.schedule.rho.always_zero:
+            raise ValueError(
+                f"train.resample_flat={self.train.resample_flat} looks for groups whose rewards differ, and "
+                "schedule.rho gives reward no weight; set train.resample_flat=0, or rho above 0"
+            )
+        if self.objective.ratio == "sequence":
+            if self.train.epochs == 1 and not self.train.minibatch_rows:
+                raise ValueError(
+                    "objective.ratio=sequence changes nothing with train.minibatch_rows=0 and train.epochs=1: in a "
+                    "step's first update every ratio is 1; set train.minibatch_rows, or objective.ratio=token"
+                )
+            if self.schedule.rho.always_zero and self.objective.divergence != "k1":
+                raise ValueError(
+                    f"objective.ratio=sequence has no advantage to scale: objective.divergence="
+                    f"{self.objective.divergence} is a loss, and schedule.rho gives reward no weight; "
+                    "set objective.ratio=token"
+                )
         return self

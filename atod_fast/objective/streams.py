@@ -39,6 +39,8 @@ class Streams:
     weight: Tensor  # aggregation: the loss is the sum over the mini-batch's tokens of weight * token loss
     divergence_weight: Tensor | None = None  # kappa * w; None if the divergence is not a loss (k1) or kappa is 0
     teacher_logp: Tensor | None = None  # for k2 and k3
+    # objective.ratio=sequence: log of the ratio of the token's response under the weights of this update.
+    response_log_ratio: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the streams in use, by name: the `inputs` of `linear_token_loss`. `Streams(**tensors)` inverts it."""
@@ -65,11 +67,13 @@ def step_streams(
     rho: float,
     turn_weight: Tensor,
     rl_advantage: Tensor,
+    kept: Tensor | None = None,
 ) -> list[list[Streams]]:
     """Return the streams of every micro-batch of a step: the hybrid advantage and all else that the loss reads.
 
     minibatches: [mini-batch][micro-batch] of this rank. minibatch_turns: each whole mini-batch's turns [M] over all
-    ranks; its loss is a mean over their tokens. table: of all turns. turn_weight, rl_advantage [K].
+    ranks; its loss is a mean over their tokens. table: of all turns. turn_weight, rl_advantage [K]. kept: bool [K],
+    False for a turn that is left out of the loss; None: no turn is.
     """
     return [
         [
@@ -84,6 +88,7 @@ def step_streams(
                 turn_weight=turn_weight,
                 rl_advantage=rl_advantage,
                 token_weight=token_weights(objective.aggregation, tokens.turn, table, turns),
+                kept=kept,
             )
             for tokens in minibatch
         ]
@@ -108,12 +113,14 @@ def make_streams(
     turn_weight: Tensor,
     rl_advantage: Tensor,
     token_weight: Tensor,
+    kept: Tensor | None = None,
 ) -> Streams:
     """Return the streams of A action tokens, in the dtype and on the device of `old_logp`.
 
-    turn [A] int64 (number in the TurnTable); old_logp, rollout_logp, token_weight [A]; turn_weight, rl_advantage [K],
-    on any device. teacher_logp [A] is needed for k1, k2 and k3 while kappa > 0. Raises ValueError for log-probs below
-    fp32.
+    turn [A] int64 (number in the TurnTable); old_logp, rollout_logp, token_weight [A]; turn_weight, rl_advantage and
+    kept (bool; None = all) [K], on any device. teacher_logp [A] is needed for k1, k2 and k3 while kappa > 0. The tokens
+    of a turn that is not kept have no advantage, divergence or entropy weight: their loss is 0, and they stay in the
+    mean that the loss is. Raises ValueError for log-probs below fp32.
     """
     if old_logp.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"old_logp is {old_logp.dtype}: ratios of log-probs need fp32, score in fp32")
@@ -139,10 +146,18 @@ def make_streams(
     policy_weight = torch.ones_like(old_logp)
     if objective.tis_cap > 0:
         policy_weight = (old_logp - rollout_logp).exp().clamp(max=objective.tis_cap)
+    entropy_weight = torch.full_like(old_logp, objective.entropy_bonus)
+    if kept is not None:
+        inside = kept.to(turn.device)[turn]
+        advantage, reward_advantage, entropy_weight = (
+            torch.where(inside, values, 0.0) for values in (advantage, reward_advantage, entropy_weight)
+        )
+        if divergence_weight is not None:
+            divergence_weight = torch.where(inside, divergence_weight, 0.0)
     return Streams(
         advantage=advantage,
         reward_advantage=reward_advantage,
-        entropy_weight=torch.full_like(old_logp, objective.entropy_bonus),
+        entropy_weight=entropy_weight,
         old_logp=old_logp,
         policy_weight=policy_weight,
         weight=token_weight.to(old_logp),

@@ -165,7 +165,11 @@ def save(
 
     try:
         _by_the_first(final, begin)
+        unused = not optimizer.state  # no update has been applied
         model, optim = get_state_dict(policy, optimizer)
+        if unused:  # torch has made its state, by a step at rate 0 that must not count
+            for values in optimizer.state.values():
+                values["step"].zero_()
         try:
             parts = {"model": model, "optimizer": optim}
             dcp.save(parts, checkpoint_id=partial)  # pyright: ignore[reportPrivateImportUsage]

@@ -8,14 +8,14 @@ it, so every rank runs the same number of micro-batches, empty ones included.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import nan
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
-from atod_kernels import turn_reduce
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,7 +23,16 @@ from atod_fast import ranks
 from atod_fast.batches import Batch, Row
 from atod_fast.config import Config
 from atod_fast.errors import GuardError
-from atod_fast.objective import FULL_VOCABULARY, Streams, Tokens, diagnostics, loss_function, token_signals
+from atod_fast.objective import (
+    FULL_VOCABULARY,
+    Streams,
+    Tokens,
+    diagnostics,
+    loss_function,
+    response_log_ratio,
+    response_means,
+    token_signals,
+)
 from atod_fast.policy.model import Comparison, HeadJob, Loss, build_student
 from atod_fast.policy.packing import collate, partition
 from atod_fast.policy.sharding import reshard, shard
@@ -83,6 +92,7 @@ class Learner:
             fused=True,
         )
         self.updates = 0  # of the weights so far, with one that has begun
+        self.skipped = 0  # updates in a row, up to now, that were not applied because their gradient was not finite
         columns = self.student.parts.head.weight.shape[0]
         if valid_columns is None and self.teacher and columns != self.teacher.columns:
             valid_columns = torch.ones(columns, dtype=torch.bool)
@@ -166,15 +176,24 @@ class Learner:
         for scored in (s for minibatch in minibatches for s in minibatch):
             teacher_logp = scored.logp if scored.teacher_logp is None else scored.teacher_logp
             divergence = torch.zeros_like(scored.logp) if scored.divergence is None else scored.divergence
-            numbers, counts = torch.unique_consecutive(scored.batch.turn, return_counts=True)
-            offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
             for line, values in enumerate(
                 token_signals(self.config.turns, scored.logp, teacher_logp, scored.entropy, divergence)
             ):
-                if len(numbers):
-                    signals[line, numbers.cpu()] = turn_reduce(values, offsets, "mean").cpu()
+                numbers, means, _ = response_means(values, scored.batch.turn)
+                signals[line, numbers.cpu()] = means.cpu()
         disagreement, uncertainty = ranks.total(signals)
         return disagreement, uncertainty
+
+    def mismatch(self, minibatches: MiniBatches[Scored], turns: int) -> Tensor:
+        """Return the mean of log pi_old - log mu over each turn of all ranks, mu being the engine's probability.
+
+        [K] fp32 on the CPU; 0 for turns without tokens.
+        """
+        mismatch = torch.zeros(turns)
+        for scored in (s for minibatch in minibatches for s in minibatch):
+            numbers, means, _ = response_means(scored.logp - scored.batch.rollout_logp, scored.batch.turn)
+            mismatch[numbers.cpu()] = means.cpu()
+        return ranks.total(mismatch)
 
     def make_room(self) -> None:
         """Free device memory for a rollout engine to wake up in, all but shards and optimiser state."""
@@ -202,44 +221,95 @@ class Learner:
     ) -> dict[str, float]:
         """Take one optimiser step per mini-batch, for `train.epochs` epochs; `streams` hold one entry per micro-batch.
 
-        Returns means over the mini-batches: loss, the objective's diagnostics, gradient norm before clipping.
-        Raises GuardError if a gradient norm is not finite.
+        An update whose gradient is not finite on any rank is skipped on all: weights and optimiser stay as they are.
+        Returns means over the updates applied (NaN without any): loss, the objective's diagnostics, gradient norm
+        before clipping; and `skipped`, the number of the others.
+
+        Raises:
+            GuardError: more than guard.skipped_updates in a row had such a gradient, steps before this one included.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        objective, loss_fn = self.config.objective, loss_function(self.config.objective)
-        sums: dict[str, Tensor] = {}
-        norms: list[float] = []
+        found: Mapping[str, Tensor] = {}
+        sums = found
+        norms: list[float] = []  # of the updates applied
+        skipped, scored_at = 0, self.updates
         self.student.train()
         # pi_theta is compared with the teacher only if a stream asks for it.
         exact = minibatches[0][0].teacher_hidden is not None
         with self._comparing(self.loss_divergence if exact else None) as compare:
             for _ in range(self.config.train.epochs):
                 for minibatch, wanted in zip(minibatches, streams, strict=True):
-                    # A loss that reads other tokens does so in the first update already; later checks would only cost.
-                    check = not self.optimizer.state
-                    self.optimizer.zero_grad(set_to_none=True)
-                    for scored, stream in zip(minibatch, wanted, strict=True):
-                        hidden = scored.teacher_hidden
-                        teacher = None if compare is None or hidden is None else compare(hidden)
-                        how = Loss(loss_fn, stream.tensors(), self.config.student.head, check)
-                        loss, stats = self.student(scored.batch, self._job(scored.batch, teacher, how))
-                        # FSDP2 averages gradients over ranks; the streams' weights already divide by the mini-batch.
-                        (loss * ranks.world_size()).backward()
-                        for key, value in (diagnostics(stats, stream, objective) | {"loss": loss.detach()}).items():
-                            sums[key] = sums.get(key, 0.0) + value
-                    norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip)
-                    norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
-                    if not np.isfinite(norms[-1]):
-                        raise GuardError(
-                            f"gradient norm is {norms[-1]} in update {len(norms)} of the step: "
-                            "the loss is not finite. It was not applied; resume from the last checkpoint "
-                            "with a lower train.learning_rate or a bound in objective.log_ratio_clip"
-                        )
-                    self.updates += 1
+                    if self.config.objective.ratio == "sequence":
+                        wanted = self._with_responses(minibatch, wanted, moved=self.updates > scored_at)
+                    found = self._backward(minibatch, wanted, compare, sums)
+                    norm = self._clip()
+                    if not np.isfinite(norm):
+                        skipped += 1
+                        self._skip(norm, number=len(norms) + skipped)
+                        continue
+                    sums = found
+                    norms.append(norm)
+                    self.updates, self.skipped = self.updates + 1, 0
                     self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if not norms:
+            return dict.fromkeys([*found, "gradient_norm"], nan) | {"skipped": skipped}
         totals = ranks.total(torch.stack(list(sums.values())).double()).tolist()
-        return {name: value / len(norms) for name, value in zip(sums, totals, strict=True)} | {
-            "gradient_norm": sum(norms) / len(norms)
-        }
+        means = {name: value / len(norms) for name, value in zip(sums, totals, strict=True)}
+        return means | {"gradient_norm": sum(norms) / len(norms), "skipped": skipped}
+
+    @torch.no_grad()
+    def _with_responses(
+        self, minibatch: Sequence[Scored], streams: Sequence[Streams], *, moved: bool
+    ) -> Sequence[Streams]:
+        """Return the streams with each response's ratio under the present weights, in a forward pass of its own.
+
+        moved: the weights are no longer those of the scores; while they are, every ratio is 1 and no pass is needed.
+        """
+        found = []
+        for scored, stream in zip(minibatch, streams, strict=True):
+            logp = self.student(scored.batch, self._job(scored.batch)).logp if moved else scored.logp
+            ratio = response_log_ratio(logp, scored.logp, scored.batch.turn)
+            found.append(replace(stream, response_log_ratio=ratio))
+        return found
+
+    def _backward(
+        self,
+        minibatch: Sequence[Scored],
+        streams: Sequence[Streams],
+        compare: Callable[[Tensor], Comparison] | None,
+        sums: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Form a mini-batch's gradient; return `sums` with its loss and diagnostics added."""
+        objective = self.config.objective
+        found, loss_fn = dict(sums), loss_function(objective)
+        # A loss that reads other tokens does so in the first update already; later checks would only cost.
+        check = not self.optimizer.state
+        self.optimizer.zero_grad(set_to_none=True)
+        for scored, stream in zip(minibatch, streams, strict=True):
+            hidden = scored.teacher_hidden
+            teacher = None if compare is None or hidden is None else compare(hidden)
+            how = Loss(loss_fn, stream.tensors(), self.config.student.head, check)
+            loss, stats = self.student(scored.batch, self._job(scored.batch, teacher, how))
+            # FSDP2 averages gradients over ranks; the streams' weights already divide by the mini-batch.
+            (loss * ranks.world_size()).backward()
+            for key, value in (diagnostics(stats, stream, objective) | {"loss": loss.detach()}).items():
+                found[key] = found.get(key, 0.0) + value
+        return found
+
+    def _clip(self) -> float:
+        """Clip the gradient; return its norm before, the same on every rank."""
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _skip(self, norm: float, number: int) -> None:
+        """Count a skipped update, the step's `number`-th. Raises GuardError if it is one too many."""
+        before, self.skipped = self.skipped, self.skipped + 1
+        if before >= self.config.guard.skipped_updates:
+            others = f", nor were the {before} before it" if before else ""
+            raise GuardError(
+                f"gradient norm is {norm} in update {number} of the step: the loss is not finite. "
+                f"It was not applied{others}; resume from the last checkpoint "
+                "with a lower train.learning_rate or a bound in objective.log_ratio_clip"
+            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 
 import numpy as np
@@ -23,6 +24,16 @@ Progress = Callable[[int, int, int, int], None]  # (episodes finished, episodes,
 
 # First word of the seeds of a split's evaluation episodes: equal in every run, so that runs can be paired task by task.
 EVALUATION = {"eval": 0xE7A1, "dev": 0xDE7A}
+SPARE = 0x5BA6  # last word of the seed of a step's spare tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of a training step to play: `train.group_size` trajectories of one task."""
+
+    number: int  # in the step
+    task: int
+    attempt: int = 0  # rounds of dynamic sampling before it; each draws random streams of its own
 
 
 class Actor:
@@ -48,24 +59,45 @@ class Actor:
         together = self.config.rollout.tensor_parallel if isinstance(engine, Lockstep) else 1
         return self.rank // together, self.ranks // together
 
-    def train(self, engine: Engine, step: int, progress: Progress | None = None) -> list[Trajectory]:
-        """Play this rank's groups of a step (counted from 1) and return their trajectories.
+    def groups(self, step: int) -> list[Group]:
+        """Return the groups of a step (counted from 1), the same on every rank.
 
         The tasks are a pure function of the step: all tasks in a seeded order, each once per epoch.
         """
+        train, tasks = self.config.train, len(self.world("train"))
+        found = []
+        for group in range(train.tasks_per_step):
+            epoch, place = divmod((step - 1) * train.tasks_per_step + group, tasks)
+            found.append(Group(group, int(np.random.default_rng([train.seed, epoch]).permutation(tasks)[place])))
+        return found
+
+    def spare_tasks(self, step: int) -> list[int]:
+        """Return the tasks that are not in a step's groups, in a seeded order of the step, the same on every rank."""
+        own = {group.task for group in self.groups(step)}
+        rng = np.random.default_rng([self.config.train.seed, step, SPARE])
+        return [task for task in rng.permutation(len(self.world("train"))).tolist() if task not in own]
+
+    def train(
+        self,
+        engine: Engine,
+        step: int,
+        progress: Progress | None = None,
+        groups: Sequence[Group] | None = None,
+    ) -> list[Trajectory]:
+        """Play this rank's share of a step's groups, or of other `groups` in it; return their trajectories."""
         train = self.config.train
         first, engines = self._share(engine)
-        env = self.world("train")
         episodes = []
-        for group in range(first, train.tasks_per_step, engines):
-            epoch, place = divmod((step - 1) * train.tasks_per_step + group, len(env))
-            task = int(np.random.default_rng([train.seed, epoch]).permutation(len(env))[place])
-            world = _seed(train.seed, step, group)
+        for group in (self.groups(step) if groups is None else groups)[first::engines]:
+            place = train.seed, step, group.number
+            again = (group.attempt,) if group.attempt else ()
+            # The first free number of a member stands for the environment of a further attempt.
+            world = _seed(*place, train.group_size, *again) if again else _seed(*place)
             episodes += [
-                Episode(task, group, member, seed=_seed(train.seed, step, group, member), env_seed=world)
+                Episode(group.task, group.number, member, seed=_seed(*place, member, *again), env_seed=world)
                 for member in range(train.group_size)
             ]
-        return self._play(engine, env, episodes, self.config.rollout.temperature, progress)
+        return self._play(engine, self.world("train"), episodes, self.config.rollout.temperature, progress)
 
     def evaluate(self, engine: Engine, split: str = "eval", progress: Progress | None = None) -> list[Trajectory]:
         """Play this rank's share of `eval.tasks` tasks of a split, "eval" or "dev", one episode each.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from atod_fast import ranks
@@ -33,8 +33,12 @@ class Player:
     ):
         self.config, self._progress, self._interrupt, self._say, self._refill = config, progress, interrupt, say, refill
 
-    def play(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
+    def play(
+        self, label: str, act: Callable[..., list[Trajectory]], beside: Sequence[Trajectory] = ()
+    ) -> list[Trajectory]:
         """Call `act(progress=...)` on every rank; return the trajectories of all ranks. Collective.
+
+        beside: trajectories of the same step, among which failed environments are counted.
 
         An engine that breaks down is refilled, once, and the same episodes are replayed from the start: nothing of the
         interrupted rollout is used.
@@ -47,7 +51,7 @@ class Player:
             RankLost: a rank has died, or did not arrive within guard.wait_minutes.
         """
         try:
-            return self._once(label, act)
+            return self._once(label, act, beside)
         except EngineFailure as failure:
             if self._refill is None:
                 raise
@@ -58,11 +62,11 @@ class Player:
         except RuntimeError as failure:  # the device itself may be lost, on this rank alone
             raise GuardError(f"{label}: the rollout engine did not take its weights anew ({failure})") from failure
         try:
-            return self._once(label, act)
+            return self._once(label, act, beside)
         except EngineFailure as failure:
             raise GuardError(f"{label}: the rollout engine broke down twice ({failure})") from failure
 
-    def _once(self, label: str, act: Callable[..., list[Trajectory]]) -> list[Trajectory]:
+    def _once(self, label: str, act: Callable[..., list[Trajectory]], beside: Sequence[Trajectory]) -> list[Trajectory]:
         mine: list[Trajectory] = []
         failure: Exception | None = None
         with self._progress(label) as show:
@@ -88,5 +92,5 @@ class Player:
         if ranks.any_rank(self._interrupt.requested):
             raise Interrupted
         everyone = ranks.gather_trajectories(mine)
-        check_failures(everyone, self.config.guard.failed_environments, label)
+        check_failures([*beside, *everyone], self.config.guard.failed_environments, label)
         return everyone

@@ -187,6 +187,7 @@ class Step:
     advantage: list[Tensor]  # A_t: with k1 the hybrid, else rho A_RL
     imitation: list[float] | None  # kappa w, where imitation is a loss
     importance: list[Tensor]  # truncated pi_old / pi of the rollout
+    inside: list[bool]  # the turn stays in the loss
 
 
 @torch.no_grad()
@@ -219,7 +220,10 @@ def look(
     if not o.tis_cap:
         importance = [torch.ones_like(a) for a in old]
     imitation = [kappa * w for w in weight] if taught is not None and o.divergence != "k1" else None
-    return Step(old, [entropy(a) for a in student], taught, d, h, weight, rl, advantage, imitation, importance)
+    between = [math.exp(statistics.mean((a - b).tolist())) for a, b in zip(old, played, strict=True)]
+    bound = o.mismatch_mask or math.inf
+    inside = [1 / bound <= mean <= bound for mean in between]
+    return Step(old, [entropy(a) for a in student], taught, d, h, weight, rl, advantage, imitation, importance, inside)
 
 
 def loss_of(
@@ -233,8 +237,13 @@ def loss_of(
     """Return the loss of a mini-batch of the turns in `weight`; `logp` are distributions under the current weights."""
     o, total = objective, torch.zeros((), dtype=torch.float64)
     for k, share in weight.items():
+        if not step.inside[k]:
+            continue
         ratio, advantage = (sampled[k] - step.old[k]).exp(), step.advantage[k]
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - o.clip, 1 + o.clip) * advantage)
+        if o.ratio == "sequence":
+            alike = len(set((advantage * step.importance[k]).tolist())) == 1
+            ratio = response_ratio(sampled[k], step.old[k], exact=alike)
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - o.clip, 1 + (o.clip_high or o.clip)) * advantage)
         if o.dual_clip:
             surrogate = torch.where(advantage < 0, torch.maximum(surrogate, o.dual_clip * advantage), surrogate)
         loss = -step.importance[k] * surrogate - o.entropy_bonus * entropy(logp[k])
@@ -247,6 +256,13 @@ def loss_of(
             loss = loss + step.imitation[k] * cost
         total = total + share * loss.sum()
     return total
+
+
+def response_ratio(logp: Tensor, old: Tensor, *, exact: bool) -> Tensor:
+    """Return the ratio of a response at each of its tokens (arXiv 2507.18071): exact, GSPO's, which all tokens share
+    and whose gradient goes through all of them; else GSPO-token's."""
+    gspo = ((logp - old).sum() / len(logp)).exp().expand(len(logp))
+    return gspo if exact else gspo.detach() * logp.exp() / logp.exp().detach()
 
 
 class AdamW:

@@ -8,7 +8,9 @@ from atod_kernels import TokenDivergence, TokenLogprob
 from atod_fast.batches import TurnTable
 from atod_fast.config import Turns
 from atod_fast.objective import (
+    kept_turns,
     make_streams,
+    response_means,
     rl_advantages,
     token_weights,
     weigh_turns,
@@ -59,6 +61,9 @@ def streams_of(table, tokens, objective, kappa=0.6, rho=1.5, weight=None, part=s
     """Return streams of (a part of) a table's tokens as the loop makes them, all in one mini-batch."""
     weight = weigh_turns(table, turns or Turns(), torch.Generator().manual_seed(3)).weight if weight is None else weight
     turn = tokens.turn[part]
+    kept = None
+    if objective.mismatch_mask:
+        kept = kept_turns(response_means(tokens.old_logp - tokens.rollout_logp, tokens.turn)[1], objective)
     return make_streams(
         objective,
         kappa,
@@ -70,4 +75,5 @@ def streams_of(table, tokens, objective, kappa=0.6, rho=1.5, weight=None, part=s
         weight,
         rl_advantages(table, objective).turn,
         token_weights(objective.aggregation, turn, table, torch.arange(len(table.length))),
+        kept,
     )

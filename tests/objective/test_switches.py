@@ -1,13 +1,12 @@
 """Every switch of the method changes the result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from atod_fast.config import Objective, Schedule, Slide, Turns
-from atod_fast.objective import (
-    token_loss,
-    token_signals,
-)
+from atod_fast.objective import response_log_ratio, token_loss, token_signals
 from atod_fast.schedules import make as make_schedule
 from helpers.table import make_table, statistics, streams_of, tokens_of
 
@@ -33,6 +32,9 @@ SWITCHES = {
         "invalid_penalty": [0.4],
         "invalid": ["accepted"],
         "clip": [0.05],
+        "clip_high": [0.05, 0.5],
+        "ratio": ["sequence"],
+        "mismatch_mask": [1.3],
         "dual_clip": [1.5],
         "entropy_bonus": [0.2],
         "aggregation": ["trajectory", "turn"],
@@ -77,6 +79,8 @@ def losses_of(objective, turns, kappa, rho, step=30):
     streams = streams_of(
         table, tokens, objective, make_schedule(kappa).value(step), make_schedule(rho).value(step), turns=turns
     )
+    if objective.ratio == "sequence":  # as the learner does
+        streams = replace(streams, response_log_ratio=response_log_ratio(tokens.logp, tokens.old_logp, tokens.turn))
     return token_loss(statistics(tokens.logp, entropy, full_kl), streams, objective)
 
 

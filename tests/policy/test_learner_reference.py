@@ -34,6 +34,7 @@ COMMON = [
     "train.grad_clip=0.1",
 ]
 EXACT = ["turns.disagreement=exact", "turns.uncertainty=exact"]
+MASK = ["objective.mismatch_mask=1.15"]
 CASES = {
     "window": ["objective.divergence=k1", "objective.log_ratio_clip=0", "objective.baseline=rows"],
     "full": ["objective.divergence=k1", "objective.log_ratio_clip=1.5", "objective.aggregation=turn", *EXACT],
@@ -53,6 +54,24 @@ CASES = {
     ],
     "full, reverse": ["objective.divergence=reverse_kl", "turns.disagreement=exact", "train.microbatch_tokens=16"],
     "window, k3": ["objective.divergence=k3", "objective.normalise_std=false", "train.minibatch_rows=0"],
+    "full, GSPO": [
+        "objective.preset=grpo",
+        "objective.ratio=sequence",
+        "objective.tis_cap=0",
+        "objective.aggregation=turn",
+        "objective.clip=0.03",
+        "objective.clip_high=0.05",
+        "train.grad_clip=0.02",
+        "train.epochs=2",
+    ],
+    "window, GSPO-token": ["objective.divergence=k1", "objective.ratio=sequence", "objective.clip_high=0.1"],
+    "full, GSPO-token, skew": [
+        "objective.divergence=skew_reverse_kl",
+        "objective.ratio=sequence",
+        "train.microbatch_tokens=16",
+    ],
+    "window, turns left out": ["objective.divergence=k2", "objective.clip_high=0.02", *MASK],
+    "full, turns left out": ["objective.divergence=k1", "objective.aggregation=turn", *MASK],
     "full, reward alone": ["objective.preset=grpo", "objective.dual_clip=1.1", "objective.clip=0.05", "train.epochs=2"],
 }
 
@@ -80,11 +99,17 @@ def make_trajectories(context: str, model) -> list[Trajectory]:
             seen, well_formed, accepted = f"seen {rng.integers(0, 2)}", bool(rng.random() > 0.3), k != 1
             trajectory.turns.append(Turn(prompt, action, [], seen, "", "", well_formed, accepted, float(reward)))
         made.append(trajectory)
-    with torch.no_grad():
-        logp = reference.of_actions(reference.distributions(model, made, TEMPERATURE, COLUMNS), made, COLUMNS)
-    for turn, values in zip((turn for trajectory in made for turn in trajectory.turns), logp, strict=True):
-        turn.logprobs = (values + 0.4 * torch.from_numpy(rng.standard_normal(len(values)))).float().tolist()
+    sample(made, model, rng)
     return made
+
+
+@torch.no_grad()
+def sample(trajectories: list[Trajectory], model, rng: np.random.Generator) -> None:
+    """Write down log-probs of the rollout engine: the model's, and noise."""
+    logp = reference.distributions(model, trajectories, TEMPERATURE, COLUMNS)
+    turns = (turn for trajectory in trajectories for turn in trajectory.turns)
+    for turn, values in zip(turns, reference.of_actions(logp, trajectories, COLUMNS), strict=True):
+        turn.logprobs = (values + 0.4 * torch.from_numpy(rng.standard_normal(len(values)))).float().tolist()
 
 
 def close(found, expected, message, rtol=1e-5, atol=2e-5):
@@ -142,6 +167,9 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
 
     orders = []
     for number in (1, 2):
+        if config.objective.mismatch_mask:  # else those of the first step, from which the model moves away
+            sample(trajectories, model, np.random.default_rng(number))
+            sequences = rows(trajectories)
         # --- the product
         minibatches, wholes = learner.partition(sequences, number)
         scores = learner.score_teacher(minibatches) if kappa else None
@@ -153,6 +181,8 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
         parts = [whole.tolist() for whole in wholes]
         tokens = [[scored.tokens for scored in minibatch] for minibatch in minibatches]
         weighed = {"table": table, "kappa": kappa, "rho": RHO, "turn_weight": weights, "rl_advantage": rl}
+        if config.objective.mismatch_mask:
+            weighed["kept"] = objective.kept_turns(learner.mismatch(minibatches, len(turns)), config.objective)
         streams = objective.step_streams(config.objective, tokens, wholes, **weighed)
         gap = learner.logprob_gap(minibatches)
         before = len(clipped)
@@ -172,6 +202,8 @@ def test_two_steps_are_those_of_plain_transformers(setting, case):
         apart = (torch.cat(step.old) - played).abs()
         close(gap, [apart.mean(), apart.max()], "gap between rollout and trainer")
 
+        if config.objective.mismatch_mask:
+            assert 3 < sum(step.inside) < len(turns) - 3
         assert sorted(turn for part in parts for turn in part) == list(range(len(turns)))
         orders.append([sorted(part) for part in parts])
         assert how.minibatch_rows == 0 or len(minibatches) > 1
@@ -220,6 +252,9 @@ def compare_streams(scored, stream, step, order, share, o):
     def wanted(values):
         return torch.cat([torch.as_tensor(values[k], dtype=torch.float64).expand(len(step.old[k])) for k in order])
 
+    def inside(values):
+        return [value * stays for value, stays in zip(values, step.inside, strict=True)]
+
     close(scored.logp, wanted(step.old), "log pi_old")
     close(scored.entropy, wanted(step.entropy), "entropy")
     if step.teacher is None:
@@ -227,15 +262,15 @@ def compare_streams(scored, stream, step, order, share, o):
     else:
         close(scored.teacher_logp, wanted(step.teacher), "log pi_T")
     expected = {
-        "advantage": wanted(step.advantage),
+        "advantage": wanted(inside(step.advantage)),
         "old_logp": wanted(step.old),
         "weight": wanted(share),
         "policy_weight": wanted(step.importance),
-        "entropy_weight": torch.full_like(wanted(step.old), o.entropy_bonus),
+        "entropy_weight": wanted(inside([o.entropy_bonus] * len(step.old))),
     }
-    expected["reward_advantage"] = wanted([RHO * a for a in step.rl])
+    expected["reward_advantage"] = wanted(inside([RHO * a for a in step.rl]))
     if step.imitation is not None:
-        expected["divergence_weight"] = wanted(step.imitation)
+        expected["divergence_weight"] = wanted(inside(step.imitation))
         if o.divergence in ("k2", "k3"):
             expected["teacher_logp"] = wanted(step.teacher)
     found = stream.tensors()

@@ -156,6 +156,10 @@ def update(student, teacher, *settings):
         success=torch.zeros(turns // 4, dtype=torch.bool),
         group=torch.arange(turns // 4) // 2,
     )
+    kept = None
+    if config.objective.mismatch_mask:
+        kept = objective.kept_turns(trainer.mismatch(minibatches, turns), config.objective)
+        assert 3 < kept.sum() < turns - 3
     streams = objective.step_streams(
         config.objective,
         [[scored.tokens for scored in minibatch] for minibatch in minibatches],
@@ -165,6 +169,7 @@ def update(student, teacher, *settings):
         rho=rho,
         turn_weight=objective.weigh_turns(table, config.turns).weight,
         rl_advantage=objective.rl_advantages(table, config.objective).turn,
+        kept=kept,
     )
     metrics = trainer.update(minibatches, streams, 0.01)
     parameters = dict(trainer.student.named_parameters())
@@ -209,6 +214,7 @@ def assert_same(ours, theirs, signals=1e-5, metrics=2e-3, gradients=1e-3, weight
         ("qwen3-True", ["objective.divergence=k1", "objective.aggregation=token"], "false"),
         ("llama-False", ["objective.divergence=reverse_kl", "objective.aggregation=trajectory"], "true"),
         ("qwen3-False", ["objective.divergence=k3", "objective.aggregation=turn"], "false"),
+        ("llama-True", ["objective.ratio=sequence", "objective.clip=0.02", "objective.mismatch_mask=60"], "true"),
     ],
 )
 def test_an_update_does_not_depend_on_ranks_or_micro_batches(folder, model, method, checkpointing):

@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return real(self, minibatches, streams, learning_rate)
 
     monkeypatch.setattr(Learner, "update", poisoned)
-    run(tmp_path / "run", "train.steps=9", "checkpoint.every=1", code=3)
+    run(tmp_path / "run", "train.steps=9", "checkpoint.every=1", "guard.skipped_updates=0", code=3)
     assert "not finite" in capfd.readouterr().err
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert saved
