@@ -222,9 +222,7 @@ MUTANTS = {  # by file below atod_fast/
     ],
     "policy/learner.py": [
         Mutant("trainer-at-1", "the trainer scores at temperature 1", "self.config.rollout.temperature", "1.0"),
-        Mutant(
-            "alpha-fixed", "objective.alpha is ignored", "divergence, self.config.objective.alpha", "divergence, 0.5"
-        ),
+        Mutant("alpha-fixed", "objective.alpha is ignored", "alpha=self.config.objective.alpha", "alpha=0.5"),
         Mutant(
             "all-columns",
             "banned ids share the softmax",
@@ -307,7 +305,7 @@ MUTANTS = {  # by file below atod_fast/
         Mutant(
             "engine-at-1",
             "the rollout's temperature is ignored",
-            "how.temperature if temperature is None else temperature",
+            "settings.temperature if temperature is None else temperature",
             "1.0",
         ),
         Mutant("form-ignored", "a malformed answer is well formed", "bool(well_formed)", "True"),
