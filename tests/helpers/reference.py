@@ -7,7 +7,6 @@ forward, one sequence at a time, and everything else is written out here.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -117,11 +116,15 @@ def advantages(episodes: Episodes, objective) -> list[float]:
     """Return A_RL of every turn: its reward, less a penalty if it is invalid, compared with its group; plus GiGPO's
     equations 3 and 5 to 8 (arXiv 2505.10978)."""
 
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(values) / len(values)
+
     def score(value: float, values: Sequence[float]) -> float:
+        middle, others = mean(values), len(values) - 1
         if not objective.normalise_std:
-            return value - statistics.mean(values)
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        return 0.0 if std < 1e-6 else (value - statistics.mean(values)) / (std + objective.std_epsilon)
+            return value - middle
+        std = math.sqrt(math.fsum((each - middle) ** 2 for each in values) / others) if others else 0.0
+        return 0.0 if std < 1e-6 else (value - middle) / (std + objective.std_epsilon)
 
     rows = []
     for number, (group, turns) in enumerate(episodes):
@@ -143,7 +146,7 @@ def advantages(episodes: Episodes, objective) -> list[float]:
             own, peers = me.total, list(totals.values())
             others = [total for number, total in totals.items() if number != me.of]
         if objective.advantage == "rloo":
-            found.append(me.reward - (statistics.mean(others) if others else own))
+            found.append(me.reward - (mean(others) if others else own))
             continue
         advantage = score(me.reward, peers)
         if objective.advantage == "gigpo":

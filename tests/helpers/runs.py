@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 from atod_fast import cli, rundir, train
 from atod_fast.rollout.actor import Actor
@@ -19,6 +20,12 @@ SMALL = [
 def run(folder, *settings, code=0):
     assert train.main([*SMALL, *settings, "--run-dir", str(folder)]) == code
     return read(folder) if code == 0 else []
+
+
+def torchrun(ranks, *settings):
+    """Return the command that starts a run on so many ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    return [*launcher, "-m", "atod_fast.train", *settings]
 
 
 def read(folder):

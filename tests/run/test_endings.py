@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -20,7 +19,7 @@ from atod_fast.reporting import Reporter
 from atod_fast.rollout.actor import Actor
 from atod_fast.rollout.duration import limit
 from helpers.gloo import run_ranks
-from helpers.runs import QUICK, checkpoints, failing, read, run
+from helpers.runs import QUICK, checkpoints, failing, read, run, torchrun
 
 # What ends a run early
 
@@ -197,17 +196,7 @@ def test_errors_that_are_none_of_ours_end_in_a_line(capfd):
 
 def test_ctrl_c_under_torchrun_ends_with_our_line(tmp_path):
     folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "atod_fast.train",
-        *QUICK,
-        "train.steps=500",
-    ]
+    command = torchrun(2, *QUICK, "train.steps=500")
     process = subprocess.Popen(
         [*command, "--run-dir", str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -24,7 +24,7 @@ from atod_fast.run import Run
 from helpers.chatml import make_tokenizer
 from helpers.gloo import run_ranks
 from helpers.paths import ROOT
-from helpers.runs import SMALL, read, run, untimed
+from helpers.runs import SMALL, read, run, torchrun, untimed
 from helpers.tiny import save_model
 
 CONTRACT = """step train/success eval/success schedule/kappa schedule/rho turns/disagreement turns/uncertainty
@@ -124,7 +124,7 @@ def test_without_a_learning_rate_nothing_moves(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(Player, "play", play)
-    lines = run(tmp_path / "still", "train.steps=10", "train.learning_rate=0.0", "eval.every=5", "eval.temperature=0.0")
+    lines = run(tmp_path / "still", "train.steps=4", "train.learning_rate=0.0", "eval.temperature=0.0")
     assert len(played) == 2 and played[0] == played[1], "greedy rollouts, bit for bit"
     before = AutoModelForCausalLM.from_pretrained(resolve("demo:student"))
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "still" / "hf")
@@ -231,18 +231,7 @@ def test_two_ranks_do_what_one_does(three_steps, tmp_path):
 
 
 def test_torchrun_starts_it_and_speaks_once(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "atod_fast.train",
-        *SMALL,
-        "train.steps=1",
-        "--run-dir",
-    ]
+    command = torchrun(2, *SMALL, "train.steps=1", "--run-dir")
     done = subprocess.run(
         [*command, str(tmp_path / "run")],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

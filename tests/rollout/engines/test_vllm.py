@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chatml import make_tokenizer
 from helpers.gloo import run_ranks
+from helpers.runs import torchrun
 from helpers.tiny import VOCABULARY, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed: see .ci/run")
@@ -391,17 +392,6 @@ def test_a_response_ends_at_each_token_that_the_generation_config_names(tmp_path
 )
 def test_settings_no_engine_can_have_are_refused(tmp_path, setting, words):
     world = 2 if "parallel" in setting else 1
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(world),
-        "-m",
-        "atod_fast.train",
-        *SMALL,
-        "rollout.engine=vllm",
-        setting,
-    ]
+    command = torchrun(world, *SMALL, "rollout.engine=vllm", setting)
     done = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=200)
     assert words in done.stderr and done.stderr.count("atod_fast: ") == 1, done.stderr
