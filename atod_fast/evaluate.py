@@ -49,7 +49,7 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
     """
     device, _ = ranks.start()
     with ranks.together():
-        check_engines(config, ranks.world_size())
+        check_engines(config, ranks.world_size(), ranks.node_size())
         check_env(config)
         shape, tokenizer = load_config(model), load_tokenizer(model)
         check_model(config, model, shape.to_dict())

@@ -64,17 +64,21 @@ class Item:
     phases: tuple[str, ...]
 
 
-def describe(config: Config, ranks: int) -> str:
+def describe(config: Config, ranks: int, node: int | None = None) -> str:
     """Return the text of `--dry-run` for a run of `ranks` processes on this machine's kind of device.
+
+    node: ranks on a node; None: all.
 
     Raises:
         UserError: the run would be refused at its start.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = preflight.look(config, ranks, device, offline=True)
+    found = preflight.look(config, ranks, device, node=node, offline=True)
     preflight.look_at_tasks(config, found)
     shapes = {role: shape_of(model.body) for role, model in found.models.items()}
     lines = [f"plan for {ranks} {'rank' if ranks == 1 else 'ranks'} on {device.type}, at most:"]
+    if node is not None and node < ranks:
+        lines.append(_sharding(found.runtime, nodes=-(-ranks // node)))
     lines += [f"{role} {found.models[role].path}: {shape.parameters:,} parameters" for role, shape in shapes.items()]
     if not config.teacher_scores:
         played = ", which is evaluated before training alone" if config.teacher_plays else ""
@@ -102,6 +106,13 @@ def describe(config: Config, ranks: int) -> str:
         lines = [warning, *lines]
     lines = [*same_tasks(config), *lines]
     return to_toml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+def _sharding(runtime: Runtime, nodes: int) -> str:
+    """Say how parameters lie on several nodes."""
+    if runtime.shards == runtime.ranks:
+        return f"parameters sharded over all ranks of {nodes} nodes (train.shard=all)"
+    return f"parameters sharded over the {runtime.shards} ranks of a node, a copy on each of {nodes} (train.shard=node)"
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -199,7 +210,8 @@ def head_tiles(shape: Shape, kept: int, device: torch.device) -> int:
 
 
 def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runtime) -> Iterator[Item]:
-    """Yield what a rank holds and when. P parameters and c bytes per element of student or teacher, W ranks.
+    """Yield what a rank holds and when. P parameters and c bytes per element of student or teacher, W ranks that
+    share a copy of the parameters.
 
     teacher: None if it neither scores nor plays.
 
@@ -208,7 +220,7 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
     keeps no logits and rounds the weight's gradient slice by slice. On CUDA an engine sleeps in scoring and updates:
     vLLM frees weights and cache, the transformers engine its cache.
     """
-    ranks, device = runtime.ranks, runtime.device
+    ranks, shards, device = runtime.ranks, runtime.shards, runtime.device
     c, ct = runtime.student_dtype.itemsize, runtime.teacher_dtype.itemsize
     step, rollout, objective = step_bounds(config), config.rollout, config.objective
     scores, plays = config.teacher_scores, config.teacher_plays
@@ -219,14 +231,14 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
     micro = min(max(config.train.microbatch_tokens, rollout.longest), -(-step.tokens // ranks))
     phases = PHASES if plays else PHASES[1:]
 
-    yield Item("student, fp32 masters", 4 * student.parameters / ranks, phases)
-    yield Item("student, AdamW moments", 8 * student.parameters / ranks, PHASES[1:])
-    yield Item("student, gradients", 4 * student.parameters / ranks, ("update",))
+    yield Item("student, fp32 masters", 4 * student.parameters / shards, phases)
+    yield Item("student, AdamW moments", 8 * student.parameters / shards, PHASES[1:])
+    yield Item("student, gradients", 4 * student.parameters / shards, ("update",))
     yield Item("student, gathered", gathered(student, c), ("score", "update"))
     yield Item("student, gradients to reduce", min(student.parameters, student.root + student.block) * c, ("update",))
     if teacher is not None and scores:
         if not config.teacher.offload:
-            yield Item("teacher, shard", ct * teacher.parameters / ranks, phases)
+            yield Item("teacher, shard", ct * teacher.parameters / shards, phases)
         yield Item("teacher, gathered", gathered(teacher, ct), ("score",))
         if exact_loss:
             yield Item("teacher, head", teacher.root * ct, ("update",))

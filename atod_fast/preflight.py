@@ -73,17 +73,18 @@ def look(
     ranks: int,
     device: torch.device,
     *,
+    node: int | None = None,
     mesh: DeviceMesh | None = None,
     offline: bool = False,
 ) -> Found:
     """Return how a run of `ranks` processes computes on `device`, and its models without their weights.
 
-    offline: fetch nothing, and note what is not on this machine (a dry run).
+    node: ranks on a node; None: all. offline: fetch nothing, and note what is not on this machine (a dry run).
 
     Raises:
         UserError: settings contradict each other, an environment's options are wrong, or a model cannot be used so.
     """
-    check_ranks(config, ranks)
+    shards = check_ranks(config, ranks, node)
     check_env(config)  # first, so that no model is fetched for a wrong environment
     sources, unchecked = {}, []
     for role, path in used_models(config).items():
@@ -97,7 +98,7 @@ def look(
             check_model(config, path, model[0].to_dict())
             sources[role] = (path, *model)
     shapes = {role: shape for role, (_, shape, _) in sources.items()}
-    runtime = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks)
+    runtime = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks, shards=shards)
     found = Found(runtime, unchecked=unchecked)
     for role, (path, shape, tokenizer) in sources.items():
         found.models[role] = Model(path, shape, _body(config, role, path, shape, runtime), tokenizer)

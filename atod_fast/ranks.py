@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def node_size() -> int:
+    """Return the number of ranks on this node: LOCAL_WORLD_SIZE, which torchrun sets; without it, of all ranks."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
+def leads_node() -> bool:
+    """Return whether this rank is the first of its node."""
+    return int(os.environ.get("LOCAL_RANK", rank())) == 0
+
+
 def start() -> tuple[torch.device, DeviceMesh]:
     """Return this rank's device and the mesh of all ranks: nccl on CUDA, gloo on a CPU; also for a single process."""
     if torch.cuda.is_available():
@@ -72,6 +83,33 @@ def start() -> tuple[torch.device, DeviceMesh]:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def mesh(device: torch.device, shard: str) -> DeviceMesh:
+    """Return the mesh over which `train.shard` shards parameters. Collective.
+
+    It has all ranks in one dimension if `shard` is "all" or there is one node, else the dimensions `replicate`, over
+    the nodes, and `shard`, over the ranks of a node.
+
+    Raises:
+        UserError: on every rank, if the nodes have different numbers of ranks.
+    """
+    first = rank() - int(os.environ.get("LOCAL_RANK", rank()))
+    places = [json.loads(text) for text in _all_gather_bytes(json.dumps([node_size(), first]).encode())]
+    size, everyone = places[0][0], dist.get_world_size()
+    if shard == "all" or all(node >= everyone for node, _ in places):
+        return init_device_mesh(device.type, (everyone,))
+    if everyone % size or places != [[size, number - number % size] for number in range(everyone)]:
+        told = ", ".join(str(node) for node in {first: node for node, first in places}.values())
+        raise UserError(
+            f"train.shard='node' needs the same number of ranks on every node, and they have {told}; "
+            "start torchrun with the same --nproc_per_node everywhere, or set train.shard=all"
+        )
+    table = torch.arange(everyone).view(-1, size)
+    # DeviceMesh's own groups would have nccl's default limit, a third of that of all ranks.
+    made = [dist.new_subgroups_by_enumeration(part.tolist(), timeout=COLLECTIVE)[0] for part in (table.T, table)]
+    groups = [_of_mine(group) for group in made]
+    return DeviceMesh.from_group(groups, device.type, table, mesh_dim_names=("replicate", "shard"))
 
 
 def before_stop(action: Callable[[], object]) -> None:
@@ -213,6 +251,11 @@ def any_rank(flag: bool) -> bool:
     return bool(total(torch.tensor(int(flag))))
 
 
+def where(flag: bool) -> list[int]:
+    """Return, on every rank, the ranks where `flag` is true."""
+    return [number for number, value in enumerate(_everyone(float(flag))) if value]
+
+
 def speak_alone(line: str) -> None:
     """Print a fatal error from a non-zero rank; rank 0 may never learn of it."""
     if rank():
@@ -245,7 +288,16 @@ def barrier() -> None:
 
 def from_first(text: str) -> str:
     """Return rank 0's text on every rank."""
-    return _all_gather_bytes(text.encode())[0].decode()
+    return _all_gather_bytes(text.encode())[0].decode() if dist.is_initialized() else text
+
+
+def by_first(make: Callable[[], Any]) -> Any:
+    """Return, on every rank, the JSON value that `make` returns on rank 0; an error there is raised on all."""
+    text = ""
+    with together():
+        if rank() == 0:
+            text = json.dumps(make())
+    return json.loads(from_first(text))
 
 
 def tell(text: str | None, group: dist.ProcessGroup) -> str:

@@ -63,7 +63,7 @@ def open_actor(
         )
         for split in splits:  # so that errors come before anything is played
             actor.world(split)
-    engines = check_engines(config, ranks.world_size())
+    engines = check_engines(config, ranks.world_size(), ranks.node_size())
     ranks.be_patient(limit(config, engines, instant=actor.world("eval").instant))
     return actor
 
@@ -78,12 +78,13 @@ class Run:
 
     def __init__(self, options: Options, interrupt: Interrupt, callbacks: Sequence[reporting.Callback] = ()):
         self.interrupt = interrupt
-        device, mesh = ranks.start()
+        device, _ = ranks.start()
         self.console = console = Console(speaks=ranks.rank() == 0)
         place = rundir.agree(options)
         self.run_dir, resume, finished = place
-        config = rundir.resumed_config(options, resume)
-        self.config = config = dated(config, checkpoint.read_state(resume).get("date", "") if resume else "")
+        config = rundir.agreed_config(options, resume)
+        day = ranks.by_first(lambda: checkpoint.read_state(resume).get("date", "") if resume else "")
+        self.config = config = dated(config, day)
         console.splits = config.evaluated
         if finished:
             steps, model = config.train.steps, self.run_dir / "hf"
@@ -93,9 +94,19 @@ class Run:
             )
         if options.resume == "auto" and not resume:
             console.say(f"--resume auto: {self.run_dir} holds no checkpoint; this is a new run")
+        mesh = ranks.mesh(device, config.train.shard)
         with ranks.together():  # before anything is loaded or opened
-            found = preflight.look(config, ranks.world_size(), device, mesh=mesh)
+            found = preflight.look(config, ranks.world_size(), device, node=ranks.node_size(), mesh=mesh)
         self.runtime = runtime = found.runtime
+        apart = rundir.apart(self.run_dir)
+        self.apart = ranks.rank() in apart  # the run folder of this rank's node is another than rank 0's
+        if apart:
+            holds = "all of" if mesh.ndim == 2 else "a part of"
+            console.say(
+                f"warning: {self.run_dir} is not shared by all nodes (rank {apart[0]} does not see it): rank 0's node "
+                f"holds {holds} every checkpoint; before you resume, copy them whole to every node",
+                style="bold yellow",
+            )
         torch.manual_seed(config.train.seed)
 
         for line in same_tasks(config):
@@ -321,7 +332,7 @@ class Run:
             "date": self.config.rollout.date,
         }
         parts = self.run_dir, self.done, self.learner.student, self.learner.optimizer, state
-        checkpoint.save(*parts, keep=self.config.checkpoint.keep, best=self.best)
+        checkpoint.save(*parts, keep=self.config.checkpoint.keep, best=self.best, apart=self.apart)
         self.saved = self.done
 
     @contextmanager

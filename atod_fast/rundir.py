@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +20,13 @@ import torch
 from atod_fast import files, lock, ranks
 from atod_fast.cli import Options
 from atod_fast.config import Config
-from atod_fast.config.settings import load, read_toml, to_toml
+from atod_fast.config.settings import from_toml, load, read_toml, to_toml
 from atod_fast.errors import UserError
 from atod_fast.observe import provenance
 from atod_fast.policy import checkpoint
 
 ROOT = Path("runs")
+SEEN_WITHIN = 5.0  # seconds until a file that rank 0 wrote is seen on the nodes that share its folder
 _TRAJECTORIES = re.compile(r"(?:step|eval|dev)_(\d{6,})(?:_teacher)?\.(?:jsonl|unfinished)(?:\.partial)?")
 
 
@@ -53,13 +56,45 @@ class Place(NamedTuple):
 
 def agree(options: Options) -> Place:
     """Call `choose` on rank 0, which locks the folder. Returns its Place, or raises its UserError, on every rank."""
-    answer = ""
-    with ranks.together():
-        if ranks.rank() == 0:
-            run_dir, resume, finished = _claim(options)
-            answer = json.dumps([str(run_dir), str(resume) if resume else None, finished])
-    run_dir, resume, finished = json.loads(ranks.from_first(answer))
+
+    def claim() -> list:
+        run_dir, resume, finished = _claim(options)
+        return [str(run_dir), str(resume) if resume else None, finished]
+
+    run_dir, resume, finished = ranks.by_first(claim)
     return Place(Path(run_dir), Path(resume) if resume else None, finished)
+
+
+def apart(run_dir: Path) -> list[int]:
+    """Return the first ranks of the nodes on which `run_dir` is another folder than on rank 0's. Collective."""
+    leads = ranks.leads_node()
+    if not ranks.where(leads and ranks.rank() > 0):
+        return []
+    probe = run_dir / ranks.by_first(lambda: f".seen-{os.getpid()}-{time.time_ns()}")
+
+    def write() -> None:
+        try:
+            probe.touch()
+        except OSError as error:
+            raise UserError(f"--run-dir {run_dir} cannot be written ({checkpoint.reason(error)})") from None
+
+    ranks.by_first(write)
+    missing = ranks.where(leads and not _appears(probe))
+    if ranks.rank() == 0:
+        probe.unlink(missing_ok=True)
+    return missing
+
+
+def _appears(file: Path) -> bool:
+    """Return whether its folder lists `file` within `SEEN_WITHIN`; network file systems may show new files late."""
+    late = time.monotonic() + SEEN_WITHIN
+    while True:
+        with suppress(OSError):
+            if file.name in os.listdir(file.parent):
+                return True
+        if time.monotonic() > late:
+            return False
+        time.sleep(0.1)
 
 
 def _claim(options: Options) -> Place:
@@ -87,6 +122,11 @@ def _claim(options: Options) -> Place:
     if not place.finished:
         ranks.before_stop(leave)
     return place
+
+
+def agreed_config(options: Options, resume: Path | None) -> Config:
+    """Return rank 0's `resumed_config` on every rank: the run folder may not be on every node. Collective."""
+    return from_toml(ranks.by_first(lambda: to_toml(resumed_config(options, resume))))
 
 
 def resumed_config(options: Options, resume: Path | None) -> Config:

@@ -26,7 +26,8 @@ class Runtime:
 
     device: torch.device
     ranks: int
-    mesh: DeviceMesh | None  # of all ranks; None in a dry run
+    shards: int  # ranks that one copy of the parameters is sharded over
+    mesh: DeviceMesh | None  # of all ranks, as `ranks.mesh` makes it; None in a dry run
     engine: str  # a name in rollout.engines.ENGINES
     student_dtype: torch.dtype  # of forward and backward passes, and of every rollout; masters are fp32
     teacher_dtype: torch.dtype  # of scoring
@@ -43,10 +44,11 @@ class Runtime:
         shapes: Mapping[str, PretrainedConfig] | None = None,
         mesh: DeviceMesh | None = None,
         ranks: int = 1,
+        shards: int | None = None,
     ) -> Runtime:
         """Return what `config` means on `device`.
 
-        shapes: the models' transformers configurations by role; None reads them.
+        shapes: the models' transformers configurations by role; None reads them. shards: None: all ranks.
 
         Raises:
             UserError: a model cannot be read or lacks the attention, or liger-kernel cannot be used here.
@@ -65,6 +67,7 @@ class Runtime:
         return Runtime(
             device=device,
             ranks=ranks,
+            shards=shards or ranks,
             mesh=mesh,
             engine=engine_of(config.rollout.engine, device),
             student_dtype=student_dtype,

@@ -119,7 +119,8 @@ def start(options: cli.Options, interrupt: Interrupt) -> None:
     if not options.dry_run:
         train_run(options, interrupt)
     elif ranks.rank() == 0:
-        print(plan.describe(rundir.resumed_config(options, rundir.choose(options).resume), ranks.world_size()))
+        config = rundir.resumed_config(options, rundir.choose(options).resume)
+        print(plan.describe(config, ranks.world_size(), ranks.node_size()))
 
 
 @record

@@ -206,9 +206,7 @@ class Train(Section):
     # A TOML array arrives as a list, which strict mode would refuse.
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), strict=False, description="AdamW betas")
     grad_clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
-    tasks_per_step: int = Field(
-        default=8, ge=1, description="tasks per step, over all ranks; must be divisible by their number"
-    )
+    tasks_per_step: int = Field(default=8, ge=1, description="tasks per step, over all ranks")
     group_size: int = Field(default=8, ge=1, description="trajectories per task")
     resample_flat: int = Field(
         default=0,
@@ -222,6 +220,11 @@ class Train(Section):
     epochs: int = Field(default=1, ge=1, description="passes over the rows of a step")
     microbatch_tokens: int = Field(
         default=4096, ge=16, description="most tokens of a forward pass on a rank; a longer row is passed alone"
+    )
+    shard: Literal["node", "all"] = Field(
+        default="node",
+        description="ranks that student and teacher are sharded over: node, those of each node, with a copy on every "
+        "node and less traffic between them; all, those of all nodes, which needs less memory",
     )
 
 

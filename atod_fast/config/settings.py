@@ -93,17 +93,28 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump())
 
 
-def check_ranks(config: Config, ranks: int) -> None:
-    """Raise UserError unless `ranks` processes can share a step's tasks evenly."""
-    tasks, together = config.train.tasks_per_step, config.rollout.tensor_parallel
-    engines = check_engines(config, ranks)
-    if tasks % engines:
-        fewer = tasks // engines * engines
-        near = f"{fewer} or {fewer + engines}" if fewer else f"{engines}"
-        share = f"{ranks} ranks" if together == 1 else f"the {engines} engines of {ranks} ranks"
+def from_toml(text: str) -> Config:
+    """Return the Config that `to_toml` made `text` of."""
+    return Config.model_validate(tomllib.loads(text))
+
+
+def check_ranks(config: Config, ranks: int, node: int | None = None) -> int:
+    """Return over how many of `ranks` processes one copy of the parameters is sharded, as train.shard says.
+
+    node: ranks on a node; None: all.
+
+    Raises:
+        UserError: the nodes would have different numbers of ranks, or an engine would be incomplete.
+    """
+    check_engines(config, ranks, node)
+    if config.train.shard == "all" or node is None or node >= ranks:
+        return ranks
+    if ranks % node:
         raise UserError(
-            f"train.tasks_per_step={tasks} cannot be divided by {share}; use {near}, or another number of ranks"
+            f"train.shard='node' needs the same number of ranks on every node, and {node} do not divide {ranks}; "
+            "start torchrun with the same --nproc_per_node everywhere, or set train.shard=all"
         )
+    return node
 
 
 SAME_TASKS = {
@@ -142,9 +153,17 @@ def check_env(config: Config) -> None:
         raise UserError(f"env.{split}: {line}")
 
 
-def check_engines(config: Config, ranks: int) -> int:
-    """Return the number of rollout engines of `ranks` processes. Raises UserError if one would be incomplete."""
+def check_engines(config: Config, ranks: int, node: int | None = None) -> int:
+    """Return the number of rollout engines of `ranks` processes.
+
+    node: ranks on a node; None: all. Raises UserError if an engine would be incomplete, or on more than one node.
+    """
     together = config.rollout.tensor_parallel
+    if node is not None and node < ranks and node % together:
+        raise UserError(
+            f"rollout.tensor_parallel={together} does not divide the {node} ranks of a node, within which an engine "
+            "lies; use a divisor of their number"
+        )
     if ranks % together:
         raise UserError(
             f"rollout.tensor_parallel={together} does not divide {ranks} {'rank' if ranks == 1 else 'ranks'}; "

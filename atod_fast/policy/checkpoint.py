@@ -9,11 +9,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -139,11 +141,13 @@ def save(
     *,
     keep: int,
     best: Best | None = None,
+    apart: bool = False,
 ) -> Path:
     """Write a step's checkpoint, then delete the oldest beyond `keep`, except the best.
 
-    It is written beside its final name and renamed when complete. `state` is JSON-serialisable. Collective; an error on
-    one rank is raised on all, as a GuardError if it comes from the disk.
+    It is written beside its final name and renamed when complete. `state` is JSON-serialisable. apart: this rank does
+    so for its node, whose run folder is another than rank 0's. Of copies of a parameter, the one of the lowest ranks is
+    written. Collective; an error on one rank is raised on all, as a GuardError if it comes from the disk.
     """
     final = folder(run_dir, step)
     partial = final.with_name(final.name + ".partial")
@@ -152,16 +156,17 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def finish() -> None:
+    def finish() -> list[int]:
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         if best:
             name_best(run_dir, best)
         found = _numbered(run_dir)
-        for old in list(found)[:-keep]:
-            if best is None or old != best.step:
-                shutil.rmtree(found[old])
+        removed = [old for old in list(found)[:-keep] if best is None or old != best.step]
+        for old in removed:
+            shutil.rmtree(found[old])
+        return removed
 
     try:
         _by_the_first(final, begin)
@@ -172,24 +177,47 @@ def save(
                 values["step"].zero_()
         try:
             parts = {"model": model, "optimizer": optim}
-            dcp.save(parts, checkpoint_id=partial)  # pyright: ignore[reportPrivateImportUsage]
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            dcp.save(parts, checkpoint_id=partial, planner=planner)  # pyright: ignore[reportPrivateImportUsage]
         except dcp.api.CheckpointException as error:  # on every rank
             raise GuardError(f"{final} could not be written ({reason(error)})") from None
-        _by_the_first(final, finish)
+        removed = _by_the_first(final, finish)
+        with ranks.together(), _written(final):
+            if apart:
+                _follow(run_dir, partial, final, removed)
     except BaseException:
-        if ranks.rank() == 0:  # half a checkpoint is useless, and takes space that may be lacking
+        if ranks.rank() == 0 or apart:  # half a checkpoint is useless, and takes space that may be lacking
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
 
 
-def _by_the_first(final: Path, write: Callable[[], None]) -> None:
-    with ranks.together():
-        if ranks.rank() == 0:
-            try:
-                write()
-            except OSError as error:
-                raise GuardError(f"{final} could not be written ({reason(error)})") from None
+def _by_the_first(final: Path, write: Callable[[], Any]) -> Any:
+    def written() -> Any:
+        with _written(final):
+            return write()
+
+    return ranks.by_first(written)
+
+
+@contextmanager
+def _written(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GuardError(f"{final} could not be written ({reason(error)})") from None
+
+
+def _follow(run_dir: Path, partial: Path, final: Path, removed: list[int]) -> None:
+    """Name this node's part of a checkpoint as rank 0 named its own, and remove the steps that rank 0 removed."""
+    if (partial / "state.json").exists():  # rank 0's own: the folder is shared after all, and seen late
+        return
+    if partial.is_dir() and any(file.stat().st_size for file in partial.iterdir()):
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    shutil.rmtree(partial, ignore_errors=True)  # the files of a rank that wrote nothing are empty
+    for step in removed:
+        shutil.rmtree(folder(run_dir, step), ignore_errors=True)
 
 
 def reason(error: BaseException) -> str:
@@ -219,9 +247,15 @@ def read_state(path: Path) -> dict:
 def load(path: Path, policy: CausalPolicy, optimizer: Optimizer) -> dict:
     """Load a checkpoint into policy and optimiser, in place; return its `state`. Collective.
 
-    Raises UserError if it does not fit the model or is damaged.
+    Raises UserError if it does not fit the model, is damaged, or is not on every node.
     """
-    state = read_state(path)
+    state, names = ranks.by_first(lambda: [read_state(path), sorted(os.listdir(path))])
+    with ranks.together():
+        if missing := [name for name in names if not (path / name).exists()]:
+            raise UserError(
+                f"--resume {path}: rank {ranks.rank()} does not find {missing[0]} there; every node reads a checkpoint "
+                "whole: copy the folder to the nodes that do not share it"
+            )
     model, optim = get_state_dict(policy, optimizer)
     try:
         parts = {"model": model, "optimizer": optim}

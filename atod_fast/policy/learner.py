@@ -35,7 +35,7 @@ from atod_fast.objective import (
 )
 from atod_fast.policy.model import Comparison, HeadJob, Loss, build_student
 from atod_fast.policy.packing import collate, partition
-from atod_fast.policy.sharding import reshard, shard
+from atod_fast.policy.sharding import reduce_between_copies, reshard, shard
 from atod_fast.policy.teacher import Teacher
 from atod_fast.policy.teacher.local import LocalTeacher
 
@@ -287,11 +287,12 @@ class Learner:
         # A loss that reads other tokens does so in the first update already; later checks would only cost.
         check = not self.optimizer.state
         self.optimizer.zero_grad(set_to_none=True)
-        for scored, stream in zip(minibatch, streams, strict=True):
+        for number, (scored, stream) in enumerate(zip(minibatch, streams, strict=True), 1):
             hidden = scored.teacher_hidden
             teacher = None if compare is None or hidden is None else compare(hidden)
             how = Loss(loss_fn, stream.tensors(), self.config.student.head, check)
             loss, stats = self.student(scored.batch, self._job(scored.batch, teacher, how))
+            reduce_between_copies(self.student, number == len(minibatch))
             # FSDP2 averages gradients over ranks; the streams' weights already divide by the mini-batch.
             (loss * ranks.world_size()).backward()
             for key, value in (diagnostics(stats, stream, objective) | {"loss": loss.detach()}).items():

@@ -16,6 +16,7 @@ RESHARD_PARAMETERS = 50_000_000
 def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False) -> CausalPolicy:
     """Shard every block, an untied embedding and head, and the root with all other parameters, in place.
 
+    mesh: one dimension, or two: parameters are then copies over the first and sharded over the second.
     A tied embedding and head stay together in the root unit. The head's unit stays unsharded between forward and
     backward: it is used last, then first. `cast_forward_inputs` is off because FSDP would round fp32 streams to bf16.
     """
@@ -36,6 +37,14 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
         fully_shard(policy.parts.head, reshard_after_forward=False, **options)
     fully_shard(policy, reshard_after_forward=False, **options)
     return policy
+
+
+def reduce_between_copies(policy: CausalPolicy, now: bool) -> None:
+    """Set whether backward passes reduce gradients over the first dimension of a mesh of two.
+
+    If not, FSDP2 adds them up in fp32, reduced over the second dimension, until a pass that does.
+    """
+    sharded(policy).set_requires_all_reduce(now)
 
 
 def units(policy: CausalPolicy) -> list[nn.Module]:

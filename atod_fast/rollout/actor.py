@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,10 +38,10 @@ class Group:
 
 
 class Actor:
-    """Plays this rank's share of every rollout: every `ranks`-th group of a training step or task of an evaluation.
+    """Plays this rank's share of every rollout: trajectories of a training step, tasks of an evaluation.
 
-    The ranks of one tensor-parallel engine count as one, and the first of them plays. make_renderer gets the
-    environment of env.eval; its renderer serves all splits.
+    Which rank plays a trajectory changes neither its task nor its seeds. The ranks of one tensor-parallel engine count
+    as one, and the first of them plays. make_renderer gets the environment of env.eval; its renderer serves all splits.
     """
 
     def __init__(self, config: Config, make_renderer: Callable[[Environment], Renderer], *, rank: int, ranks: int):
@@ -65,11 +66,9 @@ class Actor:
         The tasks are a pure function of the step: all tasks in a seeded order, each once per epoch.
         """
         train, tasks = self.config.train, len(self.world("train"))
-        found = []
-        for group in range(train.tasks_per_step):
-            epoch, place = divmod((step - 1) * train.tasks_per_step + group, tasks)
-            found.append(Group(group, int(np.random.default_rng([train.seed, epoch]).permutation(tasks)[place])))
-        return found
+        places = [divmod((step - 1) * train.tasks_per_step + group, tasks) for group in range(train.tasks_per_step)]
+        orders = {epoch: np.random.default_rng([train.seed, epoch]).permutation(tasks) for epoch in dict(places)}
+        return [Group(group, int(orders[epoch][place])) for group, (epoch, place) in enumerate(places)]
 
     def spare_tasks(self, step: int) -> list[int]:
         """Return the tasks that are not in a step's groups, in a seeded order of the step, the same on every rank."""
@@ -87,16 +86,15 @@ class Actor:
         """Play this rank's share of a step's groups, or of other `groups` in it; return their trajectories."""
         train = self.config.train
         first, engines = self._share(engine)
-        episodes = []
-        for group in (self.groups(step) if groups is None else groups)[first::engines]:
+        episodes, groups = [], self.groups(step) if groups is None else groups
+        for index, member in deal(len(groups), train.group_size, engines)[first]:
+            group = groups[index]
             place = train.seed, step, group.number
             again = (group.attempt,) if group.attempt else ()
             # The first free number of a member stands for the environment of a further attempt.
             world = _seed(*place, train.group_size, *again) if again else _seed(*place)
-            episodes += [
-                Episode(group.task, group.number, member, seed=_seed(*place, member, *again), env_seed=world)
-                for member in range(train.group_size)
-            ]
+            seeds = {"seed": _seed(*place, member, *again), "env_seed": world}
+            episodes.append(Episode(group.task, group.number, member, **seeds))
         return self._play(engine, self.world("train"), episodes, self.config.rollout.temperature, progress)
 
     def evaluate(self, engine: Engine, split: str = "eval", progress: Progress | None = None) -> list[Trajectory]:
@@ -118,6 +116,17 @@ class Actor:
             engine.follow()
             return []
         return rollout(engine, env, self.renderer, episodes, self.config, temperature=temperature, progress=progress)
+
+
+def deal(groups: int, members: int, engines: int) -> list[list[tuple[int, int]]]:
+    """Deal the trajectories (group, member) of a step evenly to engines; return each engine's.
+
+    An engine reads a group's first prompt only once, so few groups are split: none where engines divide them.
+    """
+    order = [group for first in range(engines) for group in range(first, groups, engines)]
+    whole = [(group, member) for group in order for member in range(members)]
+    cuts = [-(-len(whole) * engine // engines) for engine in range(engines + 1)]
+    return [whole[start:stop] for start, stop in pairwise(cuts)]
 
 
 def open_split(config: Config, split: str) -> Environment:

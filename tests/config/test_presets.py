@@ -113,6 +113,7 @@ FREE = {
     "rollout.kv_cache_gib",
     "eval.teacher",
     "train.seed",
+    "train.shard",
     "objective.alpha",
     "objective.gigpo_omega",
     "objective.gigpo_gamma",

@@ -7,7 +7,6 @@ import pytest
 from atod_fast.cli import parse
 from atod_fast.config.settings import (
     check_model,
-    check_ranks,
     load,
 )
 from atod_fast.errors import UserError
@@ -148,25 +147,6 @@ def test_an_unreadable_file_is_one_line(tmp_path):
     assert str(tmp_path) in message(str(tmp_path))
     (tmp_path / "latin.toml").write_bytes(b'student.path = "\xe9"')
     assert "latin.toml" in message(str(tmp_path / "latin.toml"))
-
-
-@pytest.mark.parametrize(("tasks", "ranks", "remedy"), [(8, 3, "6 or 9"), (4, 8, "use 8")])
-def test_ranks_that_cannot_share_the_tasks_are_refused(tasks, ranks, remedy):
-    config = load(overrides=[f"train.tasks_per_step={tasks}"])
-    with pytest.raises(UserError, match=remedy):
-        check_ranks(config, ranks)
-    check_ranks(config, 4)
-
-
-def test_engines_of_several_ranks_are_whole_and_share_the_tasks():
-    config = load(overrides=["rollout.engine=vllm", "rollout.tensor_parallel=4", "train.tasks_per_step=2"])
-    check_ranks(config, 8)
-    for ranks, line in (
-        (6, "rollout.tensor_parallel=4 does not divide 6 ranks"),
-        (12, "train.tasks_per_step=2 cannot .* 3 engines of 12 ranks; use 3"),
-    ):
-        with pytest.raises(UserError, match=line):
-            check_ranks(config, ranks)
 
 
 @pytest.mark.parametrize("model", [{"max_position_embeddings": 128}, {"text_config": {"max_position_embeddings": 128}}])

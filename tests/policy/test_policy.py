@@ -4,8 +4,7 @@ from atod_kernels import naive
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from atod_fast import objective, ranks, schedules
-from atod_fast.batches import TurnTable
+from atod_fast import ranks
 from atod_fast.config.settings import load
 from atod_fast.errors import UserError
 from atod_fast.models import compare_tokenizers, load_model, resolve
@@ -19,6 +18,7 @@ from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
 from atod_fast.runtime import Runtime
 from helpers.gloo import run_ranks
+from helpers.learning import learn
 from helpers.tiny import VOCABULARY, random_rows, save_model
 
 
@@ -137,41 +137,7 @@ def update(student, teacher, *settings):
     device, mesh = ranks.start()
     trainer = Learner(config, Runtime.of(config, device, mesh=mesh), None)
     rows = random_rows(12)
-    turns = 2 * len(rows)
-    kappa, rho = (schedules.make(slide).value(20) for slide in (config.schedule.kappa, config.schedule.rho))
-    minibatches, wholes = trainer.partition(rows, step=1)
-    taught = trainer.score_teacher(minibatches) if kappa else None
-    minibatches = trainer.score_student(minibatches, taught)
-    d, h = trainer.turn_signals(minibatches, turns)
-    table = TurnTable(
-        disagreement=d,
-        uncertainty=h,
-        length=torch.tensor([b - a for row in rows for a, b in row.spans]),
-        well_formed=torch.ones(turns, dtype=torch.bool),
-        valid=torch.ones(turns, dtype=torch.bool),
-        turn_reward=torch.zeros(turns),
-        anchor=torch.zeros(turns, dtype=torch.int64),
-        offsets=torch.arange(0, turns + 1, 4),
-        reward=torch.randn(turns // 4, generator=torch.Generator().manual_seed(0)),
-        success=torch.zeros(turns // 4, dtype=torch.bool),
-        group=torch.arange(turns // 4) // 2,
-    )
-    kept = None
-    if config.objective.mismatch_mask:
-        kept = objective.kept_turns(trainer.mismatch(minibatches, turns), config.objective)
-        assert 3 < kept.sum() < turns - 3
-    streams = objective.step_streams(
-        config.objective,
-        [[scored.tokens for scored in minibatch] for minibatch in minibatches],
-        wholes,
-        table=table,
-        kappa=kappa,
-        rho=rho,
-        turn_weight=objective.weigh_turns(table, config.turns).weight,
-        rl_advantage=objective.rl_advantages(table, config.objective).turn,
-        kept=kept,
-    )
-    metrics = trainer.update(minibatches, streams, 0.01)
+    metrics, (d, h) = learn(trainer, rows, 0.01)
     parameters = dict(trainer.student.named_parameters())
     moments = {name: trainer.optimizer.state[parameter]["exp_avg"] for name, parameter in parameters.items()}
     whole = [

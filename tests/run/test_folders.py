@@ -362,7 +362,7 @@ def test_checkpoints_on_another_disk_are_set_aside(run_dir, monkeypatch, works):
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half(tmp_path, monkeypatch, empty, failing_at):
     full = OSError(errno.ENOSPC, "No space left on device")
 
-    def save(state, checkpoint_id):
+    def save(state, checkpoint_id, planner):
         (checkpoint_id / "part").write_text("x")
         if failing_at == "weights":
             raise dcp.api.CheckpointException("failed", {0: (full, None)})

@@ -273,7 +273,6 @@ def test_a_hub_name_without_its_config_is_planned_without_parameters(tiny):
         ("teacher.path=.", "'.' holds no config.json"),
         ("teacher.path=some/other/folder", "neither a folder with a config.json nor a hub name"),
         ("rollout.prompt_tokens=2000", "exceeds the 1024 positions"),
-        ("train.tasks_per_step=7", "cannot be divided by 2 ranks"),
         ("rollout.engine=vllm rollout.tensor_parallel=3", "rollout.tensor_parallel=3 does not divide 2 ranks"),
         ("rollout.engine=vllm rollout.kv_cache_gib=1e-6", "rollout.kv_cache_gib=1e-06 holds no sequence of 384 tokens"),
         ("rollout.engine=vllm eval.temperature=3", "eval.temperature=3: vLLM samples at 0.01 to 2"),

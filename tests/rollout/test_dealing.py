@@ -1,0 +1,23 @@
+"""Which rank plays which trajectory: any number of ranks shares what one plays."""
+
+import pytest
+
+from atod_fast.rollout.actor import deal
+
+
+@pytest.mark.parametrize("engines", [1, 2, 3, 4, 5, 7, 24, 40])
+@pytest.mark.parametrize(("groups", "members"), [(1, 1), (3, 5), (4, 8), (16, 8)])
+def test_every_trajectory_is_dealt_once_and_evenly(groups, members, engines):
+    dealt = deal(groups, members, engines)
+    whole = [(group, member) for group in range(groups) for member in range(members)]
+    assert len(dealt) == engines and sorted(sum(dealt, [])) == whole
+    counts = [len(share) for share in dealt]
+    assert max(counts) - min(counts) <= 1
+    split = sum(len({group for group, _ in share}) for share in dealt) - groups
+    assert split < engines, "a cut between two engines splits one group at most"
+
+
+@pytest.mark.parametrize(("groups", "engines"), [(8, 1), (8, 2), (8, 8), (12, 3)])
+def test_groups_stay_whole_where_engines_divide_them(groups, engines):
+    for engine, share in enumerate(deal(groups, 3, engines)):
+        assert share == [(group, member) for group in range(engine, groups, engines) for member in range(3)]
