@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from atod_fast.records import Trajectory
+from atod_fast.records import Trajectory, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,10 @@ def _anchor(observation: str) -> int:
 class Row:
     """One training sequence: a turn with its prompt (`window`) or a whole trajectory (`full`)."""
 
-    ids: list[int]
+    ids: NDArray[np.int32]
     spans: list[tuple[int, int]]  # action token ranges in `ids`, one per turn, ascending; none starts at 0
     turns: list[int]  # index of each span's turn in the step's TurnTable
-    logprobs: list[float]  # rollout engine's, all spans concatenated
+    logprobs: NDArray[np.float32]  # rollout engine's, all spans concatenated
 
     @property
     def action_tokens(self) -> int:
@@ -77,25 +80,22 @@ def rows(trajectories: Sequence[Trajectory]) -> list[Row]:
     out: list[Row] = []
     number = 0
     for trajectory in trajectories:
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        turns: list[int] = []
-        logprobs: list[float] = []
-        for turn in trajectory.turns:
-            if trajectory.context == "window":
-                ids, spans, turns, logprobs = [], [], [], []
-            ids = ids + turn.prompt
-            if turn.action:
-                spans.append((len(ids), len(ids) + len(turn.action)))
-                turns.append(number)
-                logprobs.extend(turn.logprobs)
-            ids = ids + turn.action
-            number += 1
-            if trajectory.context == "window" and spans:
-                out.append(Row(ids, spans, turns, logprobs))
-        if trajectory.context == "full" and spans:
-            out.append(Row(ids, spans, turns, logprobs))
+        for sequence in [[turn] for turn in trajectory.turns] if trajectory.context == "window" else [trajectory.turns]:
+            numbers = range(number, number := number + len(sequence))
+            if any(len(turn.action) for turn in sequence):
+                out.append(_row(sequence, numbers))
     return out
+
+
+def _row(sequence: Sequence[Turn], numbers: Sequence[int]) -> Row:
+    """Return the row of turns whose tokens follow each other."""
+    ids = np.concatenate([np.asarray(part, np.int32) for turn in sequence for part in (turn.prompt, turn.action)])
+    logprobs = np.concatenate([np.asarray(turn.logprobs, np.float32) for turn in sequence])
+    ends = accumulate(len(turn.prompt) + len(turn.action) for turn in sequence)
+    said = [(turn, number, end) for turn, number, end in zip(sequence, numbers, ends, strict=True) if len(turn.action)]
+    return Row(
+        ids, [(end - len(turn.action), end) for turn, _, end in said], [number for _, number, _ in said], logprobs
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +112,13 @@ class Batch:
     target: Tensor  # [A] int64, the action tokens
     turn: Tensor  # [A] int64, turn of each action token in the TurnTable
     rollout_logp: Tensor  # [A] fp32, the rollout engine's log-probs
+    row_starts: Tensor  # [rows + 1] int32, where each row (padded: line) begins in the B*L tokens, and their end
+    longest: int  # tokens of the longest row (padded: L)
 
     @property
     def tokens(self) -> int:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+        tensors = (getattr(self, name).to(device, non_blocking=True) for name in self.__slots__ if name != "longest")
+        return Batch(*tensors, longest=self.longest)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -34,6 +34,7 @@ logger = getLogger(__name__)
 logging.disable_progress_bar()  # the run has a progress bar of its own
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+VARLEN = "varlen"  # the attention that policy/attention.py registers
 DEMO_WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
 
 
@@ -81,7 +82,12 @@ class Compute:
 
     path: str  # as student.path or teacher.path
     dtype: torch.dtype
-    attention: str  # of transformers: flash_attention_2, sdpa or eager
+    attention: str  # varlen (policy/attention.py), or transformers' flash_attention_2, sdpa or eager
+
+    @property
+    def cached_attention(self) -> str:
+        """The attention of a model that generates with a key/value cache, which varlen knows nothing of."""
+        return "sdpa" if self.attention == VARLEN else self.attention
 
 
 def is_here(path: str, *names: str) -> bool:
@@ -212,6 +218,11 @@ def _transformers_errors_only() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return transformers' CausalLM of a configuration; the base of all models if it has none."""
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel))
 
 
 def load_config(path: str, *, offline: bool = False):

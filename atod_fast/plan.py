@@ -92,6 +92,7 @@ def describe(config: Config, ranks: int, node: int | None = None) -> str:
     ]
     if rounds := config.train.resample_flat:
         lines.append(f"        up to {rounds * step.trajectories:,} more trajectories are played for flat groups")
+    lines += _attention(config, found)
     if all(role in shapes for role in used_models(config)):
         lines += ["", *_table(list(memory(config, shapes["student"], shapes.get("teacher"), found.runtime)))]
     else:
@@ -113,6 +114,18 @@ def _sharding(runtime: Runtime, nodes: int) -> str:
     if runtime.shards == runtime.ranks:
         return f"parameters sharded over all ranks of {nodes} nodes (train.shard=all)"
     return f"parameters sharded over the {runtime.shards} ranks of a node, a copy on each of {nodes} (train.shard=node)"
+
+
+def _attention(config: Config, found: preflight.Found) -> Iterator[str]:
+    """Yield a line about the attention of the models that learn and score, and whether it packs rows."""
+    computes = {"student": found.runtime.student, "teacher": found.runtime.teacher}
+    known = {role: compute.attention for role, compute in computes.items() if compute and role in found.models}
+    if len(known) < 1 + config.teacher_scores:
+        return
+    padded = [role for role in known if not found.models[role].packs]
+    how = f"padded, as the {padded[0]}'s does not pack them" if padded else "packed without padding"
+    names = " and ".join(f"{role} {name}" for role, name in known.items())
+    yield f"attention: {names}; rows are {how}"
 
 
 def shape_of(model: PreTrainedModel) -> Shape:

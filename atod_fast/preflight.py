@@ -17,6 +17,7 @@ from atod_fast.config import Config
 from atod_fast.config.settings import check_env, check_model, check_ranks
 from atod_fast.errors import NotHere, UserError
 from atod_fast.models import (
+    VARLEN,
     check_quantised,
     compare_tokenizers,
     is_here,
@@ -48,6 +49,7 @@ class Model:
     path: str
     config: PretrainedConfig
     body: PreTrainedModel  # on the meta device
+    packs: bool  # it scores packed rows as it would each alone
     tokenizer: PreTrainedTokenizerBase | None  # None: not on this machine, in a dry run
 
     @property
@@ -101,7 +103,7 @@ def look(
     runtime = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks, shards=shards)
     found = Found(runtime, unchecked=unchecked)
     for role, (path, shape, tokenizer) in sources.items():
-        found.models[role] = Model(path, shape, _body(config, role, path, shape, runtime), tokenizer)
+        found.models[role] = Model(path, shape, *_body(config, role, path, shape, runtime), tokenizer)
     student, teacher = found.models.get("student"), found.models.get("teacher")
     ENGINES[runtime.engine].check(config, student and student.config, runtime.student_dtype, device)
     if student and teacher and student.tokenizer is not None:
@@ -160,21 +162,27 @@ def _offline(
     return (shape, tokenizer) if shape else None
 
 
-def _body(config: Config, role: str, path: str, shape, runtime: Runtime) -> PreTrainedModel:
-    """Return the model without its weights. Raises UserError if it cannot act, score or learn as configured."""
+def _body(config: Config, role: str, path: str, shape, runtime: Runtime) -> tuple[PreTrainedModel, bool]:
+    """Return the model without its weights, and whether it packs rows.
+
+    Raises:
+        UserError: it cannot act, score or learn as configured.
+    """
     check_quantised(path, shape)
     compute = runtime.student if role == "student" else runtime.teacher or runtime.playing_teacher
     assert compute is not None, f"{role} is not used"
-    if compute.attention == "flash_attention_2" and compute.dtype == torch.float32:
+    by_flash = compute.attention == "flash_attention_2" or (
+        compute.attention == VARLEN and runtime.device.type == "cuda"
+    )
+    if by_flash and compute.dtype == torch.float32:
         key = f"{role}.compute_dtype={(config.student if role == 'student' else config.teacher).compute_dtype}"
         raise UserError(
             f"student.attention={compute.attention} computes in 16 bits, and {key} is fp32 here; set it to bf16"
         )
     body = skeleton(shape, path, compute.attention)
-    if role == "student" or config.teacher_scores:
-        CausalPolicy(body)
+    packs = (role == "student" or config.teacher_scores) and CausalPolicy(body).packs
     if role == "student":
         ENGINES[runtime.engine].check_model(config, body)
     elif config.teacher_plays:
         ENGINES["transformers"].check_model(config, body)
-    return body
+    return body, packs

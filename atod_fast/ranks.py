@@ -329,43 +329,36 @@ def _of_mine(group: object) -> dist.ProcessGroup:
 
 def gather_trajectories(mine: Sequence[Trajectory]) -> list[Trajectory]:
     """Return all ranks' trajectories on every rank, ordered by group and member. Nothing is pickled."""
-    header, tokens, logprobs = _pack(mine)
-    parts = [_all_gather_bytes(array.tobytes()) for array in (header, tokens, logprobs)]
+    parts = [_all_gather(array.view(np.uint8)) for array in _pack(mine)]
     everyone: list[Trajectory] = []
     for head, ids, values in zip(*parts, strict=True):
-        everyone.extend(
-            _unpack(json.loads(head), np.frombuffer(ids, np.int32).tolist(), np.frombuffer(values, np.float32).tolist())
-        )
+        everyone += _unpack(head, ids.view(np.int32), values.view(np.float32))
     return sorted(everyone, key=lambda t: (t.group, t.member))
 
 
 def _pack(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the facts as JSON, and ids and log-probs end to end; the JSON holds their lengths."""
-    facts, tokens, logprobs = [], [], []
+    facts, tokens, logprobs = [], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
     for trajectory in trajectories:
         turns = []
         for turn in trajectory.turns:
-            tokens += turn.prompt
-            tokens += turn.action
-            logprobs += turn.logprobs
+            tokens += np.asarray(turn.prompt, np.int32), np.asarray(turn.action, np.int32)
+            logprobs.append(np.asarray(turn.logprobs, np.float32))
             turns.append(
                 _facts(turn, "prompt", "action", "logprobs") | {"lengths": (len(turn.prompt), len(turn.action))}
             )
         facts.append(_facts(trajectory, "turns") | {"turns": turns})
-    return (
-        np.frombuffer(json.dumps(facts).encode(), np.uint8),
-        np.array(tokens, np.int32),
-        np.array(logprobs, np.float32),
-    )
+    return np.frombuffer(json.dumps(facts).encode(), np.uint8), np.concatenate(tokens), np.concatenate(logprobs)
 
 
 def _facts(item: Turn | Trajectory, *without: str) -> dict:
     return {name: getattr(item, name) for name in item.__slots__ if name not in without}
 
 
-def _unpack(facts: list[dict], tokens: list[int], logprobs: list[float]) -> list[Trajectory]:
+def _unpack(facts: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> list[Trajectory]:
+    """Return the trajectories of `_pack`; ids and log-probs are views of the arrays."""
     out, at, scored = [], 0, 0
-    for fact in facts:
+    for fact in json.loads(facts.tobytes()):
         turns = []
         for turn in fact.pop("turns"):
             prompt, action = turn.pop("lengths")
@@ -383,13 +376,16 @@ def _unpack(facts: list[dict], tokens: list[int], logprobs: list[float]) -> list
 
 
 def _all_gather_bytes(data: bytes) -> list[bytes]:
+    return [part.tobytes() for part in _all_gather(np.frombuffer(data, np.uint8))]
+
+
+def _all_gather(data: np.ndarray) -> list[np.ndarray]:
+    """Return every rank's `data`, uint8 [n] with an n of its own."""
     size = torch.tensor([len(data)])
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
     most = max(int(s) for s in sizes)
-    mine = torch.zeros(most, dtype=torch.uint8)
-    if data:
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    everyone = [torch.zeros(most, dtype=torch.uint8) for _ in sizes]
+    mine = torch.from_numpy(np.pad(data, (0, most - len(data))))
+    everyone = [torch.empty(most, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(everyone, mine)
-    return [part[: int(s)].numpy().tobytes() for part, s in zip(everyone, sizes, strict=True)]
+    return [part.numpy()[: int(s)] for part, s in zip(everyone, sizes, strict=True)]

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    # Of a turn: a list while the episode is played; then, on every rank, an array of int32 or fp32.
+    Numbers = Sequence[Any] | NDArray[Any]
 
 
 @dataclass(slots=True)
 class Turn:
     """One turn: the prompt, the response, and the environment's reaction."""
 
-    prompt: list[int]  # context `window`: the whole prompt; `full`: the tokens added since the previous action
-    action: list[int]  # ids as sampled, the stop token included when one was sampled
-    logprobs: list[float]  # the rollout engine's log-probs of `action` at the rollout temperature
+    prompt: Numbers  # context `window`: the whole prompt; `full`: the tokens added since the previous action
+    action: Numbers  # ids as sampled, the stop token included when one was sampled
+    logprobs: Numbers  # the rollout engine's log-probs of `action` at the rollout temperature
     observation: str  # text shown before this action
     text: str  # decoded action
     command: str  # what was sent to the environment

@@ -8,15 +8,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from atod_fast.config import Config
 from atod_fast.errors import UserError
-from atod_fast.models import Compute, load_config
+from atod_fast.models import VARLEN, Compute, load_config, model_class
+from atod_fast.policy import attention
 from atod_fast.rollout.engines import ENGINES
 
 
@@ -97,26 +97,33 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) -> str:
     """Return the attention implementation for a model of the transformers configuration `config`.
 
-    `auto` is flash-attn if it is installed and can run (on CUDA, in 16 bits), else sdpa, else eager. Eager also
-    replaces sdpa if attention scores have a softcap, which sdpa would leave out. Flash attention supports neither ALiBi
-    nor every model's sinks.
+    On CUDA in 16 bits `auto` is varlen if it computes all of the model's attention, else flash-attn if it is installed
+    and does; elsewhere sdpa, else eager. Eager also replaces sdpa if attention scores have a softcap, which sdpa would
+    leave out. Flash attention supports neither ALiBi nor every model's sinks.
 
     Raises:
-        UserError: `name` is sdpa for a model whose scores have a softcap.
+        UserError: `name` is an attention that leaves out something of the model's, or that this machine cannot run.
     """
     capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
     if name == "sdpa" and capped:
         model = f"a {config.model_type} model's scores"
         raise UserError(f"student.attention='sdpa' leaves out the softcap of {model}; use auto or eager")
+    if name == VARLEN and (lacking := attention.lacks(config)):
+        model = f"a {config.model_type} model's {lacking}"
+        raise UserError(f"student.attention='varlen' does not compute {model}; use auto")
+    if name == VARLEN and (lacking := attention.missing(device)):
+        raise UserError(f"student.attention='varlen' needs {lacking}; use auto or sdpa")
     if name != "auto":
         return name
-    # Code of the model's own repository is not in the mapping.
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
+    in_16_bits = device.type == "cuda" and dtype != torch.float32
+    if in_16_bits and not attention.lacks(config) and not attention.missing(device):
+        return VARLEN
+    model = model_class(config)
     implementations = model._compatible_flash_implementations or ["flash_attention_2"]
     flash = model._supports_flash_attn and "flash_attention_2" in implementations
     # ALiBi: flash attention has no argument for a bias of scores.
     flash = flash and not getattr(config.get_text_config(decoder=True), "alibi", False)
-    if flash and device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
+    if flash and in_16_bits and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     return "sdpa" if model._supports_sdpa and not capped else "eager"
 

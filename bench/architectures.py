@@ -28,8 +28,9 @@ from atod_fast import ranks
 from atod_fast.batches import Row
 from atod_fast.config.settings import load as load_settings
 from atod_fast.errors import UserError
-from atod_fast.models import Compute, load_model, skeleton
+from atod_fast.models import VARLEN, Compute, load_model, skeleton
 from atod_fast.plan import shape_of
+from atod_fast.policy import attention
 from atod_fast.policy.export import export
 from atod_fast.policy.layout import Logits
 from atod_fast.policy.model import CausalPolicy, Comparison, HeadJob, TeacherHead, build_student
@@ -424,6 +425,29 @@ def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
     assert all(torch.equal(p, source[name]) for name, p in again.named_parameters()), "exported weights"
 
 
+def pack(path: str, load: Callable[[], PreTrainedModel]) -> str:
+    """Return whether `student.attention=varlen` packs the model's rows, or why not; check log-probs and gradients of
+    packed rows against each row alone, and that a model without weights tells the same."""
+    if lacking := attention.lacks(AutoConfig.from_pretrained(path)):
+        return f"no: {lacking}"
+    policy = CausalPolicy(load_model(path, torch.float32, VARLEN).eval())
+    assert policy.packs == CausalPolicy(skeleton(policy.config, path, VARLEN)).packs, "packing without weights"
+    if not policy.packs:
+        return "no: recurrent layers" if policy.recurrent else "no: its layers are not told where rows begin"
+    rows, plain = batch_rows(), load()
+    expected, batch = plain_logp(plain, rows, 0.7), collate(rows, packed=True)
+    found = policy(batch, HeadJob(batch.target, 0.7)).logp
+    close("log-probs", found, expected)
+    weight = torch.linspace(-1, 1, len(found))
+    for logp in (found, expected):
+        (logp * weight).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in policy.named_parameters():
+        if gradients[name] is not None and gradients[name].abs().max():
+            close(f"gradient of {name}", parameter.grad, gradients[name], 2e-3)
+    return "verified"
+
+
 def names_in(folder: Path) -> set[str]:
     with safe_open(folder / "model.safetensors", "pt") as file:
         return set(file.keys())
@@ -470,8 +494,8 @@ def verdict(check: Callable[..., str | None], *arguments: Any) -> str:
 
 
 def row(family: Family) -> str:
-    """Return a line of the table: family, model type, engine, teacher, student. Test both an untied and a tied head;
-    show both where they differ."""
+    """Return a line of the table: family, model type, engine, teacher, student, packing. Test both an untied and a tied
+    head; show both where they differ."""
     results = []
     for tied in (False, True):
         with tempfile.TemporaryDirectory() as folder:
@@ -483,7 +507,7 @@ def row(family: Family) -> str:
             def load(path: str = path, attention: str = attention) -> PreTrainedModel:
                 return load_model(path, torch.float32, attention).eval()
 
-            cells = [verdict(check, path, load) for check in (roll_out, teach, learn)]
+            cells = [verdict(check, path, load) for check in (roll_out, teach, learn, pack)]
             planned = verdict(lambda: shape_of(skeleton(config)) and None)  # noqa: B023
             if planned.split(":")[0] != cells[2].split(":")[0]:  # a dry run must give the verdict of a run
                 cells[2] += f"; its plan: {planned}"
@@ -495,8 +519,8 @@ def row(family: Family) -> str:
 def table(families: list[Family]) -> Iterator[str]:
     yield f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, CPU"
     yield ""
-    yield "| family | model type | engine | teacher | student |"
-    yield "|---|---|---|---|---|"
+    yield "| family | model type | engine | teacher | student | packed by varlen |"
+    yield "|---|---|---|---|---|---|"
     yield from map(row, families)
 
 

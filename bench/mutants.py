@@ -276,14 +276,14 @@ MUTANTS = {  # by file below atod_fast/
         Mutant(
             "shifted-index",
             "hidden states of the token itself",
-            "range(start + first - 1, start + last - 1)",
-            "range(start + first, start + last)",
+            "np.arange(start + first - 1, start + last - 1)",
+            "np.arange(start + first, start + last)",
         ),
         Mutant(
             "positions-run-on",
             "packed rows count positions on",
-            "torch.cat([torch.arange(n) for n in lengths])",
-            "torch.arange(sum(lengths))",
+            "np.arange(starts[-1]) - np.repeat(starts[:-1], widths)",
+            "np.arange(starts[-1])",
         ),
         Mutant("budget-ignored", "microbatch_tokens is ignored", "if batches and grown <= budget:", "if batches:"),
         Mutant(

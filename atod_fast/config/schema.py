@@ -32,10 +32,11 @@ class Student(Section):
         default="auto",
         description="precision of forward and backward passes (master weights: fp32); auto = bf16 on CUDA, else fp32",
     )
-    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
+    attention: Literal["auto", "varlen", "flash_attention_2", "sdpa", "eager"] = Field(
         default="auto",
-        description="attention implementation; auto = flash_attention_2 on CUDA if it is installed and the model "
-        "supports it, else sdpa, else eager",
+        description="attention implementation of student and teacher; varlen (torch's own, no build) and "
+        "flash_attention_2 (flash-attn) pack rows without padding, in 16 bits; auto = on CUDA varlen, else "
+        "flash_attention_2 if it is installed, where the model supports them, else sdpa, else eager",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute the activations of each block in the backward pass"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -37,10 +38,10 @@ def write(
         for trajectory in trajectories:
             turns = []
             for turn in trajectory.turns:
-                facts = {key: getattr(turn, key) for key in TURN}
+                facts = {key: getattr(turn, key) for key in TURN} | {"action": np.asarray(turn.action).tolist()}
                 if tokenizer is not None:
                     prompt = tokenizer.decode(
-                        turn.prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False
+                        np.asarray(turn.prompt).tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
                     )
                     facts = {"prompt": prompt} | facts
                 if trajectory.failure is None:

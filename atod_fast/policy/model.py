@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from atod_kernels import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob, linear_token_loss
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from atod_fast.batches import Batch
-from atod_fast.models import Compute, load_model, reaches, recurrent, round_buffers
+from atod_fast.models import VARLEN, Compute, load_model, reaches, recurrent, round_buffers
+from atod_fast.policy.attention import row_options, told_of_rows
 from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
 
 
@@ -121,10 +122,8 @@ class CausalPolicy(nn.Module):
         # Chunks count from a row's start.
         chunked = any(reach.kind == "chunked_attention" for reach in reaches(self.config))
         # Rows may be packed end to end if every layer is an attention that skips other rows' tokens at no cost.
-        flash = self.config._attn_implementation == "flash_attention_2"
-        self.packs = (
-            flash and not self.recurrent and not chunked and self.takes_positions and _attends_by_positions(source)
-        )
+        skips = self.config._attn_implementation in (VARLEN, "flash_attention_2")
+        self.packs = skips and not self.recurrent and not chunked and self.takes_positions and told_of_rows(source)
 
     def train(self, mode: bool = True) -> CausalPolicy:
         """Keep evaluation mode, so that scoring and update compute alike: no dropout, no router noise.
@@ -139,35 +138,13 @@ class CausalPolicy(nn.Module):
 
     def forward(self, batch: Batch, job: HeadJob | None) -> HeadOutput | Tensor:
         """Return the head's output for the action tokens, or without a job their final hidden states [A, H]."""
-        positions = {"position_ids": batch.position_ids} if self.takes_positions else {}
-        hidden = self.parts.backbone(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
+        options = {"position_ids": batch.position_ids} if self.takes_positions else {}
+        if self.packs:  # without them, flash_attention_2 would look for rows in the positions, in every layer
+            options |= row_options(batch.row_starts, batch.longest)
+        hidden = self.parts.backbone(input_ids=batch.input_ids, use_cache=False, **options).last_hidden_state
         # Some families keep their residual stream, and so these hidden states, in fp32.
         hidden = hidden.flatten(0, 1).index_select(0, batch.index).to(self.compute_dtype)
         return hidden if job is None else self.parts.head(hidden, job)
-
-
-@torch.no_grad()
-def _attends_by_positions(model: PreTrainedModel) -> bool:
-    """Return whether every layer's attention gets positions, by which flash attention separates packed rows."""
-    if model.device.type == "meta":  # some experts are chosen by their values
-        return False
-    ids, told = torch.zeros(1, 2, dtype=torch.int64, device=model.device), []
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: object, **options: object):
-        told.append(options.get("position_ids") is not None)
-        shape = query.shape[0], query.shape[2], query.shape[1], value.shape[3]
-        return query.new_zeros(shape), None
-
-    config, given = model.config, model.config._attn_implementation
-    AttentionInterface.register("atod_probe", attention)
-    config._attn_implementation = "atod_probe"
-    try:
-        model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
-    except Exception:  # the model's code may raise anything
-        return False
-    finally:
-        config._attn_implementation = given
-    return len(told) == config.num_hidden_layers and all(told)
 
 
 def apply_liger(model: PreTrainedModel) -> None:

@@ -60,38 +60,33 @@ def _micro_batches(rows: Sequence[Row], longest_first: list[int], budget: int, p
 
 def collate(rows: Sequence[Row], *, packed: bool) -> Batch:
     """Make one micro-batch. Without rows it is one pad token and no action token: a forward pass that adds no loss."""
-    if not rows:
-        empty = torch.zeros(0, dtype=torch.int64)
-        return Batch(
-            torch.zeros(1, 1, dtype=torch.int64),
-            torch.zeros(1, 1, dtype=torch.int64),
-            empty,
-            empty,
-            empty,
-            torch.zeros(0),
-        )
-    lengths = [len(row.ids) for row in rows]
-    if packed:
-        input_ids = torch.tensor([token for row in rows for token in row.ids])[None]
-        position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
-        starts = np.cumsum([0, *lengths[:-1]]).tolist()
-    else:
-        width = max(lengths)
-        input_ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
-        position_ids = torch.arange(width).expand(len(rows), width).contiguous()
-        starts = [i * width for i in range(len(rows))]
-    index, target, turn = [], [], []
-    for start, row in zip(starts, rows, strict=True):
+    lengths = np.array([len(row.ids) for row in rows] or [1])
+    longest = int(lengths.max())
+    # A padded row is as wide as the longest.
+    widths = lengths if packed else np.full(len(lengths), longest)
+    starts = np.concatenate([[0], widths.cumsum()])
+    position = np.arange(starts[-1]) - np.repeat(starts[:-1], widths)
+    ids, index, target, turn = np.zeros(starts[-1], np.int32), [], [], []
+    for start, row in zip(starts.tolist(), rows, strict=False):
+        ids[start : start + len(row.ids)] = row.ids
         for (first, last), number in zip(row.spans, row.turns, strict=True):
-            index.extend(range(start + first - 1, start + last - 1))
-            target.extend(row.ids[first:last])
-            turn.extend([number] * (last - first))
-    logprobs = [value for row in rows for value in row.logprobs]
+            index.append(np.arange(start + first - 1, start + last - 1))
+            target.append(row.ids[first:last])
+            turn.append(np.full(last - first, number))
+    shape = (1, -1) if packed else (len(lengths), longest)
+    logprobs = _joined([row.logprobs for row in rows], np.float32)
     return Batch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        index=torch.tensor(index, dtype=torch.int64),
-        target=torch.tensor(target, dtype=torch.int64),
-        turn=torch.tensor(turn, dtype=torch.int64),
-        rollout_logp=torch.tensor(logprobs, dtype=torch.float32),
+        input_ids=torch.from_numpy(ids).long().view(shape),
+        position_ids=torch.from_numpy(position).view(shape),
+        index=_joined(index, np.int64),
+        target=_joined(target, np.int64),
+        turn=_joined(turn, np.int64),
+        rollout_logp=logprobs,
+        row_starts=torch.from_numpy(starts.astype(np.int32)),
+        longest=longest,
     )
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+    """Return arrays end to end as a tensor; empty without any."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False))

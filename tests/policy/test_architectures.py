@@ -207,9 +207,9 @@ def test_sdpa_does_not_drop_a_softcap_of_scores_silently():
 
 def test_flash_attention_is_taken_where_it_computes_all_of_the_attention(monkeypatch):
     monkeypatch.setattr("atod_fast.runtime.importlib.util.find_spec", lambda name: name)
-    names = ("Gemma 2", "Falcon", "Falcon, ALiBi", "gpt-oss")
+    names = ("Gemma 2", "Falcon", "Falcon, ALiBi", "gpt-oss", "Qwen3")
     found = [attention_of("auto", torch.device("cuda"), torch.bfloat16, make(NAMES[name]).config) for name in names]
-    assert found == ["flash_attention_2", "flash_attention_2", "sdpa", "eager"]
+    assert found == ["flash_attention_2", "flash_attention_2", "sdpa", "eager", "varlen"]
 
 
 @pytest.mark.parametrize("name", ["Mamba", "Mamba 2", "Falcon Mamba", "MiniMax"])
@@ -350,14 +350,15 @@ def test_a_lost_state_is_found_in_16_bits_too(name):
         ("Gemma 2", True),
         ("GPT-J", False),
         ("GPT-Neo", False),
-        ("GPT-BigCode", False),
+        ("GPT-BigCode", True),
+        ("Nemotron", False),
         ("LFM2", False),
         ("Llama 4, text", False),
         ("Qwen3-Next", False),
         ("Mamba", False),
     ],
 )
-def test_rows_are_packed_only_where_every_attention_is_told_their_positions(name, packs):
+def test_rows_are_packed_only_where_every_attention_is_told_where_they_begin(name, packs):
     assert not CausalPolicy(make(NAMES[name])).packs
     model = make(NAMES[name])
     model.config._attn_implementation = "flash_attention_2"

@@ -256,6 +256,21 @@ def test_the_output_is_a_configuration_with_the_plan_in_its_comments(tiny, tmp_p
     assert len(totals) == len(plan.PHASES) and all(float(total) > 0 for total in totals)
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("student.attention=varlen", "student varlen and teacher varlen; rows are packed without padding"),
+        (
+            "student.attention=auto",
+            "student sdpa and teacher sdpa; rows are padded, as the student's does not pack them",
+        ),
+        ("objective.preset=grpo student.attention=varlen", "student varlen; rows are packed without padding"),
+    ],
+)
+def test_the_attention_is_named_and_whether_it_packs_rows(tiny, override, line):
+    assert f"\n# attention: {line}\n" in plan.describe(parse([*tiny, *override.split()]).config, 1)
+
+
 def test_no_column_for_a_teacher_that_does_not_play(tiny):
     text = plan.describe(parse([*tiny, "eval.teacher=false"]).config, 1)
     assert plan.PHASES[0] not in text and plan.PHASES[1] in text

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Qwen3Config
 
-from atod_fast import models, plan, train
+from atod_fast import models, plan, preflight, train
 from atod_fast.config import settings
 from atod_fast.config.settings import load
 from atod_fast.errors import NotHere, UserError
@@ -333,3 +334,10 @@ def test_what_a_constructor_raises_is_one_line(counted):
         make("counted:Counted", fail="value")
     with pytest.raises(NotHere, match="FileNotFoundError"):
         make("counted:Counted", fail="file")
+
+
+def test_on_cuda_varlen_computes_in_16_bits_only():
+    config = load(None, None, ["student.attention=varlen", "teacher.compute_dtype=fp32"])
+    assert preflight.look(config, 1, torch.device("cpu"), offline=True).models["teacher"].packs
+    with pytest.raises(UserError, match="student.attention=varlen computes in 16 bits, and teacher.compute_dtype=fp32"):
+        preflight.look(config, 1, torch.device("cuda"), offline=True)

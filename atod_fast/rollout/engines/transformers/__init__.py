@@ -33,7 +33,7 @@ class TransformersKind:
         filled: bool,
         say: Callable[[str], None],
     ) -> TransformersEngine:
-        model = load_model(compute.path, compute.dtype, compute.attention)
+        model = load_model(compute.path, compute.dtype, compute.cached_attention)
         longest = config.rollout.longest
         engine = TransformersEngine(model, slots=config.rollout.concurrency, max_model_len=longest, device=device)
         if engine.slower:
