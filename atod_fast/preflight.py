@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from atod_fast import memory
 from atod_fast.config import Config
 from atod_fast.config.settings import check_env, check_model, check_ranks
 from atod_fast.errors import NotHere, UserError
@@ -102,6 +103,10 @@ def look(
     for role, (path, shape, tokenizer) in sources.items():
         found.models[role] = Model(path, shape, _body(config, role, path, shape, runtime), tokenizer)
     student, teacher = found.models.get("student"), found.models.get("teacher")
+    if all(role in found.models for role in used_models(config)):
+        sizes = {role: memory.shape_of(model.body) for role, model in found.models.items()}
+        room = memory.room_beside(config, sizes["student"], sizes.get("teacher"), runtime)
+        found.runtime = runtime = replace(runtime, room=room)
     ENGINES[runtime.engine].check(config, student and student.config, runtime.student_dtype, device)
     if student and teacher and student.tokenizer is not None:
         if teacher.tokenizer is not None:

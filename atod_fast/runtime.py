@@ -18,6 +18,8 @@ from atod_fast.config import Config
 from atod_fast.errors import UserError
 from atod_fast.models import Compute, load_config
 from atod_fast.rollout.engines import ENGINES
+from atod_fast.rollout.engines.protocol import Room
+from atod_fast.rollout.engines.vllm import limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,9 @@ class Runtime:
     ranks: int
     mesh: DeviceMesh | None  # of all ranks; None in a dry run
     engine: str  # a name in rollout.engines.ENGINES
+    engines: int  # over all ranks
+    room: Room  # of this rank's engine
+    teacher_room: Room  # of the engine in which the teacher is evaluated
     student_dtype: torch.dtype  # of forward and backward passes, and of every rollout; masters are fp32
     teacher_dtype: torch.dtype  # of scoring
     liger: bool  # the student computes with liger-kernel's modules
@@ -62,11 +67,16 @@ class Runtime:
                 attention = attention_of(attention, device, dtype, shapes[role])
             return Compute(path, dtype, attention)
 
+        engine, engines = engine_of(config.rollout.engine, device), ranks // config.rollout.tensor_parallel
+        room = ENGINES[engine].room(config, shapes.get("student"), student_dtype, device, engines)
         return Runtime(
             device=device,
             ranks=ranks,
             mesh=mesh,
-            engine=engine_of(config.rollout.engine, device),
+            engine=engine,
+            engines=engines,
+            room=room,
+            teacher_room=ENGINES["transformers"].room(config, None, student_dtype, device, ranks),
             student_dtype=student_dtype,
             teacher_dtype=teacher_dtype,
             liger=uses_liger(config.student.liger, device),
@@ -121,6 +131,19 @@ def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) ->
 def engine_of(name: str, device: torch.device) -> str:
     """Return the name of the rollout engine on this device; auto is the first that suits it."""
     return name if name != "auto" else next(name for name, kind in ENGINES.items() if kind.suits(device))
+
+
+def slow_engine(config: Config, runtime: Runtime) -> list[str]:
+    """Return a warning if several GPUs would generate without vLLM because it is not installed, else nothing."""
+    chosen = config.rollout.engine == "auto" and runtime.engine == "transformers"
+    if not chosen or runtime.device.type != "cuda" or runtime.ranks == 1:
+        return []
+    found = limits.installed()
+    return [
+        f"ROLLOUTS WILL BE SLOW: vLLM {limits.SUPPORTED} is not installed{f' ({found} is)' if found else ''}, and "
+        f"transformers generates many times slower on {runtime.ranks} GPUs. "
+        f"Install it: pip install 'vllm=={limits.SUPPORTED}.*'; or set rollout.engine=transformers to accept this"
+    ]
 
 
 def uses_liger(mode: str, device: torch.device) -> bool:

@@ -28,8 +28,8 @@ from atod_fast import ranks
 from atod_fast.batches import Row
 from atod_fast.config.settings import load as load_settings
 from atod_fast.errors import UserError
+from atod_fast.memory import shape_of
 from atod_fast.models import Compute, load_model, skeleton
-from atod_fast.plan import shape_of
 from atod_fast.policy.export import export
 from atod_fast.policy.layout import Logits
 from atod_fast.policy.model import CausalPolicy, Comparison, HeadJob, TeacherHead, build_student

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from atod_fast import plan
+from atod_fast import memory, plan
 from atod_fast.cli import parse
 from atod_fast.config.settings import load
 from atod_fast.errors import UserError
-from atod_fast.models import attention_shape, load_config, skeleton
+from atod_fast.models import load_config, skeleton
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
-from atod_fast.rollout.engines.vllm.limits import BLOCK, cache_bytes
+from atod_fast.rollout.engines.vllm.limits import BLOCK
 from atod_fast.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -69,15 +69,15 @@ def tiny(tmp_path) -> list[str]:
     return overrides
 
 
-def shape_of(config) -> plan.Shape:
-    return plan.shape_of(skeleton(config))
+def shape_of(config) -> memory.Shape:
+    return memory.shape_of(skeleton(config))
 
 
 def held(config, phase: str, ranks: int = 1, device=CPU) -> dict[str, float]:
     shapes = [model.path and shape_of(load_config(model.path)) for model in (config.student, config.teacher)]
     return {
         item.name: item.size
-        for item in plan.memory(config, *shapes, Runtime.of(config, device, ranks=ranks))
+        for item in memory.memory(config, *shapes, Runtime.of(config, device, ranks=ranks))
         if phase in item.phases
     }
 
@@ -114,12 +114,12 @@ def test_activations_are_what_a_forward_pass_keeps(dtype, family):
     config, tokens = family(**SMALL), 64
     shape = shape_of(config)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
-    ratio = saved_bytes(model, tokens) / (tokens * plan.activations(shape, dtype.itemsize, False))
+    ratio = saved_bytes(model, tokens) / (tokens * memory.activations(shape, dtype.itemsize, False))
     # Llama has no query and key norms: the formula is an upper bound for it.
     assert 0.97 < ratio < 1.03 if family is Qwen3Config else 0.6 < ratio < 1.0
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    kept = plan.activations(shape, dtype.itemsize, True) - plan.block_activations(shape, dtype.itemsize)
+    kept = memory.activations(shape, dtype.itemsize, True) - memory.block_activations(shape, dtype.itemsize)
     assert saved_bytes(model, tokens) / (tokens * kept) == pytest.approx(1, abs=0.03)
 
 
@@ -128,7 +128,7 @@ def test_cache_bytes_are_those_of_a_real_cache():
     model = AutoModelForCausalLM.from_config(config)
     cache = model(torch.zeros(1, tokens, dtype=torch.int64), use_cache=True).past_key_values
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert tokens * plan.cache_line(shape_of(config), 4) == real
+    assert tokens * memory.cache_line(shape_of(config), 4) == real
 
 
 def test_training_state_is_sixteen_bytes_a_parameter_over_the_ranks(tiny):
@@ -186,10 +186,11 @@ def test_heads_that_cannot_be_shared_and_a_vllm_that_is_not_here(tiny, monkeypat
 def test_a_vllm_cache_is_planned_as_it_is_asked_for(tiny, together):
     """In whole blocks and one to spare; key/value heads that cannot be split further are held by more than one rank."""
     config, model = parse([*tiny, "rollout.engine=vllm", f"rollout.tensor_parallel={together}"]).config, qwen3(**SMALL)
-    asked = cache_bytes(config, attention_shape(model), torch.float32)
-    line = plan.cache_line(shape_of(model), 4) / min(together, model.num_key_value_heads)
-    least = config.rollout.concurrency * config.rollout.longest * line
-    assert least < asked <= least + (config.rollout.concurrency + 1) * BLOCK * line
+    runtime = Runtime.of(config, CPU, ranks=together)
+    asked, at_once = runtime.room.cache_bytes, runtime.room.concurrency
+    line = memory.cache_line(shape_of(model), 4) / min(together, model.num_key_value_heads)
+    least = at_once * config.rollout.longest * line
+    assert least < asked <= least + (at_once + 1) * BLOCK * line
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_teacher_hidden_states_are_kept_where_its_whole_distribution_is_needed(t
     name = "teacher, final hidden states"
     assert (name in held(config, "score"), name in held(config, "update")) == (scoring, updating)
     if scoring:
-        assert held(config, "score", 2)[name] == plan.step_bounds(config).action_tokens / 2 * 96 * 4
+        assert held(config, "score", 2)[name] == memory.step_bounds(config).action_tokens / 2 * 96 * 4
 
 
 def test_half_precision_halves_what_is_computed_in_it(tiny):
@@ -232,7 +233,7 @@ def test_whole_rows_of_logits_are_kept_where_they_are_needed_twice(tiny):
 
 def test_tokens_of_a_step_are_bounds():
     window = load("alfworld-1.7b")
-    step = plan.step_bounds(window)
+    step = memory.step_bounds(window)
     assert (step.trajectories, step.turns, step.rows) == (128, 6400, 6400)
     assert (step.tokens, step.action_tokens, step.updates) == (6400 * 2560, 6400 * 512, 25)
     full = load(
@@ -240,7 +241,7 @@ def test_tokens_of_a_step_are_bounds():
         None,
         ["rollout.context=full", "rollout.prompt_tokens=9000", "train.minibatch_rows=0", "train.epochs=2"],
     )
-    step = plan.step_bounds(full)
+    step = memory.step_bounds(full)
     assert (step.rows, step.tokens, step.action_tokens, step.updates) == (128, 128 * 9000, 128 * 9000, 2)
 
 
@@ -253,12 +254,12 @@ def test_the_output_is_a_configuration_with_the_plan_in_its_comments(tiny, tmp_p
     parameters = shape_of(load_config(config.teacher.path)).parameters
     assert any(f"{parameters:,} parameters" in line for line in comments)
     totals = next(line for line in comments if line.startswith("# total")).split()[2:]
-    assert len(totals) == len(plan.PHASES) and all(float(total) > 0 for total in totals)
+    assert len(totals) == len(memory.PHASES) and all(float(total) > 0 for total in totals)
 
 
 def test_no_column_for_a_teacher_that_does_not_play(tiny):
     text = plan.describe(parse([*tiny, "eval.teacher=false"]).config, 1)
-    assert plan.PHASES[0] not in text and plan.PHASES[1] in text
+    assert memory.PHASES[0] not in text and memory.PHASES[1] in text
 
 
 def test_a_hub_name_without_its_config_is_planned_without_parameters(tiny):
