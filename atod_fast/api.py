@@ -91,6 +91,7 @@ def train(
         name="run",
         run_dir=None if run_dir is None else Path(run_dir),
         dry_run=False,
+        on=None,
         resume=None if resume is None else str(resume),
         command=shlex.join(["python", *sys.argv]),
     )

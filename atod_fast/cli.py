@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from atod_fast import __version__
+from atod_fast import __version__, machines
 from atod_fast.config import Config
 from atod_fast.config.settings import (
     FIELDS,
@@ -30,6 +30,7 @@ from atod_fast.config.settings import (
     show,
 )
 from atod_fast.errors import UserError
+from atod_fast.machines import Machines
 
 WIDTH = 100
 _OVERRIDE = re.compile(r"\s*[\w-]+(\.[\w-]+)*\s*=")
@@ -54,6 +55,7 @@ class Options:
     name: str  # of the run: the CONFIG file's stem, else the preset's name
     run_dir: Path | None
     dry_run: bool
+    on: Machines | None  # what a dry run plans for; None: this machine
     resume: str | None  # "auto", a path, or None
     set_aside: bool = False  # whether what came after the resumed checkpoint may be moved away
     command: str = ""  # the command line, for environment.json
@@ -85,12 +87,16 @@ def parse(argv: Sequence[str], program: str = "atod_fast.train") -> Options:
             f"one CONFIG file at most, got {' and '.join(map(str, files))}; an override is written section.key=value"
         )
     file = files[0] if files else None
+    on = machines.parse(arguments.on) if arguments.on else None
+    if on and not arguments.dry_run:
+        raise UserError("--on goes with --dry-run: it plans for other machines; a run uses this one")
     return Options(
         config=load(arguments.preset, file, overrides),
         overrides=tuple(overrides) if arguments.preset is None and file is None else None,
         name=file.stem if file else arguments.preset or "demo",
         run_dir=arguments.run_dir,
         dry_run=arguments.dry_run,
+        on=on,
         resume=arguments.resume,
         set_aside=arguments.set_aside,
         command=shlex.join(["python", "-m", program, *argv]),
@@ -181,7 +187,13 @@ def _parser(program: str) -> Parser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved settings, and the tokens and memory of a step, then exit",
+        help="print the resolved settings, and the tokens, memory and (with --on) seconds of a step, then exit",
+    )
+    parser.add_argument(
+        "--on",
+        metavar="[NODESx]COUNTxGPU",
+        help="with --dry-run: plan for these machines, as 8xh100 or 2x8xh100, with vLLM and liger-kernel installed; "
+        f"GPU: {', '.join(machines.GPUS)}",
     )
     parser.add_argument(
         "--resume",

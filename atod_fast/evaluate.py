@@ -29,9 +29,11 @@ from atod_fast.config import Config
 from atod_fast.config.settings import check_engines, check_env, check_model
 from atod_fast.errors import UserError
 from atod_fast.interrupt import Interrupt
-from atod_fast.models import load_config, load_tokenizer
+from atod_fast.models import load_config, load_tokenizer, skeleton
 from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
+from atod_fast.plan.room import room_alone
+from atod_fast.plan.shapes import shape_of
 from atod_fast.records import Trajectory, outcomes, success_by_type
 from atod_fast.rollout.actor import dated
 from atod_fast.rollout.engines import make_engine
@@ -54,9 +56,11 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
         shape, tokenizer = load_config(model), load_tokenizer(model)
         check_model(config, model, shape.to_dict())
     config = dated(config)
-    actor = open_actor(config, model, tokenizer, shape.get_text_config().vocab_size, ["eval"])
     runtime = Runtime.of(config, device, shapes={"student": shape}, ranks=ranks.world_size())
-    engine = make_engine(config, runtime.engine, replace(runtime.student, path=model), device, say=console.say)
+    runtime = replace(runtime, room=room_alone(config, shape_of(skeleton(shape, model)), runtime))
+    actor = open_actor(config, runtime, model, tokenizer, shape.get_text_config().vocab_size, ["eval"])
+    parts = runtime.engine, replace(runtime.student, path=model), device, runtime.room
+    engine = make_engine(config, *parts, say=console.say)
     ranks.doing("evaluating")
     console.say(f"{model}: {config.eval.tasks} tasks of {config.env.name}")
     player = Player(config, progress=console.progress, interrupt=interrupt, say=console.say)

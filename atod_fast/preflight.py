@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +26,9 @@ from atod_fast.models import (
     skeleton,
     stop_ids,
 )
+from atod_fast.machines import Machines
+from atod_fast.plan.room import room_beside
+from atod_fast.plan.shapes import shape_of
 from atod_fast.policy.model import CausalPolicy
 from atod_fast.published import CONFIGS
 from atod_fast.renderers import make_renderer
@@ -78,10 +81,12 @@ def look(
     node: int | None = None,
     mesh: DeviceMesh | None = None,
     offline: bool = False,
+    elsewhere: Machines | None = None,
 ) -> Found:
     """Return how a run of `ranks` processes computes on `device`, and its models without their weights.
 
     node: ranks on a node; None: all. offline: fetch nothing, and note what is not on this machine (a dry run).
+    elsewhere: the machines that a dry run plans for, if not this one.
 
     Raises:
         UserError: settings contradict each other, an environment's options are wrong, or a model cannot be used so.
@@ -100,12 +105,19 @@ def look(
             check_model(config, path, model[0].to_dict())
             sources[role] = (path, *model)
     shapes = {role: shape for role, (_, shape, _) in sources.items()}
-    runtime = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks, shards=shards)
+    runtime = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks, shards=shards, elsewhere=elsewhere)
     found = Found(runtime, unchecked=unchecked)
     for role, (path, shape, tokenizer) in sources.items():
         found.models[role] = Model(path, shape, *_body(config, role, path, shape, runtime), tokenizer)
     student, teacher = found.models.get("student"), found.models.get("teacher")
-    ENGINES[runtime.engine].check(config, student and student.config, runtime.student_dtype, device)
+    if all(role in found.models for role in used_models(config)):
+        sizes = {role: shape_of(model.body) for role, model in found.models.items()}
+        room = room_beside(config, sizes["student"], sizes.get("teacher"), runtime)
+        found.runtime = runtime = replace(runtime, room=room)
+    kind = ENGINES[runtime.engine]
+    kind.check(config, student and student.config, runtime.student_dtype, device)
+    if elsewhere is None:
+        kind.check_installed()
     if student and teacher and student.tokenizer is not None:
         if teacher.tokenizer is not None:
             compare_tokenizers(student.tokenizer, teacher.tokenizer)

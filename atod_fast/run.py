@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast import preflight, ranks, reporting, rundir, schedules
 from atod_fast.cli import Options
 from atod_fast.config import Config
-from atod_fast.config.settings import check_engines, demo_values_warning, same_tasks
+from atod_fast.config.settings import demo_values_warning, same_tasks
 from atod_fast.errors import GuardError, RankLost, UserError
 from atod_fast.interrupt import Interrupt, Interrupted
 from atod_fast.models import stop_ids
@@ -34,6 +34,7 @@ from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
 from atod_fast.rollout.resampling import resample
+from atod_fast.runtime import Runtime, slow_engine
 
 # Largest mean |log-prob difference| of an engine that holds the trainer's weights, by compute precision.
 LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -41,6 +42,7 @@ LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 def open_actor(
     config: Config,
+    runtime: Runtime,
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     columns: int,
@@ -63,8 +65,9 @@ def open_actor(
         )
         for split in splits:  # so that errors come before anything is played
             actor.world(split)
-    engines = check_engines(config, ranks.world_size(), ranks.node_size())
-    ranks.be_patient(limit(config, engines, instant=actor.world("eval").instant))
+    rooms = [runtime.room, runtime.teacher_room] if config.teacher_plays else [runtime.room]
+    together = min(room.concurrency for room in rooms)
+    ranks.be_patient(limit(config, runtime.engines, together, instant=actor.world("eval").instant))
     return actor
 
 
@@ -109,16 +112,17 @@ class Run:
             )
         torch.manual_seed(config.train.seed)
 
-        for line in same_tasks(config):
+        for line in (*same_tasks(config), *slow_engine(config, runtime)):
             console.say(f"warning: {line}", style="bold yellow")
         student, tokenizer = found.models["student"], found.models["student"].tokenizer
         assert tokenizer is not None, "only a dry run goes without one"
         if warning := demo_values_warning(config, student.parameters):
             console.say(warning, style="bold yellow")
         splits = *config.evaluated, "train"
-        self.actor = open_actor(config, config.student.path, tokenizer, student.columns, splits)
-        # Before the trainer's models: vLLM needs its memory while it is built, then frees it until the first sync.
-        self.engine = make_engine(config, runtime.engine, runtime.student, device, filled=False, say=console.say)
+        self.actor = open_actor(config, runtime, config.student.path, tokenizer, student.columns, splits)
+        # Before the trainer's models: a vLLM that sleeps needs its memory while it is built, then frees it.
+        parts = runtime.engine, runtime.student, device, runtime.room
+        self.engine = make_engine(config, *parts, filled=False, say=console.say)
         self.player = Player(
             config,
             progress=console.progress,
@@ -279,10 +283,11 @@ class Run:
         for split in config.evaluated:
             found |= self.evaluate(self.engine, "evaluating the student", split)
         if (compute := self.runtime.playing_teacher) is not None:
-            # With transformers: a second vLLM could not be taken down without the first one's process groups.
+            # With transformers: vLLM keeps one set of process groups per process, so a second engine could not be taken
+            # down without the first one's.
             self.engine.sleep()
             runtime, say = self.runtime, self.console.say
-            teacher = make_engine(config, "transformers", compute, runtime.device, say=say)
+            teacher = make_engine(config, "transformers", compute, runtime.device, runtime.teacher_room, say=say)
             for split in config.evaluated if config.schedule.kappa.kind == "adaptive" else ("eval",):
                 found |= self.evaluate(teacher, "evaluating the teacher", split, teacher=True)
             del teacher

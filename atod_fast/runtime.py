@@ -16,8 +16,11 @@ from transformers import PretrainedConfig
 from atod_fast.config import Config
 from atod_fast.errors import UserError
 from atod_fast.models import VARLEN, Compute, load_config, model_class
+from atod_fast.machines import Machines
 from atod_fast.policy import attention
 from atod_fast.rollout.engines import ENGINES
+from atod_fast.rollout.engines.protocol import Room
+from atod_fast.rollout.engines.vllm import limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,14 @@ class Runtime:
     """How this rank computes. In a dry run the attention of a model that is not on this machine stays as it is set."""
 
     device: torch.device
+    memory: int | None  # bytes of a GPU; None on a CPU
     ranks: int
     shards: int  # ranks that one copy of the parameters is sharded over
     mesh: DeviceMesh | None  # of all ranks, as `ranks.mesh` makes it; None in a dry run
     engine: str  # a name in rollout.engines.ENGINES
+    engines: int  # over all ranks
+    room: Room  # of this rank's engine
+    teacher_room: Room  # of the engine in which the teacher is evaluated
     student_dtype: torch.dtype  # of forward and backward passes, and of every rollout; masters are fp32
     teacher_dtype: torch.dtype  # of scoring
     liger: bool  # the student computes with liger-kernel's modules
@@ -45,10 +52,12 @@ class Runtime:
         mesh: DeviceMesh | None = None,
         ranks: int = 1,
         shards: int | None = None,
+        elsewhere: Machines | None = None,
     ) -> Runtime:
         """Return what `config` means on `device`.
 
         shapes: the models' transformers configurations by role; None reads them. shards: None: all ranks.
+        elsewhere: the machines of a dry run's plan, on which vLLM and liger-kernel are taken to be installed.
 
         Raises:
             UserError: a model cannot be read or lacks the attention, or liger-kernel cannot be used here.
@@ -61,18 +70,25 @@ class Runtime:
         def compute(role: str, path: str, dtype: torch.dtype) -> Compute:
             attention = config.student.attention
             if role in shapes:
-                attention = attention_of(attention, device, dtype, shapes[role])
+                attention = attention_of(attention, device, dtype, shapes[role], here=elsewhere is None)
             return Compute(path, dtype, attention)
 
+        engine = engine_of(config.rollout.engine, device) if elsewhere is None else wanted_engine(config)
+        engines = ranks // config.rollout.tensor_parallel
+        room = ENGINES[engine].room(config, shapes.get("student"), student_dtype, device, engines)
         return Runtime(
             device=device,
+            memory=elsewhere.gpu.memory if elsewhere else bytes_of(device),
             ranks=ranks,
             shards=shards or ranks,
             mesh=mesh,
-            engine=engine_of(config.rollout.engine, device),
+            engine=engine,
+            engines=engines,
+            room=room,
+            teacher_room=ENGINES["transformers"].room(config, None, student_dtype, device, ranks),
             student_dtype=student_dtype,
             teacher_dtype=teacher_dtype,
-            liger=uses_liger(config.student.liger, device),
+            liger=uses_liger(config.student.liger, device) if elsewhere is None else config.student.liger != "off",
             student=compute("student", config.student.path, student_dtype),
             teacher=compute("teacher", config.teacher.path, teacher_dtype) if config.teacher_scores else None,
             playing_teacher=compute("teacher", config.teacher.path, student_dtype) if config.teacher_plays else None,
@@ -87,6 +103,11 @@ def used_models(config: Config) -> dict[str, str]:
     return used
 
 
+def bytes_of(device: torch.device) -> int | None:
+    """Return the memory of a GPU in bytes, None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of a `compute_dtype`. auto: bf16 on an accelerator, fp32 on a CPU, where bf16 is slower."""
     if name == "auto":
@@ -94,12 +115,12 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) -> str:
+def attention_of(name: str, device: torch.device, dtype: torch.dtype, config, *, here: bool = True) -> str:
     """Return the attention implementation for a model of the transformers configuration `config`.
 
     On CUDA in 16 bits `auto` is varlen if it computes all of the model's attention, else flash-attn if it is installed
     and does; elsewhere sdpa, else eager. Eager also replaces sdpa if attention scores have a softcap, which sdpa would
-    leave out. Flash attention supports neither ALiBi nor every model's sinks.
+    leave out. Flash attention supports neither ALiBi nor every model's sinks. here: what this machine lacks counts.
 
     Raises:
         UserError: `name` is an attention that leaves out something of the model's, or that this machine cannot run.
@@ -111,12 +132,12 @@ def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) ->
     if name == VARLEN and (lacking := attention.lacks(config)):
         model = f"a {config.model_type} model's {lacking}"
         raise UserError(f"student.attention='varlen' does not compute {model}; use auto")
-    if name == VARLEN and (lacking := attention.missing(device)):
+    if name == VARLEN and here and (lacking := attention.missing(device)):
         raise UserError(f"student.attention='varlen' needs {lacking}; use auto or sdpa")
     if name != "auto":
         return name
     in_16_bits = device.type == "cuda" and dtype != torch.float32
-    if in_16_bits and not attention.lacks(config) and not attention.missing(device):
+    if in_16_bits and not attention.lacks(config) and not (here and attention.missing(device)):
         return VARLEN
     model = model_class(config)
     implementations = model._compatible_flash_implementations or ["flash_attention_2"]
@@ -131,6 +152,24 @@ def attention_of(name: str, device: torch.device, dtype: torch.dtype, config) ->
 def engine_of(name: str, device: torch.device) -> str:
     """Return the name of the rollout engine on this device; auto is the first that suits it."""
     return name if name != "auto" else next(name for name, kind in ENGINES.items() if kind.suits(device))
+
+
+def wanted_engine(config: Config) -> str:
+    """Return the name of the rollout engine on GPUs where vLLM is installed."""
+    return "vllm" if config.rollout.engine == "auto" else config.rollout.engine
+
+
+def slow_engine(config: Config, runtime: Runtime) -> list[str]:
+    """Return a warning if several GPUs would generate without vLLM because it is not installed, else nothing."""
+    chosen = config.rollout.engine == "auto" and runtime.engine == "transformers"
+    if not chosen or runtime.device.type != "cuda" or runtime.ranks == 1:
+        return []
+    found = limits.installed()
+    return [
+        f"ROLLOUTS WILL BE SLOW: vLLM {limits.SUPPORTED} is not installed{f' ({found} is)' if found else ''}, and "
+        f"transformers generates many times slower on {runtime.ranks} GPUs. "
+        f"Install it: pip install 'vllm=={limits.SUPPORTED}.*'; or set rollout.engine=transformers to accept this"
+    ]
 
 
 def uses_liger(mode: str, device: torch.device) -> bool:

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from atod_fast import entry, objective, plan, ranks, reporting, rundir
+from atod_fast import dry_run, entry, objective, ranks, reporting, rundir
 from atod_fast.batches import rows, turn_table
 from atod_fast.interrupt import Interrupt
 from atod_fast.run import Run
@@ -120,7 +120,7 @@ def start(options: cli.Options, interrupt: Interrupt) -> None:
         train_run(options, interrupt)
     elif ranks.rank() == 0:
         config = rundir.resumed_config(options, rundir.choose(options).resume)
-        print(plan.describe(config, ranks.world_size(), ranks.node_size()))
+        print(dry_run.describe(config, ranks.world_size(), ranks.node_size()))
 
 
 @record

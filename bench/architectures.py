@@ -29,7 +29,7 @@ from atod_fast.batches import Row
 from atod_fast.config.settings import load as load_settings
 from atod_fast.errors import UserError
 from atod_fast.models import VARLEN, Compute, load_model, skeleton
-from atod_fast.plan import shape_of
+from atod_fast.plan.shapes import shape_of
 from atod_fast.policy import attention
 from atod_fast.policy.export import export
 from atod_fast.policy.layout import Logits

@@ -41,7 +41,7 @@ from atod_fast.records import Trajectory
 from atod_fast.renderers import make_renderer
 from atod_fast.rollout import agent
 from atod_fast.rollout.actor import Actor
-from atod_fast.rollout.engines import make_engine
+from atod_fast.rollout.engines import ENGINES, make_engine
 from atod_fast.rollout.engines.protocol import Engine, Request, Sampling
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
 from atod_fast.runtime import Runtime
@@ -61,7 +61,8 @@ class Recorded:
     """An `Engine` that records its requests."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.requests, self.max_model_len = engine, defaultdict(list), engine.max_model_len
+        self.engine, self.requests = engine, defaultdict(list)
+        self.max_model_len, self.concurrency = engine.max_model_len, engine.concurrency
 
     def add(self, request: Request) -> None:
         self.requests[request.key].append(request)
@@ -244,7 +245,9 @@ def main() -> None:
             actor = Actor(config, renderer, rank=0, ranks=1)
             score = Scorer(Config.model_validate({"teacher": {"path": path}}), mesh, device)
             for kind in ("transformers", "vllm") if vllm_limits.supported() else ("transformers",):
-                engine = make_engine(config, kind, Runtime.of(config, device).student, device)
+                compute = Runtime.of(config, device).student
+                room = ENGINES[kind].room(config, load_config(path), compute.dtype, device, 1)
+                engine = make_engine(config, kind, compute, device, room)
                 tokens, played, alone, raw, ratio = efficiency(actor, engine, config)
                 efficient.append(
                     f"| {name} | {kind} | {tokens} | {tokens / played:.0f} | {tokens / alone:.0f} | {ratio:.2f} "

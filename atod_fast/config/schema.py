@@ -113,7 +113,20 @@ class Rollout(Section):
         default=0.0,
         ge=0,
         description="GiB of vLLM's key/value cache on each rank; 0 = room for rollout.concurrency sequences of the "
-        "greatest length",
+        "greatest length, on CUDA at most what the memory plan leaves",
+    )
+    sleep: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="free the engine's memory on the GPU between rollouts (on: needs CUDA); off: keep it, and copy new "
+        "weights in place; auto = off where the memory plan says that engine and trainer fit together",
+    )
+    head_dtype: Literal["fp32", "model"] = Field(
+        default="fp32",
+        description="precision of the engine's logits: fp32, as the trainer's, or the model's compute precision",
+    )
+    enforce_eager: bool = Field(default=False, description="run vLLM without CUDA graphs and torch.compile (vLLM only)")
+    async_scheduling: Literal["auto", "on", "off"] = Field(
+        default="auto", description="schedule vLLM's next step while one runs; auto = vLLM's own choice (vLLM only)"
     )
     context: Literal["window", "full"] = Field(
         default="full",
@@ -137,10 +150,11 @@ class Rollout(Section):
         "also after it is resumed",
     )
     concurrency: int = Field(
-        default=64,
-        ge=1,
+        default=0,
+        ge=0,
         description="trajectories that one engine plays at the same time; each holds a slot of the transformers "
-        "engine's key/value cache",
+        "engine's key/value cache; 0 = all that fall to the engine in a step (evaluations: at most 64), with "
+        "transformers at most 64",
     )
 
     @property
@@ -154,6 +168,15 @@ class Rollout(Section):
             raise ValueError(
                 f"rollout.tensor_parallel={self.tensor_parallel} is for vLLM; "
                 "set rollout.engine=vllm, or rollout.tensor_parallel=1"
+            )
+        if self.enforce_eager and self.engine != "vllm":
+            raise ValueError(
+                "rollout.enforce_eager=true is for vLLM; set rollout.engine=vllm, or rollout.enforce_eager=false"
+            )
+        if self.async_scheduling != "auto" and self.engine != "vllm":
+            raise ValueError(
+                f"rollout.async_scheduling={self.async_scheduling} is for vLLM; "
+                "set rollout.engine=vllm, or rollout.async_scheduling=auto"
             )
         if self.date:
             try:

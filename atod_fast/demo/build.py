@@ -214,7 +214,7 @@ def success(demo: Demo, folder: Path, tasks: int, temperature: float) -> float:
     )
     runtime = Runtime.of(config, torch.device("cpu"))
     assert runtime.student is not None, "only a dry run may not know the student"
-    engine = make_engine(config, runtime.engine, runtime.student, runtime.device)
+    engine = make_engine(config, runtime.engine, runtime.student, runtime.device, runtime.room)
     tokenizer = load_tokenizer(config.student.path)
     renderer = CompactRenderer(tokenizer, demo.dialect)
     played = Actor(config, lambda env: renderer, rank=0, ranks=1).evaluate(engine)

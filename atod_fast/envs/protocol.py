@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
 
 from atod_fast.envs.text import encodable
 from atod_fast.records import Turn
@@ -21,6 +21,14 @@ class Info(TypedDict, total=False):
     score: float  # the environment's own metric, if finer than `won`
 
 
+class Usual(NamedTuple):
+    """Usual sizes of an environment's episodes, for plans: tokens of a vocabulary of about 150,000."""
+
+    turns: float  # of an episode
+    prompt_tokens: float  # of a turn with context `window`
+    response_tokens: float  # of a turn
+
+
 @runtime_checkable
 class Environment(Protocol):
     """A text environment with a fixed set of tasks, after gymnasium's interface.
@@ -30,6 +38,8 @@ class Environment(Protocol):
 
     A chat model needs a method `prompt(thinking: bool, history: int) -> Prompt` too. thinking: rollout.thinking,
     whether the model is asked to think aloud. history: rollout.history, past turns to show with context `window`.
+
+    Its class may have an attribute `usual: Usual`, from which `--dry-run` plans a usual step.
     """
 
     instant: bool

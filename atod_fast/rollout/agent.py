@@ -95,7 +95,7 @@ def rollout(
         last.callback(engine.end)
         engine.begin(sampling)
         while waiting or live:
-            while waiting and live < settings.concurrency:
+            while waiting and live < engine.concurrency:
                 play = waiting.popleft()
                 pool.reset(play.key, play.episode.env_seed, play.episode.task)
                 live += 1

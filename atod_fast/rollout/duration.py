@@ -11,11 +11,12 @@ INSTANT_STEP = 1.0  # seconds; an environment that says it is instant takes mill
 TOKEN = 1.0  # seconds a decoding step of all sequences in flight may take
 
 
-def limit(config: Config, engines: int, instant: bool) -> float:
+def limit(config: Config, engines: int, concurrency: int, instant: bool) -> float:
     """Return the limit in seconds: `guard.wait_minutes`, or an upper bound on a step's rollout and an evaluation.
 
-    An engine plays its episodes in waves of `rollout.concurrency`. In a wave, every turn may wait for its environment,
-    which waits for those on the same threads, each for at most `env.step_timeout`; and every token may take a second.
+    Each of `engines` engines plays its episodes in waves of `concurrency`. In a wave, every turn may wait for its
+    environment, which waits for those on the same threads, each for at most `env.step_timeout`; and every token may
+    take a second.
     """
     if config.guard.wait_minutes:
         return config.guard.wait_minutes * 60
@@ -23,7 +24,7 @@ def limit(config: Config, engines: int, instant: bool) -> float:
     longest = LEAST
     for played in (config.train.tasks_per_step * config.train.group_size, config.eval.tasks):
         episodes = ceil(played / engines)
-        together = min(settings.concurrency, episodes)
+        together = min(concurrency, episodes)
         call = together * INSTANT_STEP if instant else ceil(together / env.workers) * env.step_timeout
         wave = (env.max_turns + 1) * call + env.max_turns * settings.response_tokens * TOKEN
         longest = max(longest, ceil(episodes / together) * wave)

@@ -32,9 +32,7 @@ def make_model() -> Qwen3ForCausalLM:
 
 
 def make_config(context: str = "full", **changes: dict) -> Config:
-    how = {"context": context, "prompt_tokens": 400, "response_tokens": 6, "concurrency": 4} | changes.pop(
-        "rollout", {}
-    )
+    how = {"context": context, "prompt_tokens": 400, "response_tokens": 6} | changes.pop("rollout", {})
     return Config.model_validate({"rollout": how, "env": {"step_timeout": 20.0} | changes.pop("env", {})})
 
 

@@ -25,7 +25,7 @@ TOKENIZER = make_tokenizer()
 class Guesser:
     """An engine that plays Guess by bisection, using what the conversation in its prompt says."""
 
-    max_model_len = 4096
+    max_model_len, concurrency = 4096, 4
 
     def begin(self, sampling) -> None:
         self.queue: list[Request] = []

@@ -28,7 +28,7 @@ from atod_fast import preflight, train
 from atod_fast.config.settings import check_model, load
 from atod_fast.errors import UserError
 from atod_fast.models import DEMO_WEIGHTS, Reach, as_saved, load_model, one_as_saved, skeleton
-from atod_fast.plan import shape_of
+from atod_fast.plan.shapes import shape_of
 from atod_fast.policy.layout import Logits, find_layout, find_logits
 from atod_fast.policy.model import CausalPolicy, Comparison, Head, HeadJob, TeacherHead
 from atod_fast.policy.packing import collate
@@ -413,5 +413,6 @@ def test_a_hybrid_student_trains(tmp_path, capsys):
     before = Lfm2ForCausalLM.from_pretrained(tmp_path / "student")
     assert not torch.equal(exported.model.layers[0].conv.conv.weight, before.model.layers[0].conv.conv.weight)
     config = load(None, None, [paths[0], "student.attention=eager"])
-    engine = make_engine(config, "transformers", Runtime.of(config, CPU).student, CPU)
+    runtime = Runtime.of(config, CPU)
+    engine = make_engine(config, "transformers", runtime.student, CPU, runtime.room)
     assert engine._model.config._attn_implementation == "eager"

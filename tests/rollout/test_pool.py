@@ -39,7 +39,7 @@ def test_no_more_worlds_at_work_than_workers():
                 at_work -= 1
             return super().step(action)
 
-    play(Counted(instant=False), range(8), make_config(env={"workers": 3}, rollout={"concurrency": 8}), slots=8)
+    play(Counted(instant=False), range(8), make_config(env={"workers": 3}), slots=8)
     assert 1 < most <= 3
 
 

@@ -98,11 +98,8 @@ def test_neither_concurrency_nor_the_number_of_ranks_changes_a_trajectory(temper
         return [[turn.action for turn in trajectory.turns] for trajectory in played]
 
     whole = actions(play(Corridor(), temperature=temperature))
-    assert actions(play(Corridor(), temperature=temperature, config=make_config(rollout={"concurrency": 1}))) == whole
-    assert (
-        actions(play(Corridor(), temperature=temperature, slots=10, config=make_config(rollout={"concurrency": 10})))
-        == whole
-    )
+    for slots in (1, 10):
+        assert actions(play(Corridor(), temperature=temperature, slots=slots)) == whole
     for rank in range(2):
         assert actions(play(Corridor(), episodes(range(10))[rank::2], temperature=temperature)) == whole[rank::2]
 

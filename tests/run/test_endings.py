@@ -166,17 +166,17 @@ def test_the_rank_that_does_not_come_is_named_with_what_is_done():
 
 def test_a_legal_rollout_is_waited_for():
     world = {"max_turns": 50, "step_timeout": 60.0, "workers": 8}
-    many = Config.model_validate(
-        {"env": world, "rollout": {"response_tokens": 10, "concurrency": 16}, "eval": {"tasks": 1}}
-    )
+    many = Config.model_validate({"env": world, "rollout": {"response_tokens": 10}, "eval": {"tasks": 1}})
     # 64 trajectories on one engine: four waves of 16, two to a thread, 51 calls each, and 50 turns of ten tokens.
-    assert limit(many, 1, instant=False) == 4 * (51 * 2 * 60 + 500)
-    assert limit(many, 4, instant=False) == 51 * 2 * 60 + 500
-    assert limit(many, 4, instant=True) == 1800, "half an hour at least"
+    assert limit(many, 1, 16, instant=False) == 4 * (51 * 2 * 60 + 500)
+    assert limit(many, 4, 16, instant=False) == 51 * 2 * 60 + 500
+    assert limit(many, 4, 16, instant=True) == 1800, "half an hour at least"
     held_out = many.model_copy(update={"eval": many.eval.model_copy(update={"tasks": 640})})
-    assert limit(held_out, 1, instant=False) == 10 * limit(many, 1, instant=False)
+    assert limit(held_out, 1, 16, instant=False) == 10 * limit(many, 1, 16, instant=False)
     assert (
-        limit(many.model_copy(update={"guard": many.guard.model_copy(update={"wait_minutes": 5.0})}), 1, instant=False)
+        limit(
+            many.model_copy(update={"guard": many.guard.model_copy(update={"wait_minutes": 5.0})}), 1, 16, instant=False
+        )
         == 300
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from atod_fast import models, plan, preflight, train
+from atod_fast import dry_run, models, preflight, train
 from atod_fast.config import settings
 from atod_fast.config.settings import load
 from atod_fast.errors import NotHere, UserError
@@ -175,7 +175,7 @@ def test_a_folder_that_holds_a_run_refuses_its_dry_run_too(tmp_path, capsys):
 )
 def test_a_shipped_preset_is_planned_on_a_machine_without_anything(preset, data, nothing_here):
     config = load(preset)
-    text = plan.describe(config, 8)
+    text = dry_run.describe(config, 8)
     assert "# total" in text and "parameters" in text
     unchecked = text.partition("# not checked:\n")[2]
     for name in (config.student.path, config.teacher.path):
@@ -194,7 +194,7 @@ def test_a_config_json_that_is_here_wins_over_the_published_one(nothing_here, tm
     }
     for name in ("Qwen3-0.6B", "Qwen3-4B"):
         Qwen3Config(vocab_size=100, **sizes).save_pretrained(tmp_path / "Qwen" / name)
-    text = plan.describe(load("alfworld-0.6b", None, ["rollout.prompt_tokens=1024"]), 1)
+    text = dry_run.describe(load("alfworld-0.6b", None, ["rollout.prompt_tokens=1024"]), 1)
     assert "student Qwen/Qwen3-0.6B: 596" not in text and "student Qwen/Qwen3-0.6B: " in text
     assert "student.path='Qwen/Qwen3-0.6B': tokenizer, weights not on this machine\n" in text
 
@@ -214,16 +214,16 @@ def test_no_teacher_is_planned_where_none_is_needed(chat, counted, tmp_path):
         f"student.path={chat}",
         "objective.preset=grpo",
     ]
-    bare = plan.describe(load("own", None, [*own, "teacher.path="]), 1)
+    bare = dry_run.describe(load("own", None, [*own, "teacher.path="]), 1)
     table = bare.partition("# memory of a rank")[2]
     assert "no teacher scores" in bare and "teacher" not in table.partition("# not checked")[0]
     played = (
-        plan.describe(load("own", None, [*own, f"teacher.path={chat}"]), 1)
+        dry_run.describe(load("own", None, [*own, f"teacher.path={chat}"]), 1)
         .partition("# memory of a rank")[2]
         .partition("# not checked")[0]
     )
     assert "teacher's engine" in played and "teacher, " not in played
-    assert plan.describe(load("own", None, [*own, "teacher.path=./absent", "eval.teacher=false"]), 1), (
+    assert dry_run.describe(load("own", None, [*own, "teacher.path=./absent", "eval.teacher=false"]), 1), (
         "a teacher that is not used is not looked for"
     )
 

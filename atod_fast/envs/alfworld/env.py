@@ -14,7 +14,7 @@ from atod_fast.envs.alfworld.loader import SPLITS, find_games, playable, read_fi
 from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
 from atod_fast.envs.alfworld.textworld import TextWorldEngine
 from atod_fast.envs.options import choice, goes_with, whole
-from atod_fast.envs.protocol import Info, copy_with
+from atod_fast.envs.protocol import Info, copy_with, Usual
 from atod_fast.errors import UserError
 
 CACHED_GAMES = 256  # parsed games in memory, 75 to 250 kB each
@@ -58,6 +58,8 @@ class AlfWorld:
     engine: "fast" (pure Python, the default) or "textworld" (the original; needs `pip install alfworld==0.4.2`).
     reward: of the step that reaches the goal and so ends the episode; all other steps give 0.
     """
+
+    usual = Usual(turns=35, prompt_tokens=454, response_tokens=60)  # bench/prompts.py; the rest assumed
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_fast.envs.options import choice, goes_with, whole
-from atod_fast.envs.protocol import Info, copy_with
+from atod_fast.envs.protocol import Info, copy_with, Usual
 from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.client import HttpRetriever
 from atod_fast.envs.searchqa.generator import generate as generate_world
@@ -59,6 +59,8 @@ class SearchQA:
       format.
     reward: of an answer that matches exactly; all else gives 0. info["score"] is the answer's F1, 0 before it.
     """
+
+    usual = Usual(turns=3, prompt_tokens=822, response_tokens=60)  # bench/prompts.py; the rest assumed
 
     def __init__(
         self,

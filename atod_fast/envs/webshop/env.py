@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from atod_fast.envs.options import choice, goes_with, whole
-from atod_fast.envs.protocol import Info, copy_with
+from atod_fast.envs.protocol import Info, copy_with, Usual
 from atod_fast.envs.webshop.generator import SCALES
 from atod_fast.envs.webshop.goals import SPLITS, Goal
 from atod_fast.envs.webshop.nouns import TAGGERS, tagger
@@ -44,6 +44,7 @@ class WebShop:
     """
 
     instant = True
+    usual = Usual(turns=8, prompt_tokens=992, response_tokens=60)  # bench/prompts.py; the rest assumed
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import torch
 
 from atod_fast.config import Config
 from atod_fast.models import Compute
-from atod_fast.rollout.engines.protocol import Engine, Kind
+from atod_fast.rollout.engines.protocol import Engine, Kind, Room
 from atod_fast.rollout.engines.transformers import TransformersKind
 from atod_fast.rollout.engines.vllm import VllmKind
 
@@ -25,6 +25,7 @@ def make_engine(
     name: str,
     compute: Compute,
     device: torch.device,
+    room: Room,
     *,
     filled: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -37,4 +38,4 @@ def make_engine(
     Raises:
         UserError: the engine is not installed, or cannot run this model.
     """
-    return ENGINES[name].make(config, compute, device, filled=filled, say=say)
+    return ENGINES[name].make(config, compute, device, room, filled=filled, say=say)

@@ -26,7 +26,7 @@ class Lockstep:
     def __init__(self, engine: Engine, group: ProcessGroup) -> None:
         self._engine, self._group = engine, group
         self.leads = group.rank() == 0
-        self.max_model_len = engine.max_model_len
+        self.max_model_len, self.concurrency = engine.max_model_len, engine.concurrency
         self._calls: list[list] = []  # made here and not yet sent
         self._whole = True
 

@@ -2,8 +2,8 @@
 
     load_weights -> begin -> (add | step | release)* -> end -> begin ... -> sleep -> load_weights -> ...
 
-An engine shares its accelerator with the trainer. `sleep` frees its memory there, weights included, and only
-`load_weights` wakes it: rolling out without weights, or with others than the trainer's, is an error.
+An engine shares its accelerator with the trainer. `sleep` frees its memory there if they do not fit together, weights
+included, and only `load_weights` wakes it: rolling out without weights, or with others than the trainer's, is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atod_fast.config import Config
-from atod_fast.errors import GuardError
+from atod_fast.errors import GuardError, UserError
 from atod_fast.models import Compute
 
 
@@ -50,10 +50,36 @@ class Completion:
     stopped: bool  # False: cut off at max_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What an engine may hold on a rank."""
+
+    concurrency: int  # trajectories at a time
+    sleeps: bool = False  # `sleep` frees what the engine holds on the device
+    cache_bytes: int = 0  # of vLLM's key/value cache
+
+
+def share(config: Config, engines: int) -> int:
+    """Return the most trajectories that fall to one of `engines` engines in a training step.
+
+    Of an evaluation's, which may be many more, it counts 64.
+    """
+    train = config.train
+    return max(-(-train.tasks_per_step // engines) * train.group_size, min(64, -(-config.eval.tasks // engines)))
+
+
+def may_sleep(config: Config, device: torch.device) -> bool:
+    """Return whether an engine on this device may free its memory. Raises UserError if it must and cannot."""
+    if config.rollout.sleep == "on" and device.type != "cuda":
+        raise UserError("rollout.sleep=on frees memory of a GPU, and there is none here; set rollout.sleep=auto")
+    return device.type == "cuda" and config.rollout.sleep != "off"
+
+
 class Engine(Protocol):
     """A rollout engine. Requests may be added between steps and join the running batch."""
 
     max_model_len: int  # prompt + response tokens
+    concurrency: int  # trajectories to play at a time
 
     def begin(self, sampling: Sampling) -> None:
         """Start a rollout with an empty queue. Raise RuntimeError without weights."""
@@ -81,7 +107,7 @@ class Engine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Free accelerator memory between rollouts. The next rollout needs `load_weights` first."""
+        """End the rollout, and free accelerator memory if its `Room` says so. The next needs `load_weights` first."""
 
 
 class Kind(Protocol):
@@ -95,16 +121,29 @@ class Kind(Protocol):
         """Raise UserError if it cannot run this model, whose weights are on the meta device."""
 
     def check(self, config: Config, shape: PretrainedConfig | None, dtype: torch.dtype, device: torch.device) -> None:
-        """Raise UserError if it is not installed or does not support the settings.
+        """Raise UserError if it does not support the settings.
 
         shape: the student's transformers configuration; None where a dry run does not have it.
         """
+
+    def check_installed(self) -> None:
+        """Raise UserError if it is not installed on this machine."""
+
+    def room(
+        self, config: Config, shape: PretrainedConfig | None, dtype: torch.dtype, device: torch.device, engines: int
+    ) -> Room:
+        """Return what one of `engines` engines takes if memory is no concern; `sleeps` unless rollout.sleep=off.
+
+        shape: as in `check`. Raises UserError if rollout.sleep=on cannot be had on this device.
+        """
+        ...
 
     def make(
         self,
         config: Config,
         compute: Compute,
         device: torch.device,
+        room: Room,
         *,
         filled: bool,
         say: Callable[[str], None],

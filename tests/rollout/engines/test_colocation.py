@@ -18,7 +18,8 @@ from atod_fast.rollout.engines.lockstep import Lockstep
 from atod_fast.rollout.engines.protocol import Completion, Request, Sampling, checked
 from atod_fast.rollout.engines.vllm import engine as vllm_engine
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
-from atod_fast.rollout.engines.vllm.engine import Mask, VllmEngine
+from atod_fast.rollout.engines.vllm.engine import VllmEngine
+from atod_fast.rollout.engines.vllm.mask import Mask
 from atod_fast.runtime import engine_of
 from helpers.gloo import run_ranks
 from helpers.runs import run
@@ -34,6 +35,8 @@ class FakeVllm:
 
     def __init__(self):
         self.awake, self.loaded, self.prefixes, self.running = {"weights", "kv_cache"}, False, 0, {}
+        core = SimpleNamespace(batch_queue=None, scheduler=SimpleNamespace(finished_req_ids=set()))
+        self.engine_core = SimpleNamespace(engine_core=core)
 
     def is_sleeping(self):
         return self.awake != {"weights", "kv_cache"}
@@ -88,7 +91,8 @@ def reused(weights):
 @pytest.fixture
 def engine(monkeypatch):
     monkeypatch.setattr(vllm_engine, "sampling_params", lambda sampling, seed: (sampling, seed))
-    return VllmEngine(FakeVllm(), Mask(), max_model_len=16, shapes=SHAPES, sleeps=True, filled=False)
+    sizes = {"max_model_len": 16, "concurrency": 4}
+    return VllmEngine(FakeVllm(), Mask(), **sizes, shapes=SHAPES, sleeps=True, filled=False)
 
 
 def test_memory_is_held_only_from_the_sync_to_the_next_sleep(engine):
@@ -107,6 +111,24 @@ def test_memory_is_held_only_from_the_sync_to_the_next_sleep(engine):
         engine.add(Request(3, [2, 2], 7))
         engine.sleep()  # what was left over is aborted first
         assert vllm.awake == set()
+
+
+def test_an_engine_that_does_not_sleep_keeps_its_memory_and_still_wants_new_weights(monkeypatch):
+    monkeypatch.setattr(vllm_engine, "sampling_params", lambda sampling, seed: (sampling, seed))
+    vllm = FakeVllm()
+    engine = VllmEngine(vllm, Mask(), max_model_len=16, concurrency=4, shapes=SHAPES, sleeps=False, filled=False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="load_weights first"):
+            engine.begin(SAMPLING)
+        engine.load_weights(reused(WEIGHTS))
+        engine.begin(SAMPLING)
+        engine.add(Request(3, [2, 2], 7))
+        assert engine.step() == [] and engine.step() == [Completion(3, [1], [-0.5], True)]
+        assert vllm.prefixes == 1
+        engine.sleep()
+        assert vllm.awake == {"weights", "kv_cache"} and not vllm.running
+    engine.load_weights(reused(WEIGHTS))
+    assert vllm.prefixes == 0
 
 
 def test_a_rollout_without_the_trainer_s_weights_is_refused(engine):
@@ -285,7 +307,7 @@ def test_an_engine_that_breaks_down_twice_stops_the_run_and_leaves_its_checkpoin
 class Recorder:
     """An engine that records its calls and fails at a given step."""
 
-    max_model_len = 16
+    max_model_len, concurrency = 16, 4
 
     def __init__(self, fails_at: int):
         self.calls, self.fails_at = [], fails_at

@@ -19,57 +19,15 @@ from helpers.chatml import make_tokenizer
 from helpers.gloo import run_ranks
 from helpers.runs import torchrun
 from helpers.tiny import VOCABULARY, save_model
+from helpers.vllm_engine import SIZES, STOP, answer, build, requests, sampling, weights
 
 pytest.importorskip("vllm", reason="vLLM is not installed: see .ci/run")
 pytestmark = pytest.mark.vllm
 
-STOP, SIZES = 1, {"hidden": 64, "kv_heads": 2, "head_dim": 32}  # a width that vLLM's CPU attention takes
 SMALL = (
     "train.tasks_per_step=2 train.group_size=4 train.minibatch_rows=4 eval.tasks=10 eval.every=2 "
     "observe.trajectories_every=2 train.steps=3"
 ).split()
-
-
-def build(folder: str, *, filled: bool = False, concurrency: int = 8):
-    from atod_fast import ranks
-    from atod_fast.rollout.engines.vllm.engine import build
-
-    device, _ = ranks.start()
-    sizes = {"concurrency": concurrency, "max_model_len": 128, "tensor_parallel": 1, "cache_bytes": 1 << 22}
-    return build(folder, torch.float32, device, **sizes, filled=filled)
-
-
-def sampling(temperature: float):
-    from atod_fast.rollout.engines.protocol import Sampling
-
-    valid = torch.ones(VOCABULARY, dtype=torch.bool)
-    valid[[0, 5, 60]] = False
-    return Sampling(temperature, 12, (STOP,), valid)
-
-
-def requests(count: int = 6):
-    from atod_fast.rollout.engines.protocol import Request
-
-    rng = np.random.default_rng(0)
-    return [Request(key, rng.integers(6, 60, 40 + key).tolist(), seed=2**62 + key) for key in range(count)]
-
-
-def answer(engine, asked) -> dict:
-    """Return completions by key; the second half of the requests is added while the first is being answered."""
-    done, late = {}, asked[len(asked) // 2 :]
-    for request in asked[: len(asked) // 2]:
-        engine.add(request)
-    while len(done) < len(asked):
-        done |= {c.key: c for c in engine.step()}
-        for request in late:
-            engine.add(request)
-        late = []
-    return done
-
-
-def weights(folder: str) -> list:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return [(name, parameter.detach()) for name, parameter in model.named_parameters(remove_duplicate=False)]
 
 
 def expected(folder: str, prompt: list[int], ids: list[int], temperature: float) -> list[float]:

@@ -9,7 +9,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from atod_fast.config import Config
 from atod_fast.models import Compute, load_model
+from atod_fast.rollout.engines.protocol import Room, may_sleep, share
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine
+from atod_fast.rollout.engines.transformers.head import compute_logits_in_fp32
+
+MOST = 64  # trajectories at a time, unless rollout.concurrency says otherwise: each has a slot of the cache
 
 
 class TransformersKind:
@@ -24,18 +28,32 @@ class TransformersKind:
     def check(self, config: Config, shape: PretrainedConfig | None, dtype: torch.dtype, device: torch.device) -> None:
         pass
 
+    def check_installed(self) -> None:
+        pass
+
+    def room(
+        self, config: Config, shape: PretrainedConfig | None, dtype: torch.dtype, device: torch.device, engines: int
+    ) -> Room:
+        together = config.rollout.concurrency or min(MOST, share(config, engines))
+        return Room(together, may_sleep(config, device))
+
     def make(
         self,
         config: Config,
         compute: Compute,
         device: torch.device,
+        room: Room,
         *,
         filled: bool,
         say: Callable[[str], None],
     ) -> TransformersEngine:
         model = load_model(compute.path, compute.dtype, compute.cached_attention)
+        if config.rollout.head_dtype == "fp32":
+            compute_logits_in_fp32(model)
         longest = config.rollout.longest
-        engine = TransformersEngine(model, slots=config.rollout.concurrency, max_model_len=longest, device=device)
+        engine = TransformersEngine(
+            model, slots=room.concurrency, max_model_len=longest, device=device, sleeps=room.sleeps
+        )
         if engine.slower:
             say(engine.slower)
         if not filled:

@@ -58,8 +58,8 @@ class TransformersEngine:
     The engine owns `model` and its config: a replica beside the trainer's, in evaluation mode without gradients. At
     most `slots` trajectories hold a cache at a time; requests of others wait until one is released. A pass holds at
     most `pass_tokens` tokens (or one per running slot, if those are more): a longer prompt takes several passes, if the
-    forward can split it. `forward` makes the forward passes; without it, the engine takes the fastest that a try-out
-    finds correct (UserError: none is).
+    forward can split it. `sleeps`: `sleep` frees the cache. `forward` makes the forward passes; without it, the engine
+    takes the fastest that a try-out finds correct (UserError: none is).
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class TransformersEngine:
         max_model_len: int,
         device: torch.device | str,
         pass_tokens: int = 4096,
+        sleeps: bool = False,
         forward: MakeForward | None = None,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
@@ -90,7 +91,8 @@ class TransformersEngine:
                 model, max_model_len, lambda candidate, length: small(forward=candidate, max_model_len=length)
             )
         self._forward = forward(model, slots, max_model_len)
-        self._capacity = slots
+        self.concurrency = slots
+        self._sleeps = sleeps
         self._filled = True
         self._reset()
 
@@ -100,7 +102,7 @@ class TransformersEngine:
         return self._forward.slower
 
     def _reset(self) -> None:
-        slots = self._capacity
+        slots = self.concurrency
         # Each slot's latest prompt and response, also after its release.
         self._held: list[list[int]] = [[] for _ in range(slots)]
         self._cached = np.zeros(slots, np.int64)  # tokens of `_held` whose keys and values are cached
@@ -130,7 +132,7 @@ class TransformersEngine:
         self._banned = None if valid is None or valid.all() else ~valid.to(self._device)
         self._stops = np.zeros(vocabulary, bool)
         self._stops[list(sampling.stop_ids)] = True
-        shape = self._capacity, sampling.max_tokens
+        shape = self.concurrency, sampling.max_tokens
         self._uniform, self._ids, self._logprobs = (
             np.zeros(shape),
             np.zeros(shape, np.int64),
@@ -259,9 +261,9 @@ class TransformersEngine:
         self._filled = True
 
     def sleep(self) -> None:
-        """Free the key/value cache; the model stays on its device."""
+        """End the rollout and, if the engine sleeps, free the key/value cache; the model stays on its device."""
         self._filled = False
-        if self._device.type == "cuda":
+        if self._sleeps:
             self._reset()
             self._forward.free()
             torch.cuda.empty_cache()

@@ -78,14 +78,19 @@ def check_experts(config: PretrainedConfig, device: torch.device) -> None:
         )
 
 
-def cache_bytes(config: Config, model: Attention, dtype: torch.dtype) -> int:
-    """Return the bytes of one rank's key/value cache: `rollout.kv_cache_gib`, or if 0 what the rollout needs.
+def batch_tokens(device: torch.device, longest: int, concurrency: int) -> int:
+    """Return the most tokens of one of vLLM's forward passes."""
+    return max(4096 if device.type == "cpu" else 16384, longest, concurrency)
 
-    It needs `rollout.concurrency` sequences of the greatest length.
+
+def cache_bytes(config: Config, model: Attention, dtype: torch.dtype, sequences: int) -> int:
+    """Return the bytes of one rank's key/value cache: `rollout.kv_cache_gib`, or if 0 room for whole sequences.
+
+    sequences: how many of the greatest length it then holds.
     """
     settings = config.rollout
     return int(settings.kv_cache_gib * 2**30) or _cache_bytes(
-        model, dtype, settings.concurrency, settings.longest, settings.tensor_parallel
+        model, dtype, sequences, settings.longest, settings.tensor_parallel
     )
 
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: sizes from config.json alone, and formulas that agree with what models really hold."""
+"""Sizes from config.json alone, and formulas of memory that agree with what models really hold."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from atod_fast import plan
 from atod_fast.cli import parse
 from atod_fast.config.settings import load
-from atod_fast.errors import UserError
-from atod_fast.models import attention_shape, load_config, skeleton
-from atod_fast.rollout.engines.vllm import limits as vllm_limits
-from atod_fast.rollout.engines.vllm.limits import BLOCK, cache_bytes
+from atod_fast.models import load_config, skeleton
+from atod_fast.plan import memory, shapes, tokens
+from atod_fast.rollout.engines.vllm.limits import BLOCK
 from atod_fast.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -69,15 +67,15 @@ def tiny(tmp_path) -> list[str]:
     return overrides
 
 
-def shape_of(config) -> plan.Shape:
-    return plan.shape_of(skeleton(config))
+def shape_of(config) -> shapes.Shape:
+    return shapes.shape_of(skeleton(config))
 
 
 def held(config, phase: str, ranks: int = 1, device=CPU) -> dict[str, float]:
     shapes = [model.path and shape_of(load_config(model.path)) for model in (config.student, config.teacher)]
     return {
         item.name: item.size
-        for item in plan.memory(config, *shapes, Runtime.of(config, device, ranks=ranks))
+        for item in memory.memory(config, *shapes, Runtime.of(config, device, ranks=ranks))
         if phase in item.phases
     }
 
@@ -114,12 +112,12 @@ def test_activations_are_what_a_forward_pass_keeps(dtype, family):
     config, tokens = family(**SMALL), 64
     shape = shape_of(config)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
-    ratio = saved_bytes(model, tokens) / (tokens * plan.activations(shape, dtype.itemsize, False))
+    ratio = saved_bytes(model, tokens) / (tokens * shapes.activations(shape, dtype.itemsize, False))
     # Llama has no query and key norms: the formula is an upper bound for it.
     assert 0.97 < ratio < 1.03 if family is Qwen3Config else 0.6 < ratio < 1.0
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    kept = plan.activations(shape, dtype.itemsize, True) - plan.block_activations(shape, dtype.itemsize)
+    kept = shapes.activations(shape, dtype.itemsize, True) - shapes.block_activations(shape, dtype.itemsize)
     assert saved_bytes(model, tokens) / (tokens * kept) == pytest.approx(1, abs=0.03)
 
 
@@ -128,7 +126,7 @@ def test_cache_bytes_are_those_of_a_real_cache():
     model = AutoModelForCausalLM.from_config(config)
     cache = model(torch.zeros(1, tokens, dtype=torch.int64), use_cache=True).past_key_values
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert tokens * plan.cache_line(shape_of(config), 4) == real
+    assert tokens * shapes.cache_line(shape_of(config), 4) == real
 
 
 def test_training_state_is_sixteen_bytes_a_parameter_over_the_ranks(tiny):
@@ -171,25 +169,15 @@ def test_ranks_that_are_one_engine_share_its_memory(tiny):
     assert bounded["rollout engine, KV cache"] == 1.5 * GIB
 
 
-def test_heads_that_cannot_be_shared_and_a_vllm_that_is_not_here(tiny, monkeypatch):
-    with pytest.raises(UserError, match="rollout.tensor_parallel=8 cannot share the student's 4 heads"):
-        plan.describe(parse([*tiny, "rollout.engine=vllm", "rollout.tensor_parallel=8"]).config, 8)
-    config = parse([*tiny, "rollout.engine=vllm"]).config
-    monkeypatch.setattr(vllm_limits, "installed", lambda: "0.32.0")
-    assert "# total" in plan.describe(config, 2)
-    monkeypatch.setattr(vllm_limits, "installed", lambda: None)
-    with pytest.raises(UserError, match="rollout.engine=vllm: vLLM is not installed"):
-        plan.describe(config, 2)
-
-
 @pytest.mark.parametrize("together", [1, 2, 4])
 def test_a_vllm_cache_is_planned_as_it_is_asked_for(tiny, together):
     """In whole blocks and one to spare; key/value heads that cannot be split further are held by more than one rank."""
     config, model = parse([*tiny, "rollout.engine=vllm", f"rollout.tensor_parallel={together}"]).config, qwen3(**SMALL)
-    asked = cache_bytes(config, attention_shape(model), torch.float32)
-    line = plan.cache_line(shape_of(model), 4) / min(together, model.num_key_value_heads)
-    least = config.rollout.concurrency * config.rollout.longest * line
-    assert least < asked <= least + (config.rollout.concurrency + 1) * BLOCK * line
+    runtime = Runtime.of(config, CPU, ranks=together)
+    asked, at_once = runtime.room.cache_bytes, runtime.room.concurrency
+    line = shapes.cache_line(shape_of(model), 4) / min(together, model.num_key_value_heads)
+    least = at_once * config.rollout.longest * line
+    assert least < asked <= least + (at_once + 1) * BLOCK * line
 
 
 @pytest.mark.parametrize(
@@ -205,7 +193,7 @@ def test_teacher_hidden_states_are_kept_where_its_whole_distribution_is_needed(t
     name = "teacher, final hidden states"
     assert (name in held(config, "score"), name in held(config, "update")) == (scoring, updating)
     if scoring:
-        assert held(config, "score", 2)[name] == plan.step_bounds(config).action_tokens / 2 * 96 * 4
+        assert held(config, "score", 2)[name] == tokens.step_bounds(config).action_tokens / 2 * 96 * 4
 
 
 def test_half_precision_halves_what_is_computed_in_it(tiny):
@@ -232,7 +220,7 @@ def test_whole_rows_of_logits_are_kept_where_they_are_needed_twice(tiny):
 
 def test_tokens_of_a_step_are_bounds():
     window = load("alfworld-1.7b")
-    step = plan.step_bounds(window)
+    step = tokens.step_bounds(window)
     assert (step.trajectories, step.turns, step.rows) == (128, 6400, 6400)
     assert (step.tokens, step.action_tokens, step.updates) == (6400 * 2560, 6400 * 512, 25)
     full = load(
@@ -240,67 +228,5 @@ def test_tokens_of_a_step_are_bounds():
         None,
         ["rollout.context=full", "rollout.prompt_tokens=9000", "train.minibatch_rows=0", "train.epochs=2"],
     )
-    step = plan.step_bounds(full)
+    step = tokens.step_bounds(full)
     assert (step.rows, step.tokens, step.action_tokens, step.updates) == (128, 128 * 9000, 128 * 9000, 2)
-
-
-def test_the_output_is_a_configuration_with_the_plan_in_its_comments(tiny, tmp_path):
-    config = parse([*tiny, "train.seed=5"]).config
-    text = plan.describe(config, 2)
-    (tmp_path / "out.toml").write_text(text, encoding="utf-8")
-    assert load(file=tmp_path / "out.toml") == config
-    comments = [line for line in text.splitlines() if line.startswith("#")]
-    parameters = shape_of(load_config(config.teacher.path)).parameters
-    assert any(f"{parameters:,} parameters" in line for line in comments)
-    totals = next(line for line in comments if line.startswith("# total")).split()[2:]
-    assert len(totals) == len(plan.PHASES) and all(float(total) > 0 for total in totals)
-
-
-@pytest.mark.parametrize(
-    ("override", "line"),
-    [
-        ("student.attention=varlen", "student varlen and teacher varlen; rows are packed without padding"),
-        (
-            "student.attention=auto",
-            "student sdpa and teacher sdpa; rows are padded, as the student's does not pack them",
-        ),
-        ("objective.preset=grpo student.attention=varlen", "student varlen; rows are packed without padding"),
-    ],
-)
-def test_the_attention_is_named_and_whether_it_packs_rows(tiny, override, line):
-    assert f"\n# attention: {line}\n" in plan.describe(parse([*tiny, *override.split()]).config, 1)
-
-
-def test_no_column_for_a_teacher_that_does_not_play(tiny):
-    text = plan.describe(parse([*tiny, "eval.teacher=false"]).config, 1)
-    assert plan.PHASES[0] not in text and plan.PHASES[1] in text
-
-
-def test_a_hub_name_without_its_config_is_planned_without_parameters(tiny):
-    text = plan.describe(parse([tiny[0], "teacher.path=nobody-here/absent-model"]).config, 1)
-    assert "hf download nobody-here/absent-model config.json" in text
-    assert "# total" not in text and "# a step: " in text
-
-
-@pytest.mark.parametrize(
-    ("override", "reason"),
-    [
-        ("teacher.path=.", "'.' holds no config.json"),
-        ("teacher.path=some/other/folder", "neither a folder with a config.json nor a hub name"),
-        ("rollout.prompt_tokens=2000", "exceeds the 1024 positions"),
-        ("rollout.engine=vllm rollout.tensor_parallel=3", "rollout.tensor_parallel=3 does not divide 2 ranks"),
-        ("rollout.engine=vllm rollout.kv_cache_gib=1e-6", "rollout.kv_cache_gib=1e-06 holds no sequence of 384 tokens"),
-        ("rollout.engine=vllm eval.temperature=3", "eval.temperature=3: vLLM samples at 0.01 to 2"),
-    ],
-)
-def test_what_could_not_run_is_refused(tiny, override, reason):
-    with pytest.raises(UserError, match=reason) as error:
-        plan.describe(parse([*tiny, *override.split()]).config, 2)
-    assert "\n" not in str(error.value)
-
-
-def test_a_model_that_is_no_causal_language_model_is_refused(tiny, tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(UserError, match="decoder-only causal language model"):
-        plan.describe(parse([tiny[0], f"teacher.path={tmp_path / 'other'}"]).config, 1)

@@ -1,0 +1,73 @@
+"""What makes a run fit the memory of its GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from atod_fast.config.settings import load
+from atod_fast.models import skeleton
+from atod_fast.plan import fit
+from atod_fast.plan.memory import Item, memory
+from atod_fast.plan.shapes import shape_of
+from atod_fast.published import CONFIGS
+from atod_fast.runtime import Runtime
+
+GIB = 2**30
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    shapes = {name: shape_of(skeleton(AutoConfig.for_model(**facts))) for name, facts in CONFIGS.items()}
+    configs = {name: AutoConfig.for_model(**facts) for name, facts in CONFIGS.items()}
+
+    def planned(config) -> list[Item]:
+        models = {"student": configs[config.student.path], "teacher": configs[config.teacher.path]}
+        runtime = Runtime.of(config, CUDA, shapes=models, ranks=8)
+        return list(memory(config, shapes[config.student.path], shapes[config.teacher.path], runtime))
+
+    return planned
+
+
+def test_a_phase_holds_the_sum_of_its_items():
+    items = [Item("a", 3.0, ("rollout", "update")), Item("b", 4.0, ("update",))]
+    assert fit.totals(items) == {"rollout": 3.0, "update": 7.0} and fit.largest(items) == 7.0
+
+
+def test_one_key_is_enough_where_it_is(plan):
+    config = load("alfworld-4b", None, ["student.gradient_checkpointing=false", "rollout.concurrency=8"])
+    needed = fit.largest(plan(config))
+    found = fit.remedies(config, plan, 0.7 * needed)
+    assert found == {"student.gradient_checkpointing": True}
+    assert fit.largest(plan(fit.changed(config, found))) <= 0.7 * needed
+
+
+def test_several_keys_where_one_is_not_and_none_where_all_are_too_few(plan):
+    config = load("alfworld-4b", None, ["student.gradient_checkpointing=false"])
+    least = fit.largest(plan(fit.changed(config, dict(fit._lower(config)))))
+    found = fit.remedies(config, plan, 1.05 * least)
+    assert len(found) > 1 and fit.largest(plan(fit.changed(config, found))) <= 1.05 * least
+    assert fit.remedies(config, plan, 0.9 * least) == {}
+
+
+def test_the_longest_prompt_fits_and_one_token_more_does_not(plan):
+    config = load("alfworld-4b", None, ["rollout.concurrency=16"])
+    budget = 40 * GIB
+    longest = fit.longest_prompt(config, plan, budget, 40000)
+    assert 1000 < longest < 40000
+
+    def needs(tokens: int) -> float:
+        return fit.largest(plan(fit.changed(config, {"rollout.prompt_tokens": tokens})))
+
+    assert needs(longest) <= budget < needs(longest + 1)
+    assert fit.longest_prompt(config, plan, 1 * GIB, 40000) == 0
+    assert fit.longest_prompt(config, plan, budget, 512) == 0  # no room for a prompt beside the response
+
+
+def test_changed_leaves_the_rest_alone():
+    config = load("own", None, ["student.path=a", "teacher.path=b", "env.name=alfworld"])
+    other = fit.changed(config, {"student.head": "lean", "train.microbatch_tokens": 2048})
+    assert (other.student.head, other.train.microbatch_tokens) == ("lean", 2048)
+    assert other.student.path == "a" and config.student.head == "auto" and other.teacher == config.teacher
