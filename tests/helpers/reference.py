@@ -223,7 +223,7 @@ def look(
     if not o.tis_cap:
         importance = [torch.ones_like(a) for a in old]
     imitation = [kappa * w for w in weight] if taught is not None and o.divergence != "k1" else None
-    between = [math.exp(statistics.mean((a - b).tolist())) for a, b in zip(old, played, strict=True)]
+    between = [math.exp(float((a - b).mean())) for a, b in zip(old, played, strict=True)]
     bound = o.mismatch_mask or math.inf
     inside = [1 / bound <= mean <= bound for mean in between]
     return Step(old, [entropy(a) for a in student], taught, d, h, weight, rl, advantage, imitation, importance, inside)

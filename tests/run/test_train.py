@@ -102,9 +102,15 @@ def test_a_world_that_cannot_be_is_told_before_a_model_is_looked_for(settings, w
 
 def test_equal_splits_are_told(tmp_path, capsys):
     same = "{generate=20, seed=0}"
-    run(tmp_path / "same", f"env.train={same}", f"env.eval={same}", "train.steps=1")
+    run(tmp_path / "same", f"env.train={same}", f"env.eval={same}", "train.steps=1", "eval.teacher=false")
     assert "env.train and env.eval are the same" in capsys.readouterr().out
-    run(tmp_path / "dev", "env.dev={generate=2400, seed=1}", "checkpoint.keep_best=true", "train.steps=1")
+    run(
+        tmp_path / "dev",
+        "env.dev={generate=2400, seed=1}",
+        "checkpoint.keep_best=true",
+        "train.steps=1",
+        "eval.teacher=false",
+    )
     assert "warning: env.eval and env.dev are the same: held-out success will be that of" in capsys.readouterr().out
 
 
