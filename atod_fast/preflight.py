@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from atod_fast.config import Config
 from atod_fast.config.settings import check_env, check_model, check_ranks
 from atod_fast.errors import NotHere, UserError
+from atod_fast.machines import Machines
 from atod_fast.models import (
     VARLEN,
     check_quantised,
@@ -26,7 +27,6 @@ from atod_fast.models import (
     skeleton,
     stop_ids,
 )
-from atod_fast.machines import Machines
 from atod_fast.plan.room import room_beside
 from atod_fast.plan.shapes import shape_of
 from atod_fast.policy.model import CausalPolicy

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 
 from atod_fast.config import Config
 from atod_fast.errors import UserError
-from atod_fast.models import VARLEN, Compute, load_config, model_class
 from atod_fast.machines import Machines
+from atod_fast.models import VARLEN, Compute, load_config, model_class
 from atod_fast.policy import attention
 from atod_fast.rollout.engines import ENGINES
 from atod_fast.rollout.engines.protocol import Room

@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalL
 from atod_fast import run as runs
 from atod_fast import train
 from atod_fast.config.settings import load
+from atod_fast.machines import GPU, Machines, parse
 from atod_fast.models import resolve, skeleton
 from atod_fast.observe import metrics
-from atod_fast.machines import GPU, Machines, parse
 from atod_fast.plan.seconds import seconds
 from atod_fast.plan.shapes import Shape, shape_of
 from atod_fast.plan.tokens import Step

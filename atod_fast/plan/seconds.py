@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atod_fast.config import Config
-from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.machines import GPU, Machines
+from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.plan.shapes import RESHARD_PARAMETERS, Shape, block_activations, cache_line
 from atod_fast.plan.tokens import Step
 from atod_fast.runtime import Runtime

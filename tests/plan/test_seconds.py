@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from atod_fast.config.settings import load
 from atod_fast.envs.protocol import Usual
 from atod_fast.errors import UserError
-from atod_fast.models import skeleton
 from atod_fast.machines import GPUS, Machines, parse
+from atod_fast.models import skeleton
 from atod_fast.plan.seconds import seconds
 from atod_fast.plan.shapes import Shape, shape_of
 from atod_fast.plan.tokens import Step, step_bounds, usual_step

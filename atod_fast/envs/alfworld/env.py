@@ -14,7 +14,7 @@ from atod_fast.envs.alfworld.loader import SPLITS, find_games, playable, read_fi
 from atod_fast.envs.alfworld.prompt import AlfWorldPrompt
 from atod_fast.envs.alfworld.textworld import TextWorldEngine
 from atod_fast.envs.options import choice, goes_with, whole
-from atod_fast.envs.protocol import Info, copy_with, Usual
+from atod_fast.envs.protocol import Info, Usual, copy_with
 from atod_fast.errors import UserError
 
 CACHED_GAMES = 256  # parsed games in memory, 75 to 250 kB each

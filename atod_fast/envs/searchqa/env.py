@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_fast.envs.options import choice, goes_with, whole
-from atod_fast.envs.protocol import Info, copy_with, Usual
+from atod_fast.envs.protocol import Info, Usual, copy_with
 from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.client import HttpRetriever
 from atod_fast.envs.searchqa.generator import generate as generate_world

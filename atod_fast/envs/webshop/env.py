@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from atod_fast.envs.options import choice, goes_with, whole
-from atod_fast.envs.protocol import Info, copy_with, Usual
+from atod_fast.envs.protocol import Info, Usual, copy_with
 from atod_fast.envs.webshop.generator import SCALES
 from atod_fast.envs.webshop.goals import SPLITS, Goal
 from atod_fast.envs.webshop.nouns import TAGGERS, tagger
