@@ -157,4 +157,4 @@ def test_ranks_share_the_groups_of_a_round(ask):
     for count in (2, 3, 5):
         shares = [ask(function, rank=rank, ranks=count)[0] for rank in range(count)]
         assert sorted((e for share in shares for e in share), key=repr) == sorted(alone, key=repr)
-        assert sorted(map(len, shares), reverse=True) == ([4, 2] if count == 2 else [2, 2, 2, *[0] * (count - 3)])
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
