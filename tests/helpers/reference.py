@@ -43,7 +43,7 @@ def distributions(
         ids: list[int] = []
         spans: list[tuple[list[int], int, int]] = []  # (ids that the model reads, start and end of the action in them)
         for turn in trajectory.turns:
-            ids = (ids if trajectory.context == "full" else []) + turn.prompt + turn.action
+            ids = [*(ids if trajectory.context == "full" else []), *turn.prompt, *turn.action]
             spans.append((ids, len(ids) - len(turn.action), len(ids)))
         if trajectory.context == "full":
             spans = [(ids, first, last) for _, first, last in spans]

@@ -126,7 +126,9 @@ def test_without_a_learning_rate_nothing_moves(tmp_path, monkeypatch):
     def play(self, label, act):
         found = real(self, label, act)
         if label == "evaluating":
-            played.append([(turn.action, turn.logprobs) for trajectory in found for turn in trajectory.turns])
+            played.append(
+                [(list(turn.action), list(turn.logprobs)) for trajectory in found for turn in trajectory.turns]
+            )
         return found
 
     monkeypatch.setattr(Player, "play", play)

@@ -243,7 +243,9 @@ def evaluations(arguments: list[str]) -> list:
     def play(self, label, act):
         found = real(self, label, act)
         if label == "evaluating":
-            played.append([(turn.action, turn.logprobs) for trajectory in found for turn in trajectory.turns])
+            played.append(
+                [(list(turn.action), list(turn.logprobs)) for trajectory in found for turn in trajectory.turns]
+            )
         return found
 
     Player.play = play
