@@ -104,8 +104,9 @@ def used_models(config: Config) -> dict[str, str]:
 
 
 def bytes_of(device: torch.device) -> int | None:
-    """Return the memory of a GPU in bytes, None for a CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    """Return the memory of a GPU of this machine in bytes; None for a CPU."""
+    here = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).total_memory if here else None
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:

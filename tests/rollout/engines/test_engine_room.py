@@ -18,8 +18,9 @@ from atod_fast.config.settings import load
 from atod_fast.errors import UserError
 from atod_fast.models import load_model, skeleton
 from atod_fast.plan import memory
-from atod_fast.plan.room import room_alone, room_beside
+from atod_fast.plan.room import FILLED, room_alone, room_beside
 from atod_fast.plan.shapes import shape_of
+from atod_fast.policy import attention
 from atod_fast.rollout.engines import ENGINES
 from atod_fast.rollout.engines.protocol import Request, Room, Sampling
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine
@@ -72,7 +73,7 @@ def test_the_decision_is_that_of_the_plan(monkeypatch):
     sizes = [shape_of(skeleton(shape)) for shape in (STUDENT, TEACHER)]
     needed = max(memory.totals(memory.memory(config, *sizes, replace(runtime, room=awake))).values())
     for part, sleeps in ((0.999, True), (1.001, False)):
-        found = room(monkeypatch, given, gib=part * needed / room.FILLED / GIB)
+        found = room(monkeypatch, given, gib=part * needed / FILLED / GIB)
         assert found == replace(awake, sleeps=sleeps)
 
 
@@ -107,7 +108,7 @@ def test_an_evaluation_s_engine_has_the_gpu_to_itself(monkeypatch):
     alone = room_alone(config, model, runtime)
     assert not alone.sleeps
     held = memory.totals(memory.engine_memory(config, model, replace(runtime, room=alone), ("rollout",)))
-    assert held["rollout"] == pytest.approx(room.FILLED * 40 * GIB, rel=1e-6)
+    assert held["rollout"] == pytest.approx(FILLED * 40 * GIB, rel=1e-6)
 
 
 def test_sleep_needs_a_gpu():
@@ -141,6 +142,7 @@ def test_a_dry_run_says_what_the_engine_does(monkeypatch, tmp_path):
     config = load("alfworld-1.7b", None, [*own, "env.name=alfworld", "env.train={generate=9}", "env.eval={generate=9}"])
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": 9})})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "missing", lambda device: None)
     for gib, words in ((79.2, "the engine keeps its memory (within 85%"), (20, "the engine sleeps between rollouts")):
         monkeypatch.setattr(runtimes, "bytes_of", lambda device, gib=gib: int(gib * GIB))
         text = dry_run.describe(config, 8)
@@ -177,6 +179,7 @@ def test_a_run_begins_with_the_warning(tmp_path, monkeypatch, capfd):
 def test_the_warning_stands_in_a_dry_run(monkeypatch):
     monkeypatch.setattr(limits, "installed", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "missing", lambda device: None)
     monkeypatch.setattr(runtimes, "bytes_of", lambda device: 80 * GIB)
     assert "# ROLLOUTS WILL BE SLOW" in dry_run.describe(load(), 2)
     assert "SLOW" not in dry_run.describe(load(), 1)
