@@ -56,7 +56,7 @@ def describe(config: Config, ranks: int, node: int | None = None) -> str:
         "",
         "not checked:",
         *(f"  {line}" for line in found.unchecked),
-        "  the weights themselves: a dry run reads none",
+        "  the weights' values: a dry run reads none",
     ]
     if "student" in shapes and (warning := demo_values_warning(config, shapes["student"].parameters)):
         lines = [warning, *lines]

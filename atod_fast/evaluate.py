@@ -29,11 +29,12 @@ from atod_fast.config import Config
 from atod_fast.config.settings import check_engines, check_env, check_model
 from atod_fast.errors import UserError
 from atod_fast.interrupt import Interrupt
-from atod_fast.models import load_config, load_tokenizer, skeleton
+from atod_fast.models import check_quantised, load_config, load_tokenizer, skeleton
 from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
 from atod_fast.plan.room import room_alone
 from atod_fast.plan.shapes import shape_of
+from atod_fast.preflight import check_alike, model_files
 from atod_fast.records import Trajectory, outcomes, success_by_type
 from atod_fast.rollout.actor import dated
 from atod_fast.rollout.engines import make_engine
@@ -55,6 +56,9 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
         check_env(config)
         shape, tokenizer = load_config(model), load_tokenizer(model)
         check_model(config, model, shape.to_dict())
+        check_quantised(model, shape)
+        facts = model_files(model, skeleton(shape, model))
+    check_alike({f"model path {model!r}": facts})
     config = dated(config)
     runtime = Runtime.of(config, device, shapes={"student": shape}, ranks=ranks.world_size())
     runtime = replace(runtime, room=room_alone(config, shape_of(skeleton(shape, model)), runtime))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from atod_fast.errors import NotHere, UserError
+from atod_fast.weights import Weights, inspect, keep_dtypes, make_buffers, read, weight_files
 
 logger = getLogger(__name__)
 logging.disable_progress_bar()  # the run has a progress bar of its own
@@ -118,10 +118,11 @@ def reaches(config) -> list[Reach]:
     return [Reach(kind, sizes.get(kind)) for kind in kinds]
 
 
-def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
-    """Return `loader.from_pretrained` of a model path. Raises UserError, in one line, if it cannot be loaded."""
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Raise UserError, in one line, for what the block raises because a model path cannot be loaded."""
     try:
-        return loader.from_pretrained(resolve(path), **options)
+        yield
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -129,21 +130,47 @@ def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
         ) from None
 
 
+def _from_pretrained(loader, path: str, **options):
+    """Return `loader.from_pretrained` of a model path. Raises UserError, in one line, if it cannot be loaded."""
+    with _readable(path):
+        return loader.from_pretrained(resolve(path), **options)
+
+
 def load_tokenizer(path: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
     """Load the checkpoint's tokenizer. Raises UserError if it cannot be loaded."""
     return _from_pretrained(AutoTokenizer, path, local_files_only=offline)
 
 
-def load_model(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """Load the checkpoint's CausalLM on the CPU, with every weight in `dtype` and without dropout.
+def load_model(
+    path: str, dtype: torch.dtype, attention: str = "sdpa", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load the checkpoint's CausalLM onto `device`, with every weight in `dtype` and without dropout.
 
     Raises:
-        UserError: the model cannot be loaded, is quantised, or its checkpoint lacks a weight.
+        UserError: as `bare_model` and `open_weights`.
+    """
+    model = bare_model(path, dtype, attention)
+    weights = open_weights(path, model)
+    make_buffers(model, device)
+    with _readable(path):
+        read(model, model, weights, device)
+    return model
+
+
+def bare_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Make the checkpoint's CausalLM on the meta device, in evaluation mode and without dropout.
+
+    Parameters have the dtypes that they have in a model computed in `dtype`.
+
+    Raises:
+        UserError: it is no CausalLM, its weights are quantised, or this machine lacks the attention.
     """
     config = load_config(path)
     check_quantised(path, config)
     _without_dropout(config)
-    return _load_whole(path, config=config, dtype=dtype, attn_implementation=attention)
+    model = skeleton(config, path, attention, dtype).eval().requires_grad_(True)
+    keep_dtypes(model, dtype)
+    return model
 
 
 def _without_dropout(config: PretrainedConfig) -> None:
@@ -156,28 +183,51 @@ def _without_dropout(config: PretrainedConfig) -> None:
 
 
 def check_weights(path: str) -> None:
-    """Raise UserError if the checkpoint lacks a weight.
+    """Raise UserError if the checkpoint does not fit its configuration, as `open_weights`.
 
     For an engine that loads weights itself and might not report it.
     """
-    by_name = importlib.util.find_spec("accelerate") is not None  # with it only names and shapes are read
-    _load_whole(path, config=load_config(path), device_map="meta" if by_name else None)
+    open_weights(path, skeleton(load_config(path), path))
 
 
-def _load_whole(path: str, config: PretrainedConfig, **options) -> PreTrainedModel:
-    """Load the checkpoint's CausalLM. Raises UserError if a weight is missing; logs weights that have no place."""
-    with _transformers_errors_only():  # it prints its own report of what is reported here
-        model, found = _from_pretrained(AutoModelForCausalLM, path, config=config, output_loading_info=True, **options)
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    if missing:
-        holds = f", and holds {_some(unexpected)}, which the model has no place for" if unexpected else ""
+def open_weights(path: str, model: PreTrainedModel, *, offline: bool = False) -> Weights:
+    """Return the checkpoint's weights, of which names and shapes have been read, and log those without a place.
+
+    model: the CausalLM of its configuration, on the meta device. offline: fetch nothing.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model lacks a weight or has one of another shape.
+    """
+    folder = resolve(path)
+    with _readable(path):
+        weights = Weights(weight_files(folder, getattr(model.config, "transformers_weights", None), offline=offline))
+    found = inspect(model, weights)
+    kind = model.config.model_type
+    if found.missing:
+        holds = f", and holds {_some(found.unexpected)}, which the model has no place for" if found.unexpected else ""
         raise UserError(
-            f"model path {path!r} lacks {_some(missing)}{holds}; "
-            f"give a folder whose weights have the names of transformers' {config.model_type}"
+            f"model path {path!r} lacks {_some(found.missing)}{holds}; "
+            f"give a folder whose weights have the names of transformers' {kind}"
         )
-    if unexpected:
-        logger.warning("model path %r holds %s, which the model has no place for: left out", path, _some(unexpected))
-    return model
+    for name, (held, expected) in found.misshapen.items():
+        raise UserError(
+            f"model path {path!r} holds {name} of shape {list(held)}, and its config.json says {list(expected)}; "
+            "give the configuration and the weights of one model"
+        )
+    for name, reason in found.failed.items():
+        raise UserError(
+            f"model path {path!r}: no {name} can be made of the weights it holds ({reason}); "
+            f"give a folder whose weights have the names and shapes of transformers' {kind}"
+        )
+    for name, other in found.untied:
+        raise UserError(
+            f"model path {path!r} holds two different weights {name} and {other}, and its config.json says that they "
+            "are one; set tie_word_embeddings to false there"
+        )
+    if found.unexpected:
+        unplaced = _some(found.unexpected)
+        logger.warning("model path %r holds %s, which the model has no place for: left out", path, unplaced)
+    return weights
 
 
 def check_quantised(path: str, config) -> None:
@@ -208,16 +258,6 @@ def _some(names: Sequence[str]) -> str:
         if len(names) == 1
         else f"{len(names)} weights ({shown}{', ...' if len(names) > 3 else ''})"
     )
-
-
-@contextmanager
-def _transformers_errors_only() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -265,8 +305,10 @@ def stop_ids(path: str, *, offline: bool = False) -> list[int]:
     return ids
 
 
-def skeleton(config, path: str = "", attention: str = "eager") -> PreTrainedModel:
+def skeleton(config, path: str = "", attention: str = "eager", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Make the CausalLM of a transformers configuration on the meta device: names and shapes, no memory.
+
+    dtype: of its parameters; None: the configuration's.
 
     Raises:
         UserError: it is not a CausalLM, or this machine lacks the attention. The message names `path`.
@@ -275,9 +317,10 @@ def skeleton(config, path: str = "", attention: str = "eager") -> PreTrainedMode
         raise UserError(
             f"model path {path!r} holds a {config.model_type!r} model; use a decoder-only causal language model"
         )
+    options = {"attn_implementation": attention} | ({"dtype": dtype} if dtype else {})
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            return AutoModelForCausalLM.from_config(config, **options)
     except (ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(

@@ -1,12 +1,14 @@
-"""Check everything that can refuse a run, before any weight is loaded: for the run itself and for `--dry-run`.
+"""Check everything that can refuse a run, before any weight's values are read: for the run and for `--dry-run`.
 
 A run stops at the first error. A dry run fetches nothing and lists what is not on this machine as not checked.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +26,7 @@ from atod_fast.models import (
     is_here,
     load_config,
     load_tokenizer,
+    open_weights,
     skeleton,
     stop_ids,
 )
@@ -31,18 +34,14 @@ from atod_fast.plan.room import room_beside
 from atod_fast.plan.shapes import shape_of
 from atod_fast.policy.model import CausalPolicy
 from atod_fast.published import CONFIGS
+from atod_fast.ranks import everyones
 from atod_fast.renderers import make_renderer
 from atod_fast.rollout.actor import open_split
 from atod_fast.rollout.engines import ENGINES
 from atod_fast.runtime import Runtime, used_models
+from atod_fast.weights import WEIGHT_FILES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class Found:
     runtime: Runtime
     models: dict[str, Model] = field(default_factory=dict)  # by role; in a dry run those whose shape is known
     unchecked: list[str] = field(default_factory=list)  # what a dry run could not look at, and why
+    files: dict[str, dict[str, str]] = field(default_factory=dict)  # `model_files` by key and path
 
 
 def look(
@@ -128,7 +128,34 @@ def look(
                 f"too few for token {last} of student.path={student.path!r}; "
                 "use a teacher of the student's family"
             )
+    for role, model in found.models.items():  # last: this may fetch them
+        if not offline or is_here(model.path, *WEIGHT_FILES):
+            with _noting(unchecked, f"{role}.path") if offline else nullcontext():
+                found.files[f"{role}.path={model.path!r}"] = model_files(model.path, model.body, offline=offline)
     return found
+
+
+def model_files(path: str, body: PreTrainedModel, *, offline: bool = False) -> dict[str, str]:
+    """Return facts that tell two copies of a model's files apart. Raises UserError unless the weights fit `body`."""
+    weights = open_weights(path, body, offline=offline)
+    facts = {name: value for name, value in body.config.to_dict().items() if name != "_name_or_path"}
+    config = json.dumps(facts, sort_keys=True, default=str)
+    return {"config.json": hashlib.sha256(config.encode()).hexdigest()[:8]} | weights.facts()
+
+
+def check_alike(files: dict[str, dict[str, str]]) -> None:
+    """Raise UserError, on every rank, unless all ranks found the same `files`, as in `Found`. Collective."""
+    first, *others = map(json.loads, everyones(json.dumps(files)))
+    for number, other in enumerate(others, 1):
+        for model, facts in first.items():
+            told = other.get(model, {})
+            for name in sorted(facts.keys() | told.keys()):
+                here, there = facts.get(name, "not there"), told.get(name, "not there")
+                if here != there:
+                    raise UserError(
+                        f"{model} is not the same on all ranks: {name}: {here} on rank 0, {there} on rank {number}; "
+                        "give every machine the same files"
+                    )
 
 
 def look_at_tasks(config: Config, found: Found) -> None:

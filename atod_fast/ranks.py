@@ -300,6 +300,11 @@ def by_first(make: Callable[[], Any]) -> Any:
     return json.loads(from_first(text))
 
 
+def everyones(text: str) -> list[str]:
+    """Return the ranks' texts, in order of rank."""
+    return [data.decode() for data in _all_gather_bytes(text.encode())]
+
+
 def tell(text: str | None, group: dist.ProcessGroup) -> str:
     """Return, on every rank of `group`, the text of its first rank; the others pass None."""
     size = torch.tensor([len(text.encode()) if text is not None else 0])

@@ -100,6 +100,7 @@ class Run:
         mesh = ranks.mesh(device, config.train.shard)
         with ranks.together():  # before anything is loaded or opened
             found = preflight.look(config, ranks.world_size(), device, node=ranks.node_size(), mesh=mesh)
+        preflight.check_alike(found.files)
         self.runtime = runtime = found.runtime
         apart = rundir.apart(self.run_dir)
         self.apart = ranks.rank() in apart  # the run folder of this rank's node is another than rank 0's

@@ -33,7 +33,8 @@ from atod_fast.plan.shapes import shape_of
 from atod_fast.policy import attention
 from atod_fast.policy.export import export
 from atod_fast.policy.layout import Logits
-from atod_fast.policy.model import CausalPolicy, Comparison, HeadJob, TeacherHead, build_student
+from atod_fast.policy.loading import load_student
+from atod_fast.policy.model import CausalPolicy, Comparison, HeadJob, TeacherHead
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
 from atod_fast.policy.sharding import shard
@@ -404,8 +405,8 @@ def learn(path: str, load: Callable[[], PreTrainedModel]) -> None:
             continue
         close(f"gradient of {name}", parameter.grad.full_tensor(), expected, 2e-3)
     compute = Compute(path, torch.bfloat16, attention_of("auto", CPU, torch.bfloat16, student.config))
-    half = build_student(compute, liger=False, checkpointing=student.supports_gradient_checkpointing)
-    half = shard(half.train(), mesh, torch.bfloat16)
+    checkpointing = student.supports_gradient_checkpointing
+    half = load_student(compute, mesh, liger=False, checkpointing=checkpointing).train()
     (half(batch, HeadJob(batch.target, 0.7)).logp * weight).sum().backward()
     taught = [
         (p.grad.full_tensor(), gradients[name])

@@ -19,6 +19,7 @@ from atod_fast.errors import UserError
 SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+COLUMNS = 64  # of the head, when logits are compared
 
 
 Head = TypeVar("Head", bound=nn.Module)
@@ -115,7 +116,8 @@ class Logits(NamedTuple):
 def find_logits(model: PreTrainedModel, layout: ModelLayout) -> Logits:
     """Return the scale (1, or as one of `SCALES` says) and softcap with which the head gives the model's own logits.
 
-    They are found by comparison on random hidden states; on the meta device, without values, they are 1 and None.
+    They are found by comparison on random hidden states and a few random columns, so that the model may be on the meta
+    device.
 
     Raises:
         UserError: no scale and softcap give the model's logits.
@@ -124,26 +126,31 @@ def find_logits(model: PreTrainedModel, layout: ModelLayout) -> Logits:
     head, backbone = parts.head, parts.backbone
     softcap = next((value for key in SOFTCAPS if (value := getattr(config, key, None)) is not None), None)
     told = [value for key in SCALES if isinstance(value := getattr(config, key, None), int | float) and value > 0]
-    generator = torch.Generator().manual_seed(0)
+    generator, dtype = torch.Generator().manual_seed(0), head.weight.dtype
     hidden = torch.randn(1, 3, head.in_features, generator=generator) * torch.tensor([1.0, 10.0, 100.0])[:, None]
-    hidden = hidden.to(head.weight)
+    hidden = hidden.to(dtype)
+    columns = {"weight": torch.randn(COLUMNS, head.in_features, generator=generator) / head.in_features**0.5}
+    if head.bias is not None:
+        columns["bias"] = torch.randn(COLUMNS, generator=generator)
+    columns = {name: nn.Parameter(value.to(dtype)) for name, value in columns.items()}
+    raw = nn.functional.linear(hidden, columns["weight"], columns.get("bias"))[0].float()
+    given = dict(head._parameters)
+    head._parameters.update(columns)
     backbone.forward = lambda *args, **kwargs: _Hidden(hidden)  # an instance's attribute precedes its class's method
     try:
-        logits = model.forward(input_ids=torch.zeros(1, 3, dtype=torch.int64, device=hidden.device)).logits[0].float()
+        logits = model.forward(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits[0].float()
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
         logits = hidden.new_empty(0)  # it needs more than the last hidden states
     finally:
         del backbone.forward
-    raw = head(hidden)[0].float()
-    if raw.is_meta:
-        return Logits()
+        head._parameters.update(given)
     near: list[tuple[float, float]] = []  # (mean error, scale): in 16 bits several may be near
     for scale in (1.0, *told, *(1 / value for value in told)):
         expected = raw * scale
         if softcap is not None:
             expected = softcap * torch.tanh(expected / softcap)
-        bound = TOLERANCE.get(head.weight.dtype, 1e-4) * expected.abs().amax(-1, keepdim=True)
-        if logits.shape == raw.shape and bool(((logits - expected).abs() <= bound).all()):
+        bound = TOLERANCE.get(dtype, 1e-4) * expected.abs().amax(-1, keepdim=True)
+        if logits.shape == raw.shape and not logits.is_meta and bool(((logits - expected).abs() <= bound).all()):
             near.append(((logits - expected).abs().mean().item(), float(scale)))
     if near:
         return Logits(min(near, key=lambda found: found[0])[1], softcap)

@@ -33,9 +33,10 @@ from atod_fast.objective import (
     response_means,
     token_signals,
 )
-from atod_fast.policy.model import Comparison, HeadJob, Loss, build_student
+from atod_fast.policy.loading import load_student
+from atod_fast.policy.model import Comparison, HeadJob, Loss
 from atod_fast.policy.packing import collate, partition
-from atod_fast.policy.sharding import reduce_between_copies, reshard, shard
+from atod_fast.policy.sharding import reduce_between_copies, reshard
 from atod_fast.policy.teacher import Teacher
 from atod_fast.policy.teacher.local import LocalTeacher
 
@@ -77,8 +78,8 @@ class Learner:
         self.config, self.device = config, runtime.device
         compute, how, mesh = runtime.student, config.student, runtime.mesh
         assert mesh is not None, "a dry run has no learner"
-        student = build_student(compute, liger=runtime.liger, checkpointing=how.gradient_checkpointing)
-        self.student = shard(student.to(runtime.device), mesh, compute.dtype)
+        checkpointing = how.gradient_checkpointing
+        self.student = load_student(compute, mesh, liger=runtime.liger, checkpointing=checkpointing)
         assert all(p.dtype == torch.float32 for p in self.student.parameters()), "AdamW needs fp32 masters"
         self.teacher: Teacher | None = None
         if runtime.teacher is not None:

@@ -9,15 +9,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from atod_kernels import TokenDivergence, TokenLogprob, linear_divergence, linear_logprob, linear_token_loss
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atod_fast.batches import Batch
-from atod_fast.models import VARLEN, Compute, load_model, reaches, recurrent, round_buffers
+from atod_fast.models import VARLEN, reaches, recurrent
 from atod_fast.policy.attention import row_options, told_of_rows
-from atod_fast.policy.layout import Logits, find_layout, find_logits, refuse
+from atod_fast.policy.layout import Logits, find_layout, find_logits
 
 
 class TeacherHead(NamedTuple):
@@ -145,34 +144,3 @@ class CausalPolicy(nn.Module):
         # Some families keep their residual stream, and so these hidden states, in fp32.
         hidden = hidden.flatten(0, 1).index_select(0, batch.index).to(self.compute_dtype)
         return hidden if job is None else self.parts.head(hidden, job)
-
-
-def apply_liger(model: PreTrainedModel) -> None:
-    """Replace transformers' RMSNorm, RoPE and SwiGLU by liger-kernel's; its loss heads are not used."""
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-    heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    _apply_liger_kernel_to_instance(model=model, rope=True, rms_norm=True, swiglu=True, **heads)
-
-
-def build_student(compute: Compute, *, liger: bool, checkpointing: bool) -> CausalPolicy:
-    """Load the student on the CPU with fp32 masters, whatever the checkpoint's dtype.
-
-    At a learning rate of 1e-6 AdamW leaves bf16 weights unchanged. checkpointing: recompute each block's activations in
-    the backward pass (UserError if the model cannot).
-    """
-    model = load_model(compute.path, torch.float32, compute.attention)
-    round_buffers(model, compute.dtype)
-    if liger:
-        apply_liger(model)
-    if checkpointing:
-        if not model.supports_gradient_checkpointing:
-            refuse(model.config, "has no gradient checkpointing (set student.gradient_checkpointing=false)")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return CausalPolicy(model)
-
-
-def build_teacher(compute: Compute) -> CausalPolicy:
-    """Load the frozen teacher on the CPU, in its compute precision."""
-    model = load_model(compute.path, compute.dtype, compute.attention)
-    return CausalPolicy(model.eval().requires_grad_(False))

@@ -11,15 +11,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from atod_fast.batches import Batch
 from atod_fast.models import Compute
-from atod_fast.policy.model import CausalPolicy, HeadJob, TeacherHead, build_teacher
-from atod_fast.policy.sharding import reshard, shard, sharded
+from atod_fast.policy.loading import load_teacher
+from atod_fast.policy.model import CausalPolicy, HeadJob, TeacherHead
+from atod_fast.policy.sharding import reshard, sharded
 
 
 class LocalTeacher:
     """A `Teacher` sharded over the ranks with FSDP2; `offload` keeps it in CPU memory between uses."""
 
     def __init__(self, compute: Compute, mesh: DeviceMesh, *, offload: bool):
-        self.policy: CausalPolicy = shard(build_teacher(compute), mesh, compute.dtype, offload=offload)
+        self.policy: CausalPolicy = load_teacher(compute, mesh, offload=offload)
         self.columns, self.packs = self.policy.parts.head.weight.shape[0], self.policy.packs
 
     @torch.no_grad()

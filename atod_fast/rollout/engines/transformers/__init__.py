@@ -47,7 +47,7 @@ class TransformersKind:
         filled: bool,
         say: Callable[[str], None],
     ) -> TransformersEngine:
-        model = load_model(compute.path, compute.dtype, compute.cached_attention)
+        model = load_model(compute.path, compute.dtype, compute.cached_attention, device)
         if config.rollout.head_dtype == "fp32":
             compute_logits_in_fp32(model)
         longest = config.rollout.longest
