@@ -30,6 +30,9 @@ from atod_fast.models import (
     skeleton,
     stop_ids,
 )
+from atod_fast.plan import fit
+from atod_fast.plan.fit import Plan
+from atod_fast.plan.memory import memory
 from atod_fast.plan.room import room_beside
 from atod_fast.plan.shapes import shape_of
 from atod_fast.policy.model import CausalPolicy
@@ -70,6 +73,7 @@ class Found:
     runtime: Runtime
     models: dict[str, Model] = field(default_factory=dict)  # by role; in a dry run those whose shape is known
     unchecked: list[str] = field(default_factory=list)  # what a dry run could not look at, and why
+    plan: Plan | None = None  # memory of a rank under other settings of the same models; None: a model is unknown
     files: dict[str, dict[str, str]] = field(default_factory=dict)  # `model_files` by key and path
 
 
@@ -112,8 +116,16 @@ def look(
     student, teacher = found.models.get("student"), found.models.get("teacher")
     if all(role in found.models for role in used_models(config)):
         sizes = {role: shape_of(model.body) for role, model in found.models.items()}
-        room = room_beside(config, sizes["student"], sizes.get("teacher"), runtime)
-        found.runtime = runtime = replace(runtime, room=room)
+        models = sizes["student"], sizes.get("teacher")
+
+        def roomy(config: Config) -> Runtime:
+            made = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks, shards=shards, elsewhere=elsewhere)
+            return replace(made, room=room_beside(config, *models, made))
+
+        found.runtime = runtime = roomy(config)
+        found.plan = lambda config: list(memory(config, *models, roomy(config)))
+        if runtime.memory:
+            fit.check(config, found.plan, runtime.memory)
     kind = ENGINES[runtime.engine]
     kind.check(config, student and student.config, runtime.student_dtype, device)
     if elsewhere is None:

@@ -120,7 +120,7 @@ def start(options: cli.Options, interrupt: Interrupt) -> None:
         train_run(options, interrupt)
     elif ranks.rank() == 0:
         config = rundir.resumed_config(options, rundir.choose(options).resume)
-        print(dry_run.describe(config, ranks.world_size(), ranks.node_size()))
+        print(dry_run.describe(config, ranks.world_size(), ranks.node_size(), options.on))
 
 
 @record

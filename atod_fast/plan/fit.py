@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from atod_fast.config import Config
-from atod_fast.plan.memory import Item
+from atod_fast.config.settings import show
+from atod_fast.errors import UserError
+from atod_fast.plan.memory import Item, totals
+from atod_fast.plan.room import FILLED
 
 Plan = Callable[[Config], list[Item]]  # the memory of a rank under these settings
 
@@ -28,18 +31,25 @@ def changed(config: Config, keys: Mapping[str, object]) -> Config:
     return config.model_copy(update={s: getattr(config, s).model_copy(update=u) for s, u in sections.items()})
 
 
-def totals(items: list[Item]) -> dict[str, float]:
-    """Return the bytes of each phase."""
-    found: dict[str, float] = {}
-    for item in items:
-        for phase in item.phases:
-            found[phase] = found.get(phase, 0.0) + item.size
-    return found
-
-
 def largest(items: list[Item]) -> float:
     """Return the bytes of the phase that needs most."""
     return max(totals(items).values())
+
+
+def check(config: Config, plan: Plan, memory: int) -> None:
+    """Raise UserError, with the keys that make it fit, if a rank needs more than the `memory` bytes of its GPU."""
+    items = plan(config)
+    phase, needed = max(totals(items).items(), key=lambda each: each[1])
+    if needed <= memory:
+        return
+    most = max((item for item in items if phase in item.phases), key=lambda item: item.size)
+    found = remedies(config, plan, FILLED * memory)
+    keys = " ".join(f"{key}={show(value)}" for key, value in found.items())
+    remedy = f"set {keys}" if keys else "use more GPUs, larger ones, or smaller models"
+    raise UserError(
+        f"a rank needs {needed / 2**30:.1f} GiB ({phase}; the largest part is {most.name}, {most.size / 2**30:.1f}), "
+        f"and its GPU has {memory / 2**30:.1f}; {remedy}"
+    )
 
 
 def remedies(config: Config, plan: Plan, memory: float) -> dict[str, object]:
