@@ -33,7 +33,7 @@ from atod_fast.models import check_quantised, load_config, load_tokenizer, skele
 from atod_fast.observe import transcripts
 from atod_fast.observe.console import Console
 from atod_fast.plan.room import room_alone
-from atod_fast.plan.shapes import shape_of
+from atod_fast.plan.shapes import whole_shape_of
 from atod_fast.preflight import check_alike, model_files
 from atod_fast.records import Trajectory, outcomes, success_by_type
 from atod_fast.rollout.actor import dated
@@ -61,7 +61,7 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
     check_alike({f"model path {model!r}": facts})
     config = dated(config)
     runtime = Runtime.of(config, device, shapes={"student": shape}, ranks=ranks.world_size())
-    runtime = replace(runtime, room=room_alone(config, shape_of(skeleton(shape, model)), runtime))
+    runtime = replace(runtime, room=room_alone(config, whole_shape_of(skeleton(shape, model)), runtime))
     actor = open_actor(config, runtime, model, tokenizer, shape.get_text_config().vocab_size, ["eval"])
     parts = runtime.engine, replace(runtime.student, path=model), device, runtime.room
     engine = make_engine(config, *parts, say=console.say)

@@ -30,8 +30,17 @@ class Shape:
 
 def shape_of(model: PreTrainedModel) -> Shape:
     """Return the sizes of a model, which may be on the meta device. Raises UserError if its layout is unknown."""
+    blocks = find_layout(model).parts(model).blocks
+    return _shape(model, [sum(p.numel() for p in block.parameters()) for block in blocks])
+
+
+def whole_shape_of(model: PreTrainedModel) -> Shape:
+    """Return the sizes of a model that is not trained and may have any layout: all parameters count as its root."""
+    return _shape(model, [0])
+
+
+def _shape(model: PreTrainedModel, blocks: list[int]) -> Shape:
     config = model.config
-    blocks = [sum(p.numel() for p in block.parameters()) for block in find_layout(model).parts(model).blocks]
     text = config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())
     return Shape(

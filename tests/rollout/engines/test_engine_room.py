@@ -19,7 +19,7 @@ from atod_fast.errors import UserError
 from atod_fast.models import load_model, skeleton
 from atod_fast.plan import memory
 from atod_fast.plan.room import FILLED, room_alone, room_beside
-from atod_fast.plan.shapes import shape_of
+from atod_fast.plan.shapes import shape_of, whole_shape_of
 from atod_fast.policy import attention
 from atod_fast.rollout.engines import ENGINES
 from atod_fast.rollout.engines.protocol import Request, Room, Sampling
@@ -105,7 +105,7 @@ def test_an_evaluation_s_engine_has_the_gpu_to_itself(monkeypatch):
     monkeypatch.setattr(runtimes, "bytes_of", lambda device: 40 * GIB)
     config, model = load("searchqa-1.7b"), shape_of(skeleton(STUDENT))
     runtime = Runtime.of(config, CUDA, shapes={"student": STUDENT}, ranks=8)
-    alone = room_alone(config, model, runtime)
+    alone = room_alone(config, whole_shape_of(skeleton(STUDENT)), runtime)
     assert not alone.sleeps
     held = memory.totals(memory.engine_memory(config, model, replace(runtime, room=alone), ("rollout",)))
     assert held["rollout"] == pytest.approx(FILLED * 40 * GIB, rel=1e-6)
