@@ -18,7 +18,7 @@ class GPU:
     """What one GPU reaches in training, per second; links one way."""
 
     title: str
-    memory: float  # bytes
+    memory: int  # bytes
     products: float  # FLOP of dense matrix products in 16 bits
     bandwidth: float  # bytes of its memory
     link: float  # bytes to the other GPUs of its node
@@ -28,7 +28,7 @@ class GPU:
 
 def _gpu(title: str, gib: float, products: float, bandwidth: float, link: float, network: float = 50e9) -> GPU:
     # 28 layers of an eager decode step took 44 ms on an H100 (gpu_step.json): the host's time, whatever the GPU.
-    return GPU(title, gib * 2**30, PRODUCTS * products, BANDWIDTH * bandwidth, LINK * link, LINK * network, 1.5e-3)
+    return GPU(title, int(gib * 2**30), PRODUCTS * products, BANDWIDTH * bandwidth, LINK * link, LINK * network, 1.5e-3)
 
 
 # Peaks: NVIDIA's data sheets (SXM; dense bf16); memory as the driver reports it; network: an adapter of 400 Gbit/s a

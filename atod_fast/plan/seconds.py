@@ -7,6 +7,7 @@ FSDP2 gathers meanwhile if that takes longer. docs/eight-gpus.md compares the pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from atod_fast.config import Config
 from atod_fast.machines import GPU, Machines
@@ -70,7 +71,7 @@ def seconds(
     gpu, ranks = machines.gpu, machines.ranks
     tokens, actions = step.tokens / ranks, step.action_tokens / ranks
     context = step.tokens / max(1, step.rows)
-    passes = max(step.updates, -(-tokens // config.train.microbatch_tokens))
+    passes = max(step.updates, ceil(tokens / config.train.microbatch_tokens))
     own = _Work(student, runtime.student_dtype.itemsize, gpu, context, runtime.shards, LIGER if runtime.liger else 1.0)
     found = {"rollout": _rollout(config, own, runtime, step, ranks)}
     exact_loss = teacher is not None and config.objective.divergence in FULL_VOCABULARY

@@ -40,6 +40,5 @@ def usual_step(config: Config, usual: Usual) -> Step | None:
     response = min(usual.response_tokens, rollout.response_tokens)
     prompt = min(usual.prompt_tokens, rollout.prompt_tokens)
     updates = -(-turns // config.train.minibatch_rows) if config.train.minibatch_rows else 1
-    return Step(
-        most.trajectories, turns, turns, turns * (prompt + response), turns * response, updates * config.train.epochs
-    )
+    tokens, actions = round(turns * (prompt + response)), round(turns * response)
+    return Step(most.trajectories, turns, turns, tokens, actions, updates * config.train.epochs)
