@@ -328,7 +328,9 @@ def read(model: PreTrainedModel, into: nn.Module, weights: Weights, device: torc
                 at_once |= parts
             else:  # transformers would stack no experts
                 values[target] = _sharded(torch.empty(kind.to_local().shape, dtype=kind.dtype, device=device), kind)
-        values |= plan.convert(at_once, like, device)[0] if at_once else {}
+        simple = all(rule is None or _by_rows(rule) for rule in map(converters.get, batch))  # each makes one tensor
+        made = {target: like[target] for target in batch} if simple else like
+        values |= plan.convert(at_once, made, device)[0] if at_once else {}
         for name in [*values]:
             _set(into, names[id(like[name])], values.pop(name), like[name])
         _trim()
