@@ -237,8 +237,8 @@ MUTANTS = {  # by file below atod_fast/
         Mutant(
             "gradients-pile-up",
             "a mini-batch keeps the gradient of the one before",
-            "self.optimizer.zero_grad(set_to_none=True)\n        for scored",
-            "for scored",
+            "self.optimizer.zero_grad(set_to_none=True)\n        for number",
+            "for number",
         ),
         Mutant(
             "partition-of-step-0",
@@ -340,14 +340,16 @@ MUTANTS = {  # by file below atod_fast/
         Mutant(
             "group-of-copies",
             "members of a group share their seed",
-            "seed=_seed(*place, member, *again)",
-            "seed=_seed(*place, *again)",
+            "_seed(*place, member, *again)",
+            "_seed(*place, *again)",
         ),
         Mutant("same-tasks", "every step plays the same tasks", "(step - 1) * train.tasks_per_step + group", "group"),
         Mutant(
             "one-order", "all epochs and seeds have one order", "default_rng([train.seed, epoch])", "default_rng(0)"
         ),
-        Mutant("own-worlds", "members of a group get different worlds", "env_seed=world)", "env_seed=world + member)"),
+        Mutant(
+            "own-worlds", "members of a group get different worlds", '"env_seed": world}', '"env_seed": world + member}'
+        ),
     ],
     "rollout/resampling.py": [
         Mutant("flat-for-flat", "a flat group gives way to another", " - set(flat_groups(fresh))", ""),
