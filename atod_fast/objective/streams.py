@@ -71,7 +71,7 @@ def step_streams(
 ) -> list[list[Streams]]:
     """Return the streams of every micro-batch of a step: the hybrid advantage and all else that the loss reads.
 
-    minibatches: [mini-batch][micro-batch] of this rank. minibatch_turns: each whole mini-batch's turns [M] over all
+    minibatches: of this rank, each a list of micro-batches. minibatch_turns: each whole mini-batch's turns [M] over all
     ranks; its loss is a mean over their tokens. table: of all turns. turn_weight, rl_advantage [K]. kept: bool [K],
     False for a turn that is left out of the loss; None: no turn is.
     """

@@ -151,8 +151,8 @@ def linear_token_loss(
             fewer products.
         check: evaluate loss_fn once more with the tokens grouped otherwise and raise if values or gradients differ. It
             costs [T]-sized work; on by default unless Python runs with -O.
-        divergence, alpha, temperature, student_bias, teacher_bias, softcap, valid_columns, teacher_softcap,
-            teacher_scale, vocab_group, vocab_start, backend: as in `linear_divergence`.
+        divergence, alpha, temperature, student_bias, teacher_bias, softcap, valid_columns: as in `linear_divergence`.
+        teacher_softcap, teacher_scale, vocab_group, vocab_start, backend: as in `linear_divergence`.
 
     Returns:
         (loss, stats): the scalar sum, fp32 (fp64 if an input is), differentiable once with respect to student_hidden,
