@@ -11,13 +11,13 @@ from atod_fast.run import Run
 from helpers.runs import QUICK, checkpoints
 
 
-def save(folder, *steps, keep=2, best=None):
+def save(folder, learned, *steps, keep=2, best=None):
     for step in steps:
-        checkpoint.save(folder, step, None, None, {}, keep=keep, best=best)
+        checkpoint.save(folder, step, *learned, {}, keep=keep, best=best)
 
 
-def test_the_oldest_checkpoints_by_number_go(tmp_path, empty):
-    save(tmp_path, 5, 999_998, 999_999, 1_000_000, 1_000_001)
+def test_the_oldest_checkpoints_by_number_go(tmp_path, learned):
+    save(tmp_path, learned, 5, 999_998, 999_999, 1_000_000, 1_000_001)
     assert checkpoints(tmp_path) == [1_000_000, 1_000_001]
     assert (
         checkpoint.latest(tmp_path).name == "step_1000001"
@@ -25,13 +25,13 @@ def test_the_oldest_checkpoints_by_number_go(tmp_path, empty):
     )
 
 
-def test_the_best_checkpoint_stays_and_is_named(tmp_path, empty):
+def test_the_best_checkpoint_stays_and_is_named(tmp_path, learned):
     assert checkpoint.best(tmp_path) is None
-    save(tmp_path, 1)
-    save(tmp_path, 2, 3, 4, 5, best=checkpoint.Best(2, 0.75))
+    save(tmp_path, learned, 1)
+    save(tmp_path, learned, 2, 3, 4, 5, best=checkpoint.Best(2, 0.75))
     assert checkpoints(tmp_path) == [2, 4, 5] and checkpoint.best(tmp_path) == (2, 0.75)
     assert json.loads((tmp_path / "checkpoints/best.json").read_text()) == {"step": 2, "dev/success": 0.75}
-    save(tmp_path, 6, best=checkpoint.Best(6, 0.8))
+    save(tmp_path, learned, 6, best=checkpoint.Best(6, 0.8))
     assert checkpoints(tmp_path) == [5, 6] and checkpoint.best(tmp_path) == (6, 0.8)
     (tmp_path / "checkpoints/best.json").write_text('{"step": 5, "eval/success": 0.5}')
     assert checkpoint.best(tmp_path) == (5, 0.5), "of a run whose held-out tasks chose"

@@ -359,7 +359,7 @@ def test_checkpoints_on_another_disk_are_set_aside(run_dir, monkeypatch, works):
 
 
 @pytest.mark.parametrize("failing_at", ["weights", "state"])
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half(tmp_path, monkeypatch, empty, failing_at):
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half(tmp_path, monkeypatch, learned, failing_at):
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def save(state, checkpoint_id, planner):
@@ -373,7 +373,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half(tmp_path, monke
     monkeypatch.setattr(checkpoint.dcp, "save", save)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(GuardError, match=r"step_000001 could not be written \(.*No space left"):
-        checkpoint.save(tmp_path, 1, None, None, {}, keep=1)
+        checkpoint.save(tmp_path, 1, *learned, {}, keep=1)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
