@@ -88,10 +88,10 @@ def test_half_an_update_is_not_saved_as_a_step(tmp_path, monkeypatch, capfd, min
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, monkeypatch, capfd):
     real, folder = checkpoint.dcp.save, tmp_path / "run"
 
-    def save(state, checkpoint_id):
+    def save(state, checkpoint_id, **options):
         if "step_000002" in str(checkpoint_id):
             raise checkpoint.dcp.api.CheckpointException("failed", {0: (OSError("no space left"), None)})
-        return real(state, checkpoint_id=checkpoint_id)
+        return real(state, checkpoint_id=checkpoint_id, **options)
 
     monkeypatch.setattr(checkpoint.dcp, "save", save)
     assert train.main([*QUICK, "train.steps=3", "checkpoint.every=1", "--run-dir", str(folder)]) == 3
