@@ -48,7 +48,7 @@ def resolve(path: str) -> str:
         folder = DEMO_WEIGHTS / path.removeprefix("demo:")
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"model path {path!r} names no shipped model; use demo:student, demo:teacher, or another world's, "
+                f"model path {path!r} names no shipped model; use demo:student, demo:teacher, or another demo's, "
                 "as demo:searchqa/student"
             )
         return str(folder)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from atod_fast import ranks
 from atod_fast.batches import TurnTable
 from atod_fast.config import Config
-from atod_fast.objective import Advantages, TurnWeights, profile
+from atod_fast.objective import Advantages, WeighedTurns, profile
 from atod_fast.observe import transcripts
 from atod_fast.observe.advice import Advice
 from atod_fast.observe.console import Console
@@ -170,7 +170,7 @@ def policy_metrics(learned: dict[str, float]) -> dict[str, float]:
 
 def turn_metrics(
     table: TurnTable,
-    weights: TurnWeights,
+    weights: WeighedTurns,
     advantages: Advantages,
     *,
     with_teacher: bool,
@@ -196,7 +196,7 @@ def turn_metrics(
     }
 
 
-def turn_signals(table: TurnTable, weights: TurnWeights, advantages: Advantages) -> dict[str, Tensor]:
+def turn_signals(table: TurnTable, weights: WeighedTurns, advantages: Advantages) -> dict[str, Tensor]:
     """Return the values that a transcript shows of each turn, [K] by name."""
     return {
         "disagreement": table.disagreement,

@@ -7,7 +7,7 @@ Paper, with first step s = 1:
 with kappa 1 -> 0.1, rho 1 -> 2 and T = 80, hence kappa(1) = 0.98875, kappa(80) = 0.1, rho(80) = 2, constant after that.
 `Slide.hold` delays the slide: p = clip((s - hold) / horizon, 0, 1).
 
-A new shape is a name in `Shape` or `RateShape` and a case in `Annealed` or `LearningRate`.
+A new shape is a name in `SlideShape` or `RateShape` and a case in `Annealed` or `LearningRate`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atod_fast.errors import UserError
 if TYPE_CHECKING:
     from atod_fast.config import Slide, Train
 
-Shape = Literal["linear", "cosine", "exponential", "step", "constant"]  # of a Slide
+SlideShape = Literal["linear", "cosine", "exponential", "step", "constant"]  # of a Slide
 RateShape = Literal["constant", "linear", "cosine"]  # of the learning rate
 WINDOW = 5  # evaluations in the lagged mean of AdaptiveKappa
 

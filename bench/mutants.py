@@ -1,6 +1,6 @@
 """Inject faults into the method, one at a time, and find the test that notices each.
 
-    python bench/mutants.py                     # all, a quarter of an hour; writes bench/results/mutants.md
+    python bench/mutants.py                     # all, about half an hour; writes bench/results/mutants.md
     python bench/mutants.py --list
     python bench/mutants.py --only warm-up-late
 

@@ -65,7 +65,7 @@ OBJECTIVES: dict[str, Level] = {
 
 
 def nest(level: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a level as nested sections."""
+    """Return settings {dotted key: value} as nested tables, as TOML has them."""
     out: dict[str, Any] = {}
     for key, value in level.items():
         *sections, name = key.split(".")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from atod_fast.config.methods import OBJECTIVES, nest
-from atod_fast.schedules import RateShape, Shape
+from atod_fast.schedules import RateShape, SlideShape
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -159,7 +159,7 @@ class Rollout(Section):
 
     @property
     def longest(self) -> int:
-        """Most tokens of a training row, and of a sequence in an engine."""
+        """The most tokens that a training row, or a sequence in an engine, can have."""
         return self.prompt_tokens if self.context == "full" else self.prompt_tokens + self.response_tokens
 
     @model_validator(mode="after")
@@ -351,7 +351,7 @@ class Objective(Section):
 
 
 class Slide(Section):
-    kind: Literal[Shape, "adaptive"] = Field(
+    kind: Literal[SlideShape, "adaptive"] = Field(
         default="linear",
         description="how the value changes; adaptive (kappa only): start * (1 - success of student / teacher on "
         "env.dev), never rising",

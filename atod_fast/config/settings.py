@@ -99,7 +99,7 @@ def from_toml(text: str) -> Config:
 
 
 def check_ranks(config: Config, ranks: int, node: int | None = None) -> int:
-    """Return over how many of `ranks` processes one copy of the parameters is sharded, as train.shard says.
+    """Return the number of ranks that share one copy of the parameters: `ranks`, or `node` with train.shard=node.
 
     node: ranks on a node; None: all.
 
@@ -140,7 +140,7 @@ def same_tasks(config: Config) -> list[str]:
 
 
 def check_env(config: Config) -> None:
-    """Raise UserError for an unknown environment or option, naming the split it is of. Does not construct it."""
+    """Raise UserError for an unknown environment or option, naming its split (env.train, ...). Constructs nothing."""
     errors, splits = {}, ("train", *config.evaluated)
     for split in splits:
         try:
@@ -415,5 +415,6 @@ def _shortens(short: str, words: Sequence[str]) -> bool:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean NAME?" with the nearest name in `known`, or "" if none is near."""
     near = nearest(name, known)
     return f"; did you mean {near}?" if near else ""

@@ -1,4 +1,4 @@
-"""Rebuild the demo's models from nothing: python -m atod_fast.demo.build [--world NAME] [--out DIR] [--seed N]
+"""Rebuild the demo's models from nothing: python -m atod_fast.demo.build [--env NAME] [--out DIR] [--seed N]
 
 A scripted expert plays the training tasks; two small Qwen3 models learn to predict its actions and, at a tenth of the
 weight, the environment's answers. Some of the actions are replaced by bad ones, which have no weight: the models see
@@ -245,15 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m atod_fast.demo.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--world", choices=DEMOS, default="alfworld", help="environment of the models (default alfworld)"
-    )
+    parser.add_argument("--env", choices=DEMOS, default="alfworld", help="environment of the models (default alfworld)")
     parser.add_argument("--out", type=Path, help="folder for teacher/ and student/ (default: those of the package)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, traces and order (default 0, the shipped models)"
     )
     options = parser.parse_args(arguments)
-    demo = DEMOS[options.world]
+    demo = DEMOS[options.env]
     out = options.out or demo.folder
     build(demo, out, options.seed)
     for name in demo.recipes:

@@ -87,7 +87,7 @@ def compact_renderer(config: Config, tokenizer: PreTrainedTokenizerBase, env: En
     if not isinstance(env, demo.env):
         preset = next((other.preset for other in DEMOS.values() if isinstance(env, other.env)), None)
         others = (
-            f"--preset {preset} for models of this world"
+            f"--preset {preset} for models of this environment"
             if preset
             else "set student.path and teacher.path to chat models"
         )

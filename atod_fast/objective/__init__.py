@@ -9,14 +9,14 @@ from .advantage import Advantages, rl_advantages
 from .loss import diagnostics, loss_function, token_loss
 from .responses import kept_turns, response_log_ratio, response_means
 from .streams import FULL_VOCABULARY, Streams, Tokens, make_streams, needs_teacher, step_streams, token_weights
-from .turns import TurnWeights, profile, token_signals, weigh_turns
+from .turns import WeighedTurns, profile, token_signals, weigh_turns
 
 __all__ = [
     "FULL_VOCABULARY",
     "Advantages",
     "Streams",
     "Tokens",
-    "TurnWeights",
+    "WeighedTurns",
     "diagnostics",
     "kept_turns",
     "loss_function",

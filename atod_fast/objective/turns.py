@@ -23,7 +23,7 @@ from atod_fast.config import Turns
 
 
 @dataclass(frozen=True, slots=True)
-class TurnWeights:
+class WeighedTurns:
     """The turn weights of a step, and how many trajectories were left unweighted."""
 
     weight: Tensor  # [K] fp32, w_k
@@ -47,7 +47,7 @@ def token_signals(
     return disagreement, uncertainty
 
 
-def weigh_turns(table: TurnTable, config: Turns, generator: torch.Generator | None = None) -> TurnWeights:
+def weigh_turns(table: TurnTable, config: Turns, generator: torch.Generator | None = None) -> WeighedTurns:
     """Return w_k of every turn of the step. fuse=shuffled draws from `generator`, seeded alike on every rank."""
     acted = table.length > 0  # a turn without tokens has no signals to be compared by
     report = turn_weight_report(
@@ -64,7 +64,7 @@ def weigh_turns(table: TurnTable, config: Turns, generator: torch.Generator | No
         generator=generator,
     )
     weight = torch.ones_like(table.disagreement).masked_scatter(acted, report.weights)
-    return TurnWeights(weight, report.unweighted.double().mean().item(), int(report.fallback.sum()))
+    return WeighedTurns(weight, report.unweighted.double().mean().item(), int(report.fallback.sum()))
 
 
 def profile(values: Tensor, offsets: Tensor) -> list[float]:

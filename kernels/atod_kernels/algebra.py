@@ -171,10 +171,12 @@ def second_look(z: Tensor, stats: Tensor, mixture: Mixture) -> Tensor:
 
 
 def factors(stats: Tensor, upstream: Tensor, kind: str) -> Tensor:
-    """Return the factors (own, other, constant) [3, n] of a tile's gradient, exp(u_s) (own u_s + other x + constant).
+    """Return the three per-token factors [3, n] from which `logit_gradient` forms the gradient of every logit.
 
-    x is u_t for the reverse KL and f' for a mixture; the forward KL adds other exp(u_t) instead. 1/S and 1/Q are
-    folded in. stats [STATISTICS, n]; upstream [3, n] of divergence, entropy and logp.
+    They are own, other and constant in exp(u_s) (own u_s + other x + constant), where x is u_t for the reverse KL and
+    f' for a mixture; the forward KL adds other exp(u_t) instead. 1/S and 1/Q are folded in.
+
+    stats [STATISTICS, n]; upstream [3, n] of divergence, entropy and logp.
     """
     g, h, lp = upstream
     log_s, log_t = stats[LOG_S], stats[LOG_T]

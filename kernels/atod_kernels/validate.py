@@ -62,7 +62,7 @@ def interpreted() -> bool:
 
 
 def tensor(name: str, value: object, rank: int) -> Tensor:
-    """Check that an argument is a plain tensor of some rank and return it."""
+    """Return `value`, or raise ValueError unless it is a plain tensor (no DTensor) of `rank` dimensions."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is {type(value).__name__}; expected a tensor")
     require(
@@ -136,7 +136,7 @@ def scale(value: float) -> float:
 
 
 def share(value: float) -> float:
-    """Check the share of a mixture and return it as a float."""
+    """Return the mixture weight alpha as a float, or raise ValueError unless it is in [0, 1]."""
     require(isinstance(value, int | float) and 0 <= value <= 1, f"alpha is {value!r}; expected a number in [0, 1]")
     return float(value)
 
@@ -176,7 +176,7 @@ def target_ids(value: Tensor, tokens: int, columns: int | None, valid: Tensor | 
 
 
 def temperatures(value: float | Tensor, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Check temperatures and return them as a [T] tensor of the compute dtype, None for 1.0."""
+    """Return checked temperatures as a [T] tensor of `dtype`; None for the number 1."""
     if isinstance(value, Tensor):
         tensor("temperature", value, 1)
         require(value.shape[0] == tokens, f"temperature has shape {list(value.shape)}; expected a number or [{tokens}]")

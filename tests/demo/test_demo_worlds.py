@@ -276,7 +276,7 @@ def test_models_of_another_world_are_refused(preset: str, other: str):
     env = make(config.env.name, **(config.env.options | config.env.eval))
     tokenizer = load_tokenizer(load(other).student.path)
     with pytest.raises(
-        UserError, match=f"use --preset {other} for that, or --preset {preset} for models of this world"
+        UserError, match=f"use --preset {other} for that, or --preset {preset} for models of this environment"
     ):
         make_renderer(config, tokenizer, len(tokenizer), env)
 

@@ -36,7 +36,7 @@ class Goal:
 
 
 def compile_goal(problem: Problem) -> Goal:
-    """Compile the problem's goal. Raise GameError if it asks for things that are not in the game."""
+    """Return a PDDL problem's goal, its variables replaced by objects. Raise GameError if there are none."""
     clauses = tuple(tuple(_ground(part, problem)) for part in _parts(problem.goal))
     if not all(clauses):
         raise GameError("the goal asks for things that are not in the game")

@@ -63,7 +63,7 @@ def player(env: SearchQA) -> Player:
 
 
 def junk(env: SearchQA, observation: str, rng: Random) -> str:
-    """Return a search that leads nowhere, or no command. It is never an answer, which would end the episode."""
+    """Return a bad action: a useless search, or words without tags. Never an answer, which would end the episode."""
     thing = env.question.queries[0].lower()
     name = rng.choice(PEOPLE).lower()
     return rng.choice(

@@ -108,7 +108,7 @@ def products(
     xs, ws, xt, wt, i_row, i_column, end, tokens, HS, HT, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Raw logits of both models in PARTS tiles [BM, BN / PARTS]; the student's twice where there is no teacher."""
+    """Return both models' raw logits, each in PARTS tiles [BM, BN / PARTS]; without a teacher the student's twice."""
     if KIND != NO_TEACHER:
         b_zt = product(xt, wt, i_row, i_column, tokens, end, HT, BM, BN, BK, TMA, EVEN, PRECISION)
     b_zs = product(xs, ws, i_row, i_column, tokens, end, HS, BM, BN, BK, TMA, EVEN, PRECISION)

@@ -184,7 +184,7 @@ def mixture_slope(b_log_p, b_log_q, KIND: tl.constexpr, A: tl.constexpr, B: tl.c
 
 @triton.jit
 def factors(stats, upstream, target, b_inverse, o_n, m_n, stride_stats, stride_upstream, KIND: tl.constexpr):
-    """`algebra.factors` and the normalisers, [R] each.
+    """Return the per-row factors of `algebra.factors`, and the shifts and normalisers of both models, [R] each.
 
     Rows in m_dead get no gradient: their target is ignored or out of range (NaN).
     """
@@ -233,7 +233,7 @@ def logit_gradient(
     b_zs, b_zt, m_hit, b_temperature, b_own, b_other, b_constant, b_onehot, b_shift_s, b_shift_t, b_log_ratio, m_dead,
     CAP: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """The gradient [R, N] of the raw student logits from scaled ones.
+    """Return the gradient [R, N] with respect to the student's raw logits, from the scaled logits.
 
     m_hit [R, N] marks the targets, b_log_ratio [R] is log S - log Q.
     """
