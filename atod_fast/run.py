@@ -102,15 +102,7 @@ class Run:
             found = preflight.look(config, ranks.world_size(), device, node=ranks.node_size(), mesh=mesh)
         preflight.check_alike(found.files)
         self.runtime = runtime = found.runtime
-        apart = rundir.apart(self.run_dir)
-        self.apart = ranks.rank() in apart  # the run folder of this rank's node is another than rank 0's
-        if apart:
-            holds = "all of" if mesh.ndim == 2 else "a part of"
-            console.say(
-                f"warning: {self.run_dir} is not shared by all nodes (rank {apart[0]} does not see it): rank 0's node "
-                f"holds {holds} every checkpoint; before you resume, copy them whole to every node",
-                style="bold yellow",
-            )
+        self.apart = self._has_folder_apart(copies=mesh.ndim == 2)
         torch.manual_seed(config.train.seed)
 
         for line in (*same_tasks(config), *slow_engine(config, runtime)):
@@ -175,6 +167,21 @@ class Run:
         self.learning_rate = schedules.LearningRate(config.train)
         if resume:
             self.kappa.load_state_dict(state.get("adaptive") or {})
+
+    def _has_folder_apart(self, *, copies: bool) -> bool:
+        """Return whether this rank is its node's first and its run folder is another than rank 0's. Collective.
+
+        A warning says so if any rank's is. copies: each node has a whole copy of the parameters.
+        """
+        apart = rundir.apart(self.run_dir)
+        if apart:
+            self.console.say(
+                f"warning: {self.run_dir} is not shared by all nodes (rank {apart[0]} does not see it): rank 0's node "
+                f"holds {'all' if copies else 'a part'} of every checkpoint; before you resume, copy them whole to "
+                "every node",
+                style="bold yellow",
+            )
+        return ranks.rank() in apart
 
     # What a step consists of
 

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -130,6 +132,7 @@ class Weights:
         """Open the files.
 
         Raises:
+            UserError: a .bin file holds something else than tensors by name.
             OSError, SafetensorError, RuntimeError: a file is damaged.
         """
         self.files = [*files]
@@ -155,14 +158,18 @@ class Weights:
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that torch.save wrote, mapped into memory unless its format is too old for that."""
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    mapped = is_zipfile(file)
     try:
-        return torch.load(file, mmap=True, **options)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-    logger.warning("%s is of an old format, which every rank reads whole; save the model as safetensors", file)
-    return torch.load(file, **options)
+        held = torch.load(file, mmap=mapped, **options)
+    except (UnpicklingError, EOFError):
+        held = None
+    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise UserError(f"{file}: not weights by name, as torch.save writes a state_dict; get the model's files anew")
+    if not mapped:
+        logger.warning("%s is of an old format, which every rank reads whole; save the model as safetensors", file)
+    return dict(held)
 
 
 @dataclass

@@ -34,7 +34,7 @@ class Group:
 
     number: int  # in the step
     task: int
-    attempt: int = 0  # rounds of dynamic sampling before it; each draws random streams of its own
+    attempt: int = 0  # round of dynamic sampling that plays it, with random streams of its own; 0: the step itself
 
 
 class Actor:

@@ -17,10 +17,10 @@ from atod_fast.config.settings import load
 from atod_fast.errors import UserError
 from atod_fast.models import Compute, skeleton
 from atod_fast.policy import attention
+from atod_fast.policy import model as models
 from atod_fast.policy.learner import Learner
 from atod_fast.policy.model import CausalPolicy, HeadJob
 from atod_fast.policy.packing import collate
-from atod_fast.policy.teacher.local import LocalTeacher
 from atod_fast.runtime import Runtime, attention_of
 from helpers.gloo import run_ranks
 from helpers.tiny import VOCABULARY, random_rows, save_model
@@ -295,16 +295,17 @@ def test_student_and_teacher_learn_from_packed_rows_as_from_padded_ones(tmp_path
         )
 
 
-def test_both_models_must_pack(tmp_path):
-    path = save_model(tmp_path / "teacher")
-    _, mesh = ranks.start()
+@pytest.mark.parametrize(("unable", "packed"), [("neither", True), ("student", False), ("teacher", False)])
+def test_rows_are_packed_only_if_both_models_can(tmp_path, monkeypatch, unable, packed):
+    sizes = {"student": 32, "teacher": 48}
+    paths = [f"{role}.path={save_model(tmp_path / role, hidden=hidden)}" for role, hidden in sizes.items()]
+    config = load(None, None, [*paths, "student.attention=varlen"])
+    monkeypatch.setattr(models, "told_of_rows", lambda model: model.config.hidden_size != sizes.get(unable))
+    device, mesh = ranks.start()
     try:
-        found = [
-            LocalTeacher(Compute(path, torch.float32, name), mesh, offload=False).packs for name in ("varlen", "sdpa")
-        ]
+        assert Learner(config, Runtime.of(config, device, mesh=mesh), None).packed == packed
     finally:
         ranks.stop()
-    assert found == [True, False]
 
 
 def test_a_model_generates_with_sdpa_where_it_learns_with_varlen():

@@ -316,6 +316,26 @@ def test_a_damaged_checkpoint_is_one_line_before_anything_is_read(tmp_path, caps
         assert len(told.splitlines()) == 1 and str(error.value) in told
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        lambda file: file.write_bytes(b""),
+        lambda file: torch.save({"state_dict": {"a": torch.zeros(2)}}, file),
+        lambda file: torch.save([torch.zeros(2)], file),
+        lambda file: torch.save({"a": Path("x")}, file),
+    ],
+    ids=["a pointer of git-lfs", "empty", "nested", "a list", "an object"],
+)
+def test_a_file_of_torch_that_holds_no_weights_is_one_line(tmp_path, write, caplog):
+    path = Path(save_model(tmp_path / "model"))
+    (path / "model.safetensors").unlink()
+    write(path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin: not weights by name, .*; get the model's files anew"):
+        load_model(str(path), torch.float32)
+    assert "old format" not in caplog.text
+
+
 def alike(paths: list[str]) -> str:
     ranks.start()
     path = paths[ranks.rank()]

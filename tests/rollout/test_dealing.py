@@ -2,7 +2,9 @@
 
 import pytest
 
+from atod_fast.config.settings import load
 from atod_fast.rollout.actor import deal
+from atod_fast.rollout.engines import protocol
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3, 4, 5, 7, 24, 40])
@@ -21,3 +23,9 @@ def test_every_trajectory_is_dealt_once_and_evenly(groups, members, engines):
 def test_groups_stay_whole_where_engines_divide_them(groups, engines):
     for engine, share in enumerate(deal(groups, 3, engines)):
         assert share == [(group, member) for group in range(engine, groups, engines) for member in range(3)]
+
+
+@pytest.mark.parametrize("engines", [1, 3, 7, 24, 200])
+def test_an_engine_has_room_for_the_most_that_is_dealt_to_one(engines):
+    config = load(None, None, ["train.tasks_per_step=16", "train.group_size=8", "eval.tasks=1"])
+    assert protocol.share(config, engines) == max(map(len, deal(16, 8, engines)))

@@ -64,8 +64,8 @@ def share(config: Config, engines: int) -> int:
 
     Of an evaluation's, which may be many more, it counts 64.
     """
-    train = config.train
-    return max(-(-train.tasks_per_step // engines) * train.group_size, min(64, -(-config.eval.tasks // engines)))
+    played = config.train.tasks_per_step * config.train.group_size
+    return max(-(-played // engines), min(64, -(-config.eval.tasks // engines)))
 
 
 def may_sleep(config: Config, device: torch.device) -> bool:
