@@ -153,9 +153,8 @@ CPU seconds; the machine's other core was {"busy" if os.getloadavg()[0] > 1.5 el
 {chr(10).join(found)}
 
 Reading: the two scoring phases of the GPU are what was fitted, its rollout calibrates the engine's time a layer, and
-its update is a prediction. On a core the formulas say twice too much for a small model and half too much for a larger
-one, because the blocks' intermediate results stay in its caches; from the smaller to the larger size scoring grows by
-a factor of 5.0 where 6.3 is measured.
+its update is a prediction. On a core the formulas say too much, because the intermediate results of models as small as
+these stay in its caches, which the formulas do not know.
 """
     (RESULTS / "step_seconds.md").write_text(text)
     print(text)
