@@ -137,11 +137,9 @@ class Weights:
         """
         self.files = [*files]
         self.tensors: dict[str, Slice] = {}
-        self._open: list[Any] = []
         for file in self.files:
             if file.suffix == ".safetensors":
                 stored = safe_open(file, framework="pt", device="cpu")
-                self._open.append(stored)
                 self.tensors |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
             else:
                 self.tensors |= {name: _Pickled(tensor) for name, tensor in _pickled(file).items()}
@@ -173,7 +171,7 @@ def _pickled(file: Path) -> dict[str, Tensor]:
 
 
 @dataclass
-class Found:
+class Fit:
     """How a checkpoint fits a model."""
 
     missing: list[str]  # tensors of the model that it lacks
@@ -183,7 +181,7 @@ class Found:
     untied: list[tuple[str, str]] = field(default_factory=list)  # held with two values that the model takes for one
 
 
-class _Plan:
+class _Rules:
     """Which stored tensors become which tensors of a model, by transformers' rules."""
 
     def __init__(self, model: PreTrainedModel, like: Mapping[str, Tensor]) -> None:
@@ -257,20 +255,20 @@ def _shared(like: Mapping[str, Tensor]) -> dict[int, list[str]]:
     return names
 
 
-def inspect(model: PreTrainedModel, weights: Weights) -> Found:
+def inspect(model: PreTrainedModel, weights: Weights) -> Fit:
     """Return how a checkpoint fits `model`, which may be on the meta device.
 
     Names and shapes alone are read; values only where the checkpoint holds two tensors that are one in the model.
     """
     given = model.state_dict(keep_vars=True)
     like = _unsharded(given)
-    plan = _Plan(model, like)
+    rules = _Rules(model, like)
     stored = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes().items()}
-    _, info = plan.convert(stored, like, "meta")
+    _, info = rules.convert(stored, like, "meta")
     model._adjust_missing_and_unexpected_keys(info)
     bad = {name for name, *_ in info.mismatched_keys} | info.conversion_errors.keys()
     misshapen = {name: (tuple(held), tuple(wanted)) for name, held, wanted in sorted(info.mismatched_keys)}
-    held = {name: key for key in stored for name, rule in [plan.target(key)] if rule is None}
+    held = {name: key for key in stored for name, rule in [rules.target(key)] if rule is None}
     absent = set(info.missing_keys) - bad
     untied = []
     for names in _shared(given).values():
@@ -280,7 +278,7 @@ def inspect(model: PreTrainedModel, weights: Weights) -> Found:
             if not _equal(weights.tensors[held[there[0]]], weights.tensors[held[other]]):
                 untied.append((there[0], other))
     failed = {name: text.strip().splitlines()[-1] for name, text in info.conversion_errors.items()}
-    return Found(sorted(absent), sorted(info.unexpected_keys), misshapen, failed, untied)
+    return Fit(sorted(absent), sorted(info.unexpected_keys), misshapen, failed, untied)
 
 
 def _unsharded(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -309,12 +307,12 @@ def read(model: PreTrainedModel, into: nn.Module, weights: Weights, device: torc
     must fit, as `inspect` says.
     """
     like = into.state_dict(keep_vars=True)
-    plan, names = _Plan(model, like), _shared(like)
+    rules, names = _Rules(model, like), _shared(like)
     sources: dict[str, dict[str, Slice]] = defaultdict(dict)  # by the first tensor made of them
     converters: dict[str, WeightConverter | None] = {}
     taken: set[int] = set()
     for name, stored in weights.tensors.items():
-        target, converter = plan.target(name)
+        target, converter = rules.target(name)
         if target not in like or (converter is None and id(like[target]) in taken):
             continue  # without a place, or the second name of a shared parameter
         taken.add(id(like[target]))
@@ -329,7 +327,7 @@ def read(model: PreTrainedModel, into: nn.Module, weights: Weights, device: torc
             elif converter is None:
                 at_once |= {name: _own(stored, kind.dtype) for name, stored in parts.items()}
             elif not _by_rows(converter):
-                whole, _ = plan.convert(parts, _unsharded(like), "cpu")
+                whole, _ = rules.convert(parts, _unsharded(like), "cpu")
                 values |= {name: _cut(value.detach(), like[name], device) for name, value in whole.items()}
             elif kind.to_local().numel():
                 at_once |= parts
@@ -337,7 +335,7 @@ def read(model: PreTrainedModel, into: nn.Module, weights: Weights, device: torc
                 values[target] = _sharded(torch.empty(kind.to_local().shape, dtype=kind.dtype, device=device), kind)
         simple = all(rule is None or _by_rows(rule) for rule in map(converters.get, batch))  # each makes one tensor
         made = {target: like[target] for target in batch} if simple else like
-        values |= plan.convert(at_once, made, device)[0] if at_once else {}
+        values |= rules.convert(at_once, made, device)[0] if at_once else {}
         for name in [*values]:
             _set(into, names[id(like[name])], values.pop(name), like[name])
         _trim()

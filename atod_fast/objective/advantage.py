@@ -33,7 +33,7 @@ class Advantages:
     """The advantages of a step's turns."""
 
     turn: Tensor  # [K] fp32, A_RL of the turn's tokens
-    flat_groups: float  # share of groups whose rewards have no variance, where no trajectory was better than the rest
+    flat_groups: float  # share of groups without variance in what is compared: rewards, with `rows` less penalties
 
 
 def rl_advantages(table: TurnTable, objective: Objective) -> Advantages:

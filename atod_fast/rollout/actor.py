@@ -133,7 +133,8 @@ def open_split(config: Config, split: str) -> Environment:
     """Open the environment of env.`split`: "train", "eval" or "dev".
 
     Raises:
-        UserError: as `make`; or there is no task to train on, or fewer than eval.tasks to evaluate on.
+        UserError: as `make`; or there is no task to train on, none beside a step's for train.resample_flat, or fewer
+            than eval.tasks to evaluate on.
     """
     env = make(config.env.name, **(config.env.options | getattr(config.env, split)))
     try:
@@ -144,6 +145,12 @@ def open_split(config: Config, split: str) -> Environment:
         ) from error
     if split == "train" and not count:
         raise UserError("env.train holds no tasks; give it some")
+    train = config.train
+    if split == "train" and train.resample_flat and count <= train.tasks_per_step:
+        raise UserError(
+            f"train.resample_flat={train.resample_flat} finds no other tasks: env.train holds {count}, a step plays "
+            f"train.tasks_per_step={train.tasks_per_step}; give more tasks, or set it to 0"
+        )
     if split != "train" and count < config.eval.tasks:
         raise UserError(
             f"eval.tasks={config.eval.tasks} exceeds the {count} tasks of env.{split}; lower it or give more"

@@ -20,7 +20,7 @@ ROUNDING = 1e-6  # of the largest reward: a difference below it is no difference
 class Resampled:
     """The trajectories of a step after dynamic sampling."""
 
-    trajectories: list[Trajectory]  # ordered by group and member, as before
+    trajectories: list[Trajectory]  # ordered by group and member
     played: int  # groups that were played besides the step's own
     replaced: int  # groups of the step that gave way to one of them
 

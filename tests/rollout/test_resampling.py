@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from atod_fast.config.settings import load
-from atod_fast.errors import EnvironmentsLost
+from atod_fast.errors import EnvironmentsLost, UserError
 from atod_fast.models import resolve
 from atod_fast.records import Trajectory, Turn
 from atod_fast.renderers import make_renderer
@@ -134,6 +134,14 @@ def test_spare_tasks_are_the_others_in_an_order_of_the_step(ask):
     assert found == ask(tasks)[1] == ask(tasks, rank=1, ranks=2)[1], "the same in a run resumed and on every rank"
     assert len({tuple(spare) for _, spare in found}) > 1
     assert found != ask(tasks, "train.seed=1")[1]
+
+
+def test_tasks_that_a_step_plays_all_leave_none_to_replace_them():
+    few = f"train.tasks_per_step={TASKS}", "train.resample_flat=1"
+    with pytest.raises(UserError, match=f"finds no other tasks: env.train holds {TASKS}, a step plays .*={TASKS};"):
+        actor.open_split(load(None, None, [*SETTINGS, *few]), "train")
+    for fewer in ((few[0],), (few[1],)):
+        assert len(actor.open_split(load(None, None, [*SETTINGS, *fewer]), "train")) == TASKS
 
 
 GROUPS = [Group(0, 5, 1), Group(2, 6, 1), Group(0, 4, 2)]
