@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,9 +31,9 @@ from atod_fast.models import (
     stop_ids,
 )
 from atod_fast.plan import fit
+from atod_fast.plan.choices import choose
 from atod_fast.plan.fit import Plan
 from atod_fast.plan.memory import memory
-from atod_fast.plan.room import room_beside
 from atod_fast.plan.shapes import shape_of
 from atod_fast.policy.model import CausalPolicy
 from atod_fast.published import CONFIGS
@@ -114,16 +114,21 @@ def look(
     for role, (path, shape, tokenizer) in sources.items():
         found.models[role] = Model(path, shape, *_body(config, role, path, shape, runtime), tokenizer)
     student, teacher = found.models.get("student"), found.models.get("teacher")
-    if all(role in found.models for role in used_models(config)):
+    if student and all(role in found.models for role in used_models(config)):
         sizes = {role: shape_of(model.body) for role, model in found.models.items()}
         models = sizes["student"], sizes.get("teacher")
+        packed = (student, teacher) if teacher and config.teacher_scores else (student,)
+        facts = {
+            "recomputes": student.body.supports_gradient_checkpointing,
+            "packs": all(model.packs for model in packed),
+        }
 
-        def roomy(config: Config) -> Runtime:
+        def chosen(config: Config) -> Runtime:
             made = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks, shards=shards, elsewhere=elsewhere)
-            return replace(made, room=room_beside(config, *models, made))
+            return choose(config, *models, made, **facts)
 
-        found.runtime = runtime = roomy(config)
-        found.plan = lambda config: list(memory(config, *models, roomy(config)))
+        found.runtime = runtime = chosen(config)
+        found.plan = lambda config: list(memory(config, *models, chosen(config)))
         if runtime.memory:
             fit.check(config, found.plan, runtime.memory)
     kind = ENGINES[runtime.engine]

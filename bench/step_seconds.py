@@ -55,7 +55,17 @@ def lines(title: str, predicted: dict[str, float], measured: dict[str, float]) -
 def runtime(engine: str, dtype: torch.dtype) -> SimpleNamespace:
     """Return what `seconds` reads of a Runtime of one rank."""
     return SimpleNamespace(
-        student_dtype=dtype, teacher_dtype=dtype, shards=1, ranks=1, liger=False, engine=engine, checkpointing=False
+        compiled=False,
+        checkpointing=False,
+        gathered=False,
+        joined=1,
+        student_dtype=dtype,
+        teacher_dtype=dtype,
+        shards=1,
+        ranks=1,
+        liger=False,
+        engine=engine,
+        checkpointing=False,
     )
 
 

@@ -14,7 +14,8 @@ Plan = Callable[[Config], list[Item]]  # the memory of a rank under these settin
 
 # Keys that lower memory, in the order in which they cost least, with the values to try.
 REMEDIES: dict[str, tuple[object, ...]] = {
-    "student.gradient_checkpointing": (True,),
+    "student.gradient_checkpointing": ("auto",),
+    "teacher.microbatch_tokens": (0,),
     "student.head": ("lean",),
     "train.microbatch_tokens": (8192, 4096, 2048),
     "rollout.concurrency": (32, 16, 8, 4, 1),
@@ -74,7 +75,7 @@ def _lower(config: Config) -> Iterator[tuple[str, object]]:
         section, name = key.split(".")
         now = getattr(getattr(config, section), name)
         for value in values:
-            if value != now and not (type(value) is int and type(now) is int and 0 < now <= value):
+            if value != now and now is not True and not (type(value) is int and type(now) is int and 0 < now <= value):
                 yield key, value
 
 

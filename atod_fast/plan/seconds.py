@@ -72,17 +72,20 @@ def seconds(
     tokens, actions = step.tokens / ranks, step.action_tokens / ranks
     context = step.tokens / max(1, step.rows)
     passes = max(step.updates, ceil(tokens / config.train.microbatch_tokens))
-    own = _Work(student, runtime.student_dtype.itemsize, gpu, context, runtime.shards, LIGER if runtime.liger else 1.0)
+    c = runtime.student_dtype.itemsize
+    own = _Work(student, c, gpu, context, runtime.shards, _traffic(student, c, runtime))
     found = {"rollout": _rollout(config, own, runtime, step, ranks)}
     exact_loss = teacher is not None and config.objective.divergence in FULL_VOCABULARY
     exact = exact_loss or (teacher is not None and config.turns.disagreement == "exact")
     if teacher is not None:
-        theirs = _Work(teacher, runtime.teacher_dtype.itemsize, gpu, context, runtime.shards)
-        found["teacher"] = theirs.forward(tokens, passes) + (0 if exact else theirs.head(actions, 1, 8))
+        ct = runtime.teacher_dtype.itemsize
+        theirs = _Work(teacher, ct, gpu, context, runtime.shards, _traffic(teacher, ct, runtime))
+        gathers = 1 if runtime.gathered else -(-passes // runtime.joined)
+        found["teacher"] = theirs.forward(tokens, gathers) + (0 if exact else theirs.head(actions, 1, 8))
     found["score"] = own.forward(tokens, passes) + own.head(actions, 1, 8)
     if exact:
         found["score"] += theirs.head(actions, 1, 8)
-    again = config.student.gradient_checkpointing
+    again = runtime.checkpointing
     computed = own.products(tokens) * (3 + again) + own.between(tokens, FORWARD * (1 + again) + BACKWARD)
     reduced = own.gather(passes) * 4 / own.bytes  # gradients in fp32
     between_nodes = 0.0
@@ -96,6 +99,16 @@ def seconds(
     found["resync"] = own.gather(1) + 2 * own.bytes * student.parameters / gpu.bandwidth
     found["host"] = step.tokens * HOST
     return found
+
+
+def _traffic(shape: Shape, bytes_: int, runtime: Runtime) -> float:
+    """Return the bytes that a model's blocks move, relative to transformers' eager ones."""
+    if runtime.compiled:  # the compiler joins the same operations as liger-kernel, and more
+        return LIGER
+    if not runtime.liger:
+        return 1.0
+    stays = shape.intermediate * 4 + shape.hidden * 2 * shape.routed if shape.routed else 0  # liger has no experts
+    return 1 - (1 - LIGER) * (1 - stays * bytes_ / block_activations(shape, bytes_))
 
 
 def _rollout(config: Config, own: _Work, runtime: Runtime, step: Step, ranks: int) -> float:
