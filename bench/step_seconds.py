@@ -56,7 +56,6 @@ def runtime(engine: str, dtype: torch.dtype) -> SimpleNamespace:
     """Return what `seconds` reads of a Runtime of one rank."""
     return SimpleNamespace(
         compiled=False,
-        checkpointing=False,
         gathered=False,
         joined=1,
         student_dtype=dtype,
