@@ -57,7 +57,7 @@ def describe(config: Config, ranks: int, node: int | None = None, on: Machines |
     ]
     if rounds := config.train.resample_flat:
         lines.append(f"        up to {rounds * step.trajectories:,} more trajectories are played for flat groups")
-    lines += [_engine(found.runtime), *_attention(config, found)]
+    lines += [_engine(found.runtime), *_attention(config, found), *_memory_choices(config, found)]
     if all(role in shapes for role in used_models(config)):
         models = shapes["student"], shapes.get("teacher")
         lines += ["", *table(list(memory(config, *models, found.runtime)))]
@@ -74,7 +74,7 @@ def describe(config: Config, ranks: int, node: int | None = None, on: Machines |
     ]
     if "student" in shapes and (warning := demo_values_warning(config, shapes["student"].parameters)):
         lines = [warning, *lines]
-    lines = [*slow_engine(config, found.runtime), *same_tasks(config), *lines]
+    lines = [*slow_engine(config, found.runtime), *found.tight(config), *same_tasks(config), *lines]
     return to_toml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 
@@ -118,6 +118,23 @@ def _engine(runtime: Runtime) -> str:
     kept = f"{FILLED:.0%} of the GPU's {size / 2**30:.0f} GiB"
     why = f"it would not fit beside the trainer into {kept}, or rollout.sleep=on" if room.sleeps else f"within {kept}"
     return f"{plays}; the engine {'sleeps between rollouts' if room.sleeps else 'keeps its memory'} ({why})"
+
+
+def _memory_choices(config: Config, found: preflight.Found) -> Iterator[str]:
+    """Yield a line about what the student and the teacher do to fit the memory of a GPU; none on a CPU."""
+    runtime, asked = found.runtime, config.student.gradient_checkpointing
+    if runtime.memory is None or found.plan is None:
+        return
+    why = f"student.gradient_checkpointing={str(asked).lower()}"
+    if asked == "auto" and runtime.checkpointing:
+        why = "it would not fit otherwise"
+    elif asked == "auto":
+        why = "it fits without" if found.models["student"].body.supports_gradient_checkpointing else "it cannot"
+    line = f"memory: the student {'recomputes' if runtime.checkpointing else 'keeps'} its activations ({why})"
+    if config.teacher_scores:
+        how = "gathered once a step" if runtime.gathered else "gathered block by block, as it does not fit whole,"
+        line += f"; the teacher is {how} and scores {runtime.joined} of the student's micro-batches at a time"
+    yield line
 
 
 def _sharding(runtime: Runtime, nodes: int) -> str:

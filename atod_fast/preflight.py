@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,9 +31,9 @@ from atod_fast.models import (
     stop_ids,
 )
 from atod_fast.plan import fit
+from atod_fast.plan.choices import choose
 from atod_fast.plan.fit import Plan
 from atod_fast.plan.memory import memory
-from atod_fast.plan.room import room_beside
 from atod_fast.plan.shapes import shape_of
 from atod_fast.policy.model import CausalPolicy
 from atod_fast.published import CONFIGS
@@ -70,11 +70,17 @@ class Model:
 
 @dataclass
 class Found:
+    """What `look` found: how the run computes, and its models."""
+
     runtime: Runtime
     models: dict[str, Model] = field(default_factory=dict)  # by role; in a dry run those whose shape is known
     unchecked: list[str] = field(default_factory=list)  # what a dry run could not look at, and why
     plan: Plan | None = None  # memory of a rank under other settings of the same models; None: a model is unknown
     files: dict[str, dict[str, str]] = field(default_factory=dict)  # `model_files` by key and path
+
+    def tight(self, config: Config) -> list[str]:
+        """Return a warning if the run fills more of the GPU's memory than a plan should, else nothing."""
+        return fit.tight(self.plan(config), self.runtime.memory) if self.plan and self.runtime.memory else []
 
 
 def look(
@@ -114,16 +120,21 @@ def look(
     for role, (path, shape, tokenizer) in sources.items():
         found.models[role] = Model(path, shape, *_body(config, role, path, shape, runtime), tokenizer)
     student, teacher = found.models.get("student"), found.models.get("teacher")
-    if all(role in found.models for role in used_models(config)):
+    if student and all(role in found.models for role in used_models(config)):
         sizes = {role: shape_of(model.body) for role, model in found.models.items()}
         models = sizes["student"], sizes.get("teacher")
+        packed = (student, teacher) if teacher and config.teacher_scores else (student,)
+        facts = {
+            "recomputes": student.body.supports_gradient_checkpointing,
+            "packs": all(model.packs for model in packed),
+        }
 
-        def roomy(config: Config) -> Runtime:
+        def chosen(config: Config) -> Runtime:
             made = Runtime.of(config, device, shapes=shapes, mesh=mesh, ranks=ranks, shards=shards, elsewhere=elsewhere)
-            return replace(made, room=room_beside(config, *models, made))
+            return choose(config, *models, made, **facts)
 
-        found.runtime = runtime = roomy(config)
-        found.plan = lambda config: list(memory(config, *models, roomy(config)))
+        found.runtime = runtime = chosen(config)
+        found.plan = lambda config: list(memory(config, *models, chosen(config)))
         if runtime.memory:
             fit.check(config, found.plan, runtime.memory)
     kind = ENGINES[runtime.engine]

@@ -105,7 +105,7 @@ class Run:
         self.apart = self._has_folder_apart(copies=mesh.ndim == 2)
         torch.manual_seed(config.train.seed)
 
-        for line in (*same_tasks(config), *slow_engine(config, runtime)):
+        for line in (*same_tasks(config), *slow_engine(config, runtime), *found.tight(config)):
             console.say(f"warning: {line}", style="bold yellow")
         student, tokenizer = found.models["student"], found.models["student"].tokenizer
         assert tokenizer is not None, "only a dry run goes without one"

@@ -6,6 +6,9 @@ Nothing else in the package reads a setting that may be `auto`.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,7 +41,11 @@ class Runtime:
     teacher_room: Room  # of the engine in which the teacher is evaluated
     student_dtype: torch.dtype  # of forward and backward passes, and of every rollout; masters are fp32
     teacher_dtype: torch.dtype  # of scoring
-    liger: bool  # the student computes with liger-kernel's modules
+    liger: bool  # student and teacher compute with liger-kernel's modules
+    compiled: bool  # and their blocks are compiled
+    checkpointing: bool  # the student recomputes each block's activations; `auto` is off until `plan.choices` decides
+    gathered: bool  # the teacher stays gathered while it scores, as `plan.choices` decides
+    joined: int  # micro-batches in one of the teacher's forward passes; `auto` is 1 until `plan.choices` decides
     student: Compute  # for training, and for rollouts in the rollout engine
     teacher: Compute | None  # for scoring; None if no step uses it
     playing_teacher: Compute | None  # for its evaluation; None if there is none
@@ -88,7 +95,11 @@ class Runtime:
             teacher_room=ENGINES["transformers"].room(config, None, student_dtype, device, ranks),
             student_dtype=student_dtype,
             teacher_dtype=teacher_dtype,
-            liger=uses_liger(config.student.liger, device) if elsewhere is None else config.student.liger != "off",
+            liger=uses_liger(config, device, here=elsewhere is None),
+            compiled=uses_compiler(config, device, here=elsewhere is None),
+            checkpointing=config.student.gradient_checkpointing is True,
+            gathered=False,
+            joined=max(1, config.teacher.microbatch_tokens // config.train.microbatch_tokens),
             student=compute("student", config.student.path, student_dtype),
             teacher=compute("teacher", config.teacher.path, teacher_dtype) if config.teacher_scores else None,
             playing_teacher=compute("teacher", config.teacher.path, student_dtype) if config.teacher_plays else None,
@@ -173,10 +184,29 @@ def slow_engine(config: Config, runtime: Runtime) -> list[str]:
     ]
 
 
-def uses_liger(mode: str, device: torch.device) -> bool:
-    """Return whether to use liger-kernel on this device. Raises UserError for `on` where it cannot be used."""
-    present = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+def uses_liger(config: Config, device: torch.device, *, here: bool = True) -> bool:
+    """Return whether to use liger-kernel on this device, of this machine if `here`.
+
+    Raises:
+        UserError: it is `on` where it cannot be used.
+    """
+    mode = config.student.liger
+    present = device.type == "cuda" and (not here or importlib.util.find_spec("liger_kernel") is not None)
     if mode == "on" and not present:
         remedy = "pip install 'atod_fast[cuda]' or set student.liger=auto"
         raise UserError(f"student.liger='on' needs CUDA and liger-kernel; {remedy}")
-    return mode != "off" and present
+    return present and (mode == "on" or (mode == "auto" and not config.student.compile))
+
+
+def uses_compiler(config: Config, device: torch.device, *, here: bool = True) -> bool:
+    """Return whether to compile blocks. Raises UserError if this machine (if `here`) lacks what torch.compile needs."""
+    if config.student.compile and here:
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        missing = None
+        if device.type == "cpu" and shutil.which(compiler) is None:
+            missing = f"a C++ compiler, and there is no {compiler} here"
+        if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            missing = "Triton, which is not installed"
+        if missing:
+            raise UserError(f"student.compile=true needs {missing}; install it, or set student.compile=false")
+    return config.student.compile

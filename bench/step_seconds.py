@@ -31,6 +31,7 @@ from atod_fast.observe import metrics
 from atod_fast.plan.seconds import seconds
 from atod_fast.plan.shapes import Shape, shape_of
 from atod_fast.plan.tokens import Step
+from atod_fast.rollout.engines.protocol import Room
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPT = 279  # mean tokens of gpu_step.py's prompts: its settings, SmolLM2's tokenizer, responses of 64 random tokens
@@ -55,7 +56,17 @@ def lines(title: str, predicted: dict[str, float], measured: dict[str, float]) -
 def runtime(engine: str, dtype: torch.dtype) -> SimpleNamespace:
     """Return what `seconds` reads of a Runtime of one rank."""
     return SimpleNamespace(
-        student_dtype=dtype, teacher_dtype=dtype, shards=1, ranks=1, liger=False, engine=engine, checkpointing=False
+        room=Room(64, False, 0),
+        compiled=False,
+        gathered=False,
+        joined=1,
+        student_dtype=dtype,
+        teacher_dtype=dtype,
+        shards=1,
+        ranks=1,
+        liger=False,
+        engine=engine,
+        checkpointing=False,
     )
 
 

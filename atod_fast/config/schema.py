@@ -38,8 +38,10 @@ class Student(Section):
         "flash_attention_2 (flash-attn) pack rows without padding, in 16 bits; auto = on CUDA varlen, else "
         "flash_attention_2 if it is installed, where the model supports them, else sdpa, else eager",
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="recompute the activations of each block in the backward pass"
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        default="auto",
+        description="recompute the activations of each block in the backward pass; auto = on a GPU, if the memory plan "
+        "needs it",
     )
     head: Literal["auto", "fast", "lean"] = Field(
         default="auto",
@@ -47,7 +49,12 @@ class Student(Section):
         "lean computes them twice, tile by tile, and needs the least memory; auto = fast",
     )
     liger: Literal["auto", "on", "off"] = Field(
-        default="auto", description="use RMSNorm, RoPE and SwiGLU of liger-kernel; auto = on CUDA if it is installed"
+        default="auto",
+        description="compute student and teacher with RMSNorm, RoPE and SwiGLU of liger-kernel (a mixture of experts "
+        "without its SwiGLU); auto = on CUDA if it is installed, without student.compile",
+    )
+    compile: bool = Field(
+        default=False, description="compile the blocks of student and teacher with torch.compile, for any shape"
     )
 
 
@@ -60,6 +67,12 @@ class Teacher(Section):
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="as student.compute_dtype")
     offload: bool = Field(
         default=False, description="keep the teacher's sharded weights in CPU memory while it is not used"
+    )
+    microbatch_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="most tokens of the teacher's forward pass on a rank, made of whole micro-batches of packed rows; "
+        "0 = up to 8 of train.microbatch_tokens, as many as the memory plan allows on a GPU, and one on a CPU",
     )
 
 
@@ -581,6 +594,11 @@ class Config(Section):
             raise ValueError(
                 f"train.resample_flat={self.train.resample_flat} looks for groups whose rewards differ, and "
                 "schedule.rho gives reward no weight; set train.resample_flat=0, or rho above 0"
+            )
+        if 0 < self.teacher.microbatch_tokens < self.train.microbatch_tokens:
+            raise ValueError(
+                f"teacher.microbatch_tokens={self.teacher.microbatch_tokens} holds no micro-batch of "
+                f"train.microbatch_tokens={self.train.microbatch_tokens}; raise it, or set it to 0"
             )
         if self.objective.ratio == "sequence":
             if self.train.epochs == 1 and not self.train.minibatch_rows:

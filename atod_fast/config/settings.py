@@ -15,7 +15,8 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError
@@ -272,6 +273,8 @@ def expected(field: FieldInfo) -> str:
     kind, arguments = get_origin(field.annotation) or field.annotation, get_args(field.annotation)
     if kind is Literal:
         return " | ".join(arguments)
+    if kind in (Union, UnionType):
+        return " | ".join(expected(FieldInfo.from_annotation(argument)) for argument in arguments)
     if kind is tuple:
         return f"[{', '.join(expected(FieldInfo.from_annotation(argument)) for argument in arguments)}]"
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

@@ -14,7 +14,8 @@ Plan = Callable[[Config], list[Item]]  # the memory of a rank under these settin
 
 # Keys that lower memory, in the order in which they cost least, with the values to try.
 REMEDIES: dict[str, tuple[object, ...]] = {
-    "student.gradient_checkpointing": (True,),
+    "student.gradient_checkpointing": ("auto",),
+    "teacher.microbatch_tokens": (0,),
     "student.head": ("lean",),
     "train.microbatch_tokens": (8192, 4096, 2048),
     "rollout.concurrency": (32, 16, 8, 4, 1),
@@ -52,6 +53,17 @@ def check(config: Config, plan: Plan, memory: int) -> None:
     )
 
 
+def tight(items: list[Item], memory: int) -> list[str]:
+    """Return a warning if a rank fills more of its GPU's `memory` bytes than a plan should, else nothing."""
+    phase, needed = max(totals(items).items(), key=lambda each: each[1])
+    if needed <= FILLED * memory:
+        return []
+    return [
+        f"a rank needs up to {needed / 2**30:.1f} GiB ({phase}) of its GPU's {memory / 2**30:.1f}, which leaves "
+        "little for the CUDA context and fragmentation: it may run out of memory"
+    ]
+
+
 def remedies(config: Config, plan: Plan, memory: float) -> dict[str, object]:
     """Return the keys of `REMEDIES` with which a run fits `memory` bytes: one if one is enough, else as many as needed.
 
@@ -64,8 +76,14 @@ def remedies(config: Config, plan: Plan, memory: float) -> dict[str, object]:
     for key, value in _lower(config):
         found[key] = value
         if largest(plan(changed(config, found))) <= memory:
-            return found
-    return {}
+            break
+    else:
+        return {}
+    for key in [*found]:
+        fewer = {other: value for other, value in found.items() if other != key}
+        if largest(plan(changed(config, fewer))) <= memory:
+            found = fewer
+    return found
 
 
 def _lower(config: Config) -> Iterator[tuple[str, object]]:
@@ -74,7 +92,7 @@ def _lower(config: Config) -> Iterator[tuple[str, object]]:
         section, name = key.split(".")
         now = getattr(getattr(config, section), name)
         for value in values:
-            if value != now and not (type(value) is int and type(now) is int and 0 < now <= value):
+            if value != now and now is not True and not (type(value) is int and type(now) is int and 0 < now <= value):
                 yield key, value
 
 

@@ -15,7 +15,7 @@ from atod_kernels.problem import TILE
 from atod_fast.config import Config
 from atod_fast.objective import FULL_VOCABULARY
 from atod_fast.plan.shapes import Shape, activations, block_activations, cache_line, gathered
-from atod_fast.plan.tokens import step_bounds
+from atod_fast.plan.tokens import Step, step_bounds
 from atod_fast.rollout.engines.vllm import limits
 from atod_fast.runtime import Runtime
 
@@ -61,18 +61,20 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
     exact = exact_loss or (scores and config.turns.disagreement == "exact")
     mixture = scores and objective.divergence in MIXTURES
     share = -(-step.action_tokens // ranks)
-    micro = min(max(config.train.microbatch_tokens, rollout.longest), -(-step.tokens // ranks))
+    micro = micro_batch(config, step, runtime)
     phases = PHASES if plays else PHASES[1:]
 
     yield Item("student, fp32 masters", 4 * student.parameters / shards, phases)
     yield Item("student, AdamW moments", 8 * student.parameters / shards, PHASES[1:])
     yield Item("student, gradients", 4 * student.parameters / shards, ("update",))
     yield Item("student, gathered", gathered(student, c), ("score", "update"))
-    yield Item("student, gradients to reduce", min(student.parameters, student.root + student.block) * c, ("update",))
+    reducing = min(student.parameters, student.root + student.block)  # as computed, and in fp32 on their way
+    yield Item("student, gradients to reduce", reducing * (c + 4), ("update",))
     if teacher is not None and scores:
         if not config.teacher.offload:
             yield Item("teacher, shard", ct * teacher.parameters / shards, phases)
-        yield Item("teacher, gathered", gathered(teacher, ct), ("score",))
+        whole = ct * teacher.parameters
+        yield Item("teacher, gathered", whole if runtime.gathered else gathered(teacher, ct), ("score",))
         if exact_loss:
             yield Item("teacher, head", teacher.root * ct, ("update",))
         if exact:
@@ -84,8 +86,11 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
         tokens = runtime.teacher_room.concurrency * rollout.longest
         yield Item("teacher's engine", teacher.parameters * c + tokens * cache_line(teacher, c), PHASES[:1])
 
-    yield Item("activations", micro * block_activations(student, c), ("score",))
-    yield Item("activations", micro * activations(student, c, config.student.gradient_checkpointing), ("update",))
+    scoring = micro * block_activations(student, c)
+    if teacher is not None and scores:  # one after the other
+        scoring = max(scoring, micro_batch(config, step, runtime, runtime.joined) * block_activations(teacher, ct))
+    yield Item("activations", scoring, ("score",))
+    yield Item("activations", micro * activations(student, c, runtime.checkpointing), ("update",))
     lean = config.student.head == "lean"
     yield Item("head, logit tiles", head_tiles(student, 2 * mixture, device), ("score",))
     yield Item("head, logit tiles", head_tiles(student, 0 if lean else 1 + exact_loss, device), ("update",))
@@ -94,6 +99,12 @@ def memory(config: Config, student: Shape, teacher: Shape | None, runtime: Runti
         4 * student.hidden * (min(micro, share) + (0 if lean else student.vocabulary)),
         ("update",),
     )
+
+
+def micro_batch(config: Config, step: Step, runtime: Runtime, joined: int = 1) -> int:
+    """Return the most tokens of `joined` micro-batches on a rank."""
+    one = max(config.train.microbatch_tokens, config.rollout.longest)
+    return min(joined * one, -(-step.tokens // runtime.ranks))
 
 
 def engine_memory(config: Config, model: Shape, runtime: Runtime, phases: tuple[str, ...]) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""How much of a device's memory a rollout engine gets, and whether it sleeps while the trainer works."""
+"""How much of a device's memory a rollout engine may have, awake or asleep while the trainer works."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from atod_fast.config import Config
 from atod_fast.models import Attention
-from atod_fast.plan.memory import CACHE, Item, engine_memory, memory, totals
+from atod_fast.plan.memory import CACHE, Item, engine_memory, totals
 from atod_fast.plan.shapes import Shape
 from atod_fast.rollout.engines.protocol import Room
 from atod_fast.rollout.engines.vllm import limits
@@ -20,29 +20,18 @@ FILLED = 0.85
 ENOUGH = 0.5
 
 
-def room_beside(config: Config, student: Shape, teacher: Shape | None, runtime: Runtime) -> Room:
-    """Return the room that a training run has for its rollout engine on this rank's device.
+def rooms(
+    config: Config, model: Shape, runtime: Runtime, items: Callable[[Room], Iterable[Item]]
+) -> list[tuple[Room, bool]]:
+    """Return the rooms that an engine may have on this rank's device, and whether each fits: awake, then asleep.
 
-    On a GPU the cache gets what the plan leaves at most, unless `rollout.kv_cache_gib` gives its size. With
-    `rollout.sleep=auto` the engine sleeps only if it does not fit beside the trainer's largest phase, with at least
-    half of the cache that it would have otherwise.
+    items: the memory of a rank whose engine has a certain room. On a GPU the cache gets what the plan leaves at most,
+    unless `rollout.kv_cache_gib` gives its size. A room fits within `FILLED` of the memory, with at least `ENOUGH` of
+    the cache of an engine that sleeps. Which of the two there are is what `rollout.sleep` and `runtime.room` allow.
     """
-    return _fitted(config, student, runtime, lambda room: memory(config, student, teacher, replace(runtime, room=room)))
-
-
-def room_alone(config: Config, model: Shape, runtime: Runtime) -> Room:
-    """Return the room of an engine without a trainer: an evaluation's, which does not sleep."""
-    runtime = replace(runtime, room=replace(runtime.room, sleeps=False))
-    phases = ("rollout",)
-    return _fitted(
-        config, model, runtime, lambda room: engine_memory(config, model, replace(runtime, room=room), phases)
-    )
-
-
-def _fitted(config: Config, model: Shape, runtime: Runtime, items: Callable[[Room], Iterable[Item]]) -> Room:
     room, size = runtime.room, runtime.memory
     if size is None:
-        return room
+        return [(room, True)]
     heads = Attention(model.layers, model.heads, model.kv_heads, model.head_dim)
     least = limits.cache_bytes(config, heads, runtime.student_dtype, 1)
 
@@ -54,6 +43,20 @@ def _fitted(config: Config, model: Shape, runtime: Runtime, items: Callable[[Roo
         left = FILLED * size - max(totals(others)[phase] for phase in phases)
         return replace(room, cache_bytes=int(min(room.cache_bytes, max(left, least))))
 
-    room, awake = bounded(room), bounded(replace(room, sleeps=False))
-    fits = max(totals(items(awake)).values()) <= FILLED * size and awake.cache_bytes >= ENOUGH * room.cache_bytes
-    return awake if config.rollout.sleep == "auto" and fits else room
+    asleep = bounded(replace(room, sleeps=True)).cache_bytes
+    awake = [False] if not room.sleeps or config.rollout.sleep == "auto" else []
+    found = [bounded(replace(room, sleeps=sleeps)) for sleeps in (*awake, *([True] if room.sleeps else []))]
+    return [
+        (each, max(totals(items(each)).values()) <= FILLED * size and each.cache_bytes >= ENOUGH * asleep)
+        for each in found
+    ]
+
+
+def room_alone(config: Config, model: Shape, runtime: Runtime) -> Room:
+    """Return the room of an engine without a trainer: an evaluation's, which does not sleep."""
+    runtime = replace(runtime, room=replace(runtime.room, sleeps=False))
+    phases = ("rollout",)
+    ((room, _),) = rooms(
+        config, model, runtime, lambda room: engine_memory(config, model, replace(runtime, room=room), phases)
+    )
+    return room

@@ -26,6 +26,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    routed: int  # experts of a block that one token passes through; 0: no mixture
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -52,6 +53,7 @@ def _shape(model: PreTrainedModel, blocks: list[int]) -> Shape:
         intermediate=_intermediate(text),
         **attention_shape(config)._asdict(),
         vocabulary=text.vocab_size,
+        routed=getattr(text, "num_experts_per_tok", None) or 0,
     )
 
 
@@ -86,6 +88,7 @@ def block_activations(shape: Shape, bytes_: int) -> int:
         (N + K) D (4 + 3c)    query and key norm likewise, rotated; attention's output and value
         4 c I                 gate, its SiLU, up, their product
         4 (2N + K + 2)        the norms' and the softmax's fp32 normalisers
+        2 c R H               input and output of each of the R experts that a token passes through
     """
     heads, kv = shape.heads, shape.kv_heads
     return (
@@ -93,6 +96,7 @@ def block_activations(shape: Shape, bytes_: int) -> int:
         + (heads + kv) * shape.head_dim * (4 + 3 * bytes_)
         + 4 * bytes_ * shape.intermediate
         + 4 * (2 * heads + kv + 2)
+        + 2 * bytes_ * shape.routed * shape.hidden
     )
 
 

@@ -114,7 +114,8 @@ def attend(
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     scale = dim**-0.5 if scaling is None else scaling
     kernel = _by_flash if query.is_cuda else _row_by_row
-    out = kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, sliding_window)
+    given = q, k, v, cu_seq_lens_q, max_length_q, scale, sliding_window
+    out = kernel(*given)  # pyright: ignore[reportCallIssue] (torch types what `disable` returns as a decorator)
     return out.unflatten(0, (lines, length)), None
 
 
@@ -139,6 +140,7 @@ def _by_flash(
     return cast(Tensor, out)[..., :size].to(given)
 
 
+@torch.compiler.disable  # it would be compiled anew for every number of rows
 def _row_by_row(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:

@@ -35,7 +35,7 @@ from atod_fast.objective import (
 )
 from atod_fast.policy.loading import load_student
 from atod_fast.policy.model import Comparison, HeadJob, Loss
-from atod_fast.policy.packing import collate, partition
+from atod_fast.policy.packing import collate, join, partition
 from atod_fast.policy.sharding import reduce_between_copies, reshard
 from atod_fast.policy.teacher import Teacher
 from atod_fast.policy.teacher.local import LocalTeacher
@@ -76,14 +76,14 @@ class Learner:
 
     def __init__(self, config: Config, runtime: Runtime, valid_columns: Tensor | None):
         self.config, self.device = config, runtime.device
-        compute, how, mesh = runtime.student, config.student, runtime.mesh
+        mesh, how = runtime.mesh, {"liger": runtime.liger, "compiled": runtime.compiled}
         assert mesh is not None, "a dry run has no learner"
-        checkpointing = how.gradient_checkpointing
-        self.student = load_student(compute, mesh, liger=runtime.liger, checkpointing=checkpointing)
+        self.student = load_student(runtime.student, mesh, checkpointing=runtime.checkpointing, **how)
         assert all(p.dtype == torch.float32 for p in self.student.parameters()), "AdamW needs fp32 masters"
         self.teacher: Teacher | None = None
         if runtime.teacher is not None:
-            self.teacher = LocalTeacher(runtime.teacher, mesh, offload=config.teacher.offload)
+            how |= {"offload": config.teacher.offload, "gathered": runtime.gathered}
+            self.teacher = LocalTeacher(runtime.teacher, mesh, **how)
         # Fused: torch's default updates DTensors one by one, five times slower for a small model.
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(),
@@ -100,6 +100,7 @@ class Learner:
         self.valid_columns = None if valid_columns is None else valid_columns.to(runtime.device)
         # sdpa would attend from all rows to all others; a recurrent layer would carry state from row to row.
         self.packed = self.student.packs and (self.teacher is None or self.teacher.packs)
+        self.joined = runtime.joined if self.packed else 1
         # The loss or the turn signal may need the teacher's whole distribution; the signal is then the reverse KL.
         self.loss_divergence = config.objective.divergence if config.objective.divergence in FULL_VOCABULARY else None
         self.score_divergence = self.loss_divergence or ("reverse_kl" if config.turns.disagreement == "exact" else None)
@@ -137,13 +138,18 @@ class Learner:
             yield lambda hidden: Comparison(hidden, head, divergence, alpha=self.config.objective.alpha)
 
     def score_teacher(self, minibatches: MiniBatches[Batch]) -> Taught:
-        """Run the teacher's backbone once; return log-probs, or final hidden states for exact divergences."""
+        """Run the teacher's backbone once; return log-probs, or final hidden states for exact divergences.
+
+        Packed micro-batches are joined, also those of different mini-batches: as many on every rank.
+        """
         assert self.teacher is not None, "kappa > 0 in a step of a run without a teacher"
         batches = [batch for minibatch in minibatches for batch in minibatch]
-        if self.score_divergence is None:
-            taught = deque(self.teacher.logp(batch, self._job(batch)) for batch in batches)
-        else:
-            taught = deque(self.teacher.hidden(batch) for batch in batches)
+        taught: Taught = deque()
+        for first in range(0, len(batches), self.joined):
+            parts = batches[first : first + self.joined]
+            batch = join(parts)
+            scores = self.teacher.hidden(batch) if self.score_divergence else self.teacher.logp(batch, self._job(batch))
+            taught.extend(scores.split([len(part.target) for part in parts]))
         self.teacher.rest()
         return taught
 

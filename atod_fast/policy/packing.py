@@ -6,6 +6,7 @@ The partition is a pure function of the rows and the seed, so every rank compute
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -84,6 +85,25 @@ def collate(rows: Sequence[Row], *, packed: bool) -> Batch:
         rollout_logp=logprobs,
         row_starts=torch.from_numpy(starts.astype(np.int32)),
         longest=longest,
+    )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Return packed micro-batches as one. Its action tokens are theirs, in order."""
+    if len(batches) == 1:
+        return batches[0]
+    offsets = [0, *accumulate(batch.tokens for batch in batches)]
+    starts = [batch.row_starts[1:] + offset for batch, offset in zip(batches, offsets, strict=False)]
+    index = [batch.index + offset for batch, offset in zip(batches, offsets, strict=False)]
+    return Batch(
+        input_ids=torch.cat([batch.input_ids for batch in batches], 1),
+        position_ids=torch.cat([batch.position_ids for batch in batches], 1),
+        index=torch.cat(index),
+        target=torch.cat([batch.target for batch in batches]),
+        turn=torch.cat([batch.turn for batch in batches]),
+        rollout_logp=torch.cat([batch.rollout_logp for batch in batches]),
+        row_starts=torch.cat([batches[0].row_starts[:1], *starts]),
+        longest=max(batch.longest for batch in batches),
     )
 
 

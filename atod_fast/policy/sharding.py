@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,10 +15,18 @@ from atod_fast.policy.model import CausalPolicy
 RESHARD_PARAMETERS = 50_000_000
 
 
-def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False) -> CausalPolicy:
+def shard(
+    policy: CausalPolicy,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    offload: bool = False,
+    gathered: bool = False,
+) -> CausalPolicy:
     """Shard every block, an untied embedding and head, and the root with all other parameters, in place.
 
     mesh: one dimension, or two: parameters are then copies over the first and sharded over the second.
+    gathered: a unit stays unsharded after its first use, until `reshard`.
     A tied embedding and head stay together in the root unit. The head's unit stays unsharded between forward and
     backward: it is used last, then first. `cast_forward_inputs` is off because FSDP would round fp32 streams to bf16.
     """
@@ -29,7 +39,7 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
         ),
         "offload_policy": CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy(),
     }
-    reshard = parameters > RESHARD_PARAMETERS
+    reshard = parameters > RESHARD_PARAMETERS and not gathered
     for block in policy.parts.blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     if not policy.tied:
@@ -37,6 +47,12 @@ def shard(policy: CausalPolicy, mesh: DeviceMesh, compute_dtype: torch.dtype, *,
         fully_shard(policy.parts.head, reshard_after_forward=False, **options)
     fully_shard(policy, reshard_after_forward=False, **options)
     return policy
+
+
+def prefetch(policy: CausalPolicy) -> None:
+    """Let each block's forward pass start to gather the next block, before it computes."""
+    for block, following in pairwise(policy.parts.blocks):
+        sharded(block).set_modules_to_forward_prefetch([sharded(following)])
 
 
 def reduce_between_copies(policy: CausalPolicy, now: bool) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args, get_origin
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -178,8 +179,13 @@ LEAVES = {int: st.integers(0, 1000), float: NUMBERS, bool: st.booleans(), str: T
 
 
 def candidate(key: str) -> st.SearchStrategy:
-    annotation = FIELDS[key].annotation
+    return of_type(FIELDS[key].annotation)
+
+
+def of_type(annotation) -> st.SearchStrategy:
     kind = get_origin(annotation) or annotation
+    if kind in (Union, UnionType):
+        return st.one_of(map(of_type, get_args(annotation)))
     if kind is Literal:
         return st.sampled_from(get_args(annotation))
     if kind is tuple:

@@ -17,10 +17,20 @@ from atod_fast.policy.sharding import reshard, sharded
 
 
 class LocalTeacher:
-    """A `Teacher` sharded over the ranks with FSDP2; `offload` keeps it in CPU memory between uses."""
+    """A `Teacher` sharded over the ranks with FSDP2. The options are those of `load_teacher`."""
 
-    def __init__(self, compute: Compute, mesh: DeviceMesh, *, offload: bool):
-        self.policy: CausalPolicy = load_teacher(compute, mesh, offload=offload)
+    def __init__(
+        self,
+        compute: Compute,
+        mesh: DeviceMesh,
+        *,
+        offload: bool,
+        liger: bool = False,
+        gathered: bool = False,
+        compiled: bool = False,
+    ):
+        how = {"liger": liger, "gathered": gathered, "compiled": compiled}
+        self.policy: CausalPolicy = load_teacher(compute, mesh, offload=offload, **how)
         self.columns, self.packs = self.policy.parts.head.weight.shape[0], self.policy.packs
 
     @torch.no_grad()

@@ -18,7 +18,8 @@ from atod_fast.config.settings import load
 from atod_fast.errors import UserError
 from atod_fast.models import load_model, skeleton
 from atod_fast.plan import memory
-from atod_fast.plan.room import FILLED, room_alone, room_beside
+from atod_fast.plan.choices import choose
+from atod_fast.plan.room import FILLED, room_alone
 from atod_fast.plan.shapes import shape_of, whole_shape_of
 from atod_fast.policy import attention
 from atod_fast.rollout.engines import ENGINES
@@ -53,7 +54,7 @@ def room(monkeypatch, *overrides, preset: str = "alfworld-1.7b", gib: float = 79
     shapes = {"student": STUDENT, "teacher": TEACHER} | shapes
     runtime = Runtime.of(config, CUDA, shapes=shapes, ranks=ranks)
     sizes = {role: shape_of(skeleton(shape)) for role, shape in shapes.items()}
-    return room_beside(config, sizes["student"], sizes["teacher"], runtime)
+    return choose(config, sizes["student"], sizes["teacher"], runtime, recomputes=True, packs=True).room
 
 
 def test_an_engine_that_fits_beside_the_trainer_does_not_sleep(monkeypatch):
@@ -66,14 +67,14 @@ def test_an_engine_that_fits_beside_the_trainer_does_not_sleep(monkeypatch):
 
 def test_the_decision_is_that_of_the_plan(monkeypatch):
     """Just below the total of the plan's fullest phase the engine sleeps, just above it does not."""
-    given = "rollout.kv_cache_gib=4"
-    config = load("alfworld-1.7b", None, [given])
-    awake = room(monkeypatch, given, gib=1000)
+    given = "rollout.kv_cache_gib=4", "student.gradient_checkpointing=true"
+    config = load("alfworld-1.7b", None, given)
+    awake = room(monkeypatch, *given, gib=1000)
     runtime = Runtime.of(config, CUDA, shapes={"student": STUDENT, "teacher": TEACHER}, ranks=8)
     sizes = [shape_of(skeleton(shape)) for shape in (STUDENT, TEACHER)]
     needed = max(memory.totals(memory.memory(config, *sizes, replace(runtime, room=awake))).values())
     for part, sleeps in ((0.999, True), (1.001, False)):
-        found = room(monkeypatch, given, gib=part * needed / FILLED / GIB)
+        found = room(monkeypatch, *given, gib=part * needed / FILLED / GIB)
         assert found == replace(awake, sleeps=sleeps)
 
 
