@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from lane import TESTS, Lane, arguments, random_model
+from machine import ROOT
 
 from atod_fast import preflight, reporting, train
 from atod_fast import run as runs
@@ -36,7 +37,7 @@ checkpoint.every=0 schedule.kappa.horizon=80 schedule.rho.horizon=80
 """.split()
 REAL = """
 rollout.prompt_tokens=1024 rollout.response_tokens=64 rollout.concurrency=64 train.tasks_per_step=8
-train.minibatch_rows=128
+train.minibatch_rows=128 train.microbatch_tokens=8192
 """.split()
 TINY = """
 rollout.prompt_tokens=2048 rollout.response_tokens=4 rollout.concurrency=8 train.tasks_per_step=1
@@ -57,7 +58,8 @@ def make_models(folder: Path, device: torch.device, dry: bool, tokenizer: str | 
         sys.path.insert(0, str(TESTS))
         from helpers.chatml import make_tokenizer
 
-        tokens = make_tokenizer()
+        texts = [*(ROOT / "docs").glob("*.md"), *(ROOT / "atod_fast" / "envs" / "alfworld").glob("*.py")]
+        tokens = make_tokenizer(corpus=[text.read_text() for text in texts], size=4000)
     else:
         from transformers import AutoTokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -219,6 +220,45 @@ def test_prompts_wait_for_others_only_while_more_rows_decode():
     assert waited == captured.PATIENCE + 1
     eager = make(qwen3(), slots=6, record=None)
     assert eager._forward.patience == 0
+
+
+class FakeGraph:
+    def __init__(self, log: list) -> None:
+        self.log = log
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+
+def test_cuda_is_asked_for_a_warm_up_that_must_not_wait_then_for_a_capture_into_one_pool(monkeypatch):
+    log: list = []
+    mode = [0]
+
+    @contextmanager
+    def capture(graph, pool=None, stream=None, capture_error_mode="global"):
+        log.append(("capture", pool, capture_error_mode))
+        yield
+
+    fakes = {
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": lambda: FakeGraph(log),
+        "graph": capture,
+        "current_stream": lambda: "stream",
+        "stream": lambda stream: nullcontext(log.append(stream)),
+        "get_sync_debug_mode": lambda: mode[0],
+        "set_sync_debug_mode": lambda value: mode.__setitem__(0, value),
+    }
+    for name, fake in fakes.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, fake)
+    record = captured.CudaGraphs()
+    for _ in range(2):
+        record(lambda: log.append(("work", mode[0])))()
+    once = [("work", "error"), "stream", ("capture", "pool", "thread_local"), ("work", 0), "replay"]
+    assert log == 2 * once and mode == [0]
+    with pytest.raises(ZeroDivisionError):
+        record(lambda: 1 / 0)
+    assert mode == [0]
 
 
 @pytest.mark.parametrize(
