@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.item.default, aten.nonzero.default)
@@ -27,7 +27,10 @@ class Tape(TorchDispatchMode):
         if func in READS:
             raise RuntimeError("operation not permitted when stream is capturing")
         out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
+        # Aliases: a tensor that is later given other memory does not take the recording along.
+        self.calls.append(
+            tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (func, args, kwargs or {}, out))
+        )
         return out
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -35,6 +38,11 @@ class Tape(TorchDispatchMode):
         with tape:
             work()
         return lambda: repeat(tape.calls)
+
+
+def alias(x: object) -> object:
+    """Return the same memory under a tensor of its own: one that is later given other memory takes nothing along."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 @torch.inference_mode()

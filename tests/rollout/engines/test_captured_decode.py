@@ -148,12 +148,11 @@ def test_an_idle_slot_keeps_its_cache():
         done = {}
         while len(done) < 2:
             done |= {completion.key: completion for completion in one.step()}
-        first = [6, *[6] * 4, *done[0].ids]
-        one.add(Request(0, [*first, 9, 9], seed=5))  # while slot 2 is idle, slot 0 goes on
-        while 0 in one._slot_of and one._busy:
+        one.add(Request(2, [*[8] * 5, *done[2].ids, 9, 9], seed=5))  # while slot 0 is idle, slot 2 goes on
+        while one._busy or one._waiting:
             done |= {completion.key: completion for completion in one.step()}
-        one.add(Request(2, [*[8] * 5, *done[2].ids, 7], seed=6))  # behind what slot 2 has held since
-        shared = int(one._cached[one._slot_of[2]])
+        one.add(Request(0, [*[6] * 5, *done[0].ids, 7], seed=6))  # behind what slot 0 has held since
+        shared = int(one._cached[one._slot_of[0]])
         while one._busy or one._waiting:
             done |= {completion.key: completion for completion in one.step()}
         assert shared == 24
