@@ -1,534 +1,220 @@
-"""Check every kernel on a GPU, then time it. Run this first on a new machine; it ends within --minutes (8).
+"""Show all that only a GPU can show, unattended: one command, which ends within --minutes (8) on one H100.
 
-    python bench/gpu_lane.py --out lane.json
-    python bench/gpu_lane.py --interpret      # only the checks, at tiny sizes on the CPU in Triton's interpreter
+    python bench/gpu_lane.py --out bench/results/gpu_lane.json
+    python bench/gpu_lane.py --out lane.json --parts vllm,decode
+    python bench/gpu_lane.py --dry                # every part on a CPU, on small tensors
+    python bench/gpu_lane.py --list               # the parts, and what is expected of them
 
-Checks compare with torch in fp64 on the same rounded inputs: a student close to the teacher (KL 1e-3 to 1e-2), logits
-of standard deviation 2 and 30, random signed upstream gradients on all outputs at once, ragged sizes, vocabularies
-that differ either way, ignored tokens. Errors are relative, in the 2-norm. A value passes if its error is at most
-twice that of plain torch in fp32, plus 2e-4. A gradient passes within 4e-3 (16-bit inputs) or 2e-4 (fp32); at a
-standard deviation of 30, where rounding to fp32 alone moves logits by 1e-5, twice torch's own fp32 error is added. For
-bf16 the interpreter is allowed twice as much, because it truncates where a GPU rounds.
+What is not proven yet comes first. Each part is a process of its own with a limit of time, so that one that crashes or
+hangs loses only itself; what it found until then counts. Results are written after each part. `lane_table.py` puts
+them into bench/results/gpu_lane.md, beside the numbers that were expected (`lane.py`).
 
-Then it measures times (median of ten, cold cache) and peak memory of the contenders of `head.py` at --shape. A step
-that fails is reported and the others run, unless the failure took the device down: then they are skipped. A step that
-hangs ends the run at --minutes with what was found. Exit 0 if all checks pass, 1 if not, 2 without a GPU.
+Exit 0 if every part ended and passed its checks, 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
+import platform
+import signal
+import subprocess
 import sys
-import threading
+import tempfile
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if "--interpret" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
-from atod_kernels import algebra, linear_divergence, linear_token_loss, naive, problem, turns
-from atod_kernels.names import DIVERGENCES, REDUCTIONS
-from torch import Tensor
+from lane import EXPECTED
+from machine import ROOT, environment, processor, version
 
-GRADIENT_BOUND = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 4e-3}
-VALUE_EPS = 2e-4
-OUTPUTS = ("divergence", "entropy", "logp", "teacher_logp", "teacher_entropy", "d hidden", "d weight", "d bias")
+BENCH = ROOT / "bench"
+PACKAGES = ("torch", "triton", "transformers", "vllm", "liger-kernel", "trl", "numpy")
+RESERVE = 5  # seconds of the whole, to write results
+DRY = 600  # seconds of a part on a CPU
 
 
-def responds() -> bool:
+@dataclass(frozen=True)
+class Part:
+    name: str
+    command: tuple[str, ...]  # a file of bench/, and its options
+    limit: float  # seconds on a GPU
+    what: str
+
+
+PARTS = (
+    Part("vllm", ("gpu_vllm.py", "--head-dtype", "fp32"), 110, "vLLM: build, sleep at level 2, wake, load, roll out"),
+    Part("vllm-model-logits", ("gpu_vllm.py", "--head-dtype", "model"), 75, "the same with vLLM's own logits"),
+    Part("vllm-engine", ("gpu_vllm.py", "--check-engine"), 75, "the tests' check of the vLLM engine"),
+    Part("kernels", ("gpu_kernels.py", "--only", "checks"), 100, "the kernels against fp64"),
+    Part("varlen", ("gpu_varlen.py",), 40, "packed attention against sdpa"),
+    Part("decode", ("gpu_decode.py",), 75, "the built-in engine's decode steps, eager and captured"),
+    Part("step", ("gpu_step.py",), 110, "a training step, plan against measured"),
+    Part("questions", ("gpu_questions.py",), 50, "smaller tiles of the head"),
+    Part("times", ("gpu_kernels.py", "--only", "times"), 170, "the head's kernels against peers and bare products"),
+)
+
+
+def machine(dry: bool) -> dict[str, Any]:
+    """Return facts about the machine and its packages. No CUDA context is made: the parts need the memory."""
     try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-@dataclass
-class Lane:
-    """The results so far, and the time left."""
-
-    device: torch.device
-    deadline: float
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    times: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    lost: bool = False  # a kernel's error stays with the process: later results cannot be trusted
-
-    def ready(self, name: str) -> bool:
-        """Return whether a step may begin; report it as skipped if not."""
-        reason = "the device is lost" if self.lost else "no time left" if time.monotonic() > self.deadline else ""
-        if reason:
-            self.skipped.append(f"{name}: {reason}")
-            print(f"skipped {self.skipped[-1]}", flush=True)
-        return not reason
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Report an error inside the block and continue."""
-        try:
-            yield
-        except ImportError as error:
-            self.skipped.append(f"{name}: {error}")
-            print(f"skipped {self.skipped[-1]}", flush=True)
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            self.failures.append(f"{name}: {type(error).__name__}: {lines[-1]}")
-            print(f"FAILED  {self.failures[-1]}", flush=True)
-            print("".join(traceback.format_tb(error.__traceback__)[-2:]), flush=True)
-            self.lost = self.device.type == "cuda" and not responds()
-
-    def check(self, name: str, passed: bool, detail: str) -> None:
-        self.checks.append({"check": name, "passed": passed, "detail": detail})
-        if not passed:
-            self.failures.append(f"{name}: {detail}")
-        print(f"{'ok     ' if passed else 'FAILED '} {name}: {detail}", flush=True)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison; the lane scales its sizes."""
-
-    kind: str
-    schedule: str
-    dtype: torch.dtype
-    spread: float = 2.0  # standard deviation of the logits
-    options: bool = False  # bias, softcap, temperature, valid columns
-    target: bool = True
-    wider: str = "student"  # the model with the larger vocabulary
-
-    def __str__(self) -> str:
-        extra = [f"{self.wider} wider"] + ["options"] * self.options + ["no target"] * (not self.target)
-        return (
-            f"{self.kind} {self.schedule} {str(self.dtype).removeprefix('torch.')} std {self.spread:g} "
-            f"({', '.join(extra)})"
-        )
-
-
-def cases(interpreted: bool) -> Iterator[Case]:
-    for schedule in ("fast", "lean"):
-        for kind in DIVERGENCES:
-            yield Case(kind, schedule, torch.bfloat16, options=kind == "jsd")
-            yield Case(
-                kind,
-                schedule,
-                torch.float32,
-                spread=2.0 if interpreted else 30.0,
-                options=kind == "reverse_kl",
-                wider="teacher",
-            )
-        yield Case("reverse_kl", schedule, torch.bfloat16, spread=30.0, target=False)
-        if not interpreted:
-            for kind in DIVERGENCES:
-                yield Case(kind, schedule, torch.bfloat16, spread=30.0, options=True, wider="teacher")
-            yield Case("reverse_kl", schedule, torch.float16, options=True)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    tensors: dict[str, Tensor]  # the tensor arguments of linear_divergence
-    options: dict[str, Any]  # its other arguments
-    upstream: Tensor  # [3, T], gradients by divergence, entropy and logp
-
-
-def make(case: Case, device: torch.device, interpreted: bool, seed: int = 0) -> Inputs:
-    """Return inputs whose teacher shares the student's features and weights, plus 8 (GPU: 64) of its own that change
-    its logits by 0.1."""
-    g = torch.Generator().manual_seed(seed)
-    t, v, h, more = (9, 83, 24, 8) if interpreted else (777, 20011, 256, 64)
-    hidden, weight = torch.randn(t, h + more, generator=g), torch.randn(v + 13, h + more, generator=g)
-    weight[:, :h] *= case.spread / h**0.5
-    weight[:, h:] *= 0.1 / more**0.5
-    hidden, weight = hidden.to(case.dtype), weight.to(case.dtype)
-    sizes = (v + 13, v) if case.wider == "student" else (v, v + 13)
-    tensors = {
-        "student_hidden": hidden[:, :h],
-        "student_weight": weight[: sizes[0], :h],
-        "teacher_hidden": hidden,
-        "teacher_weight": weight[: sizes[1]],
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip().splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        gpus = []
+    try:
+        head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "dry": dry,
+        "gpus": gpus,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := version(name))},
+        "commit": commit,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    valid = torch.ones(v, dtype=torch.bool)
-    options: dict[str, Any] = {"divergence": case.kind, "alpha": 0.3}
-    if case.options:
-        valid[3:17] = False
-        bias = torch.randn(v + 13, generator=g).to(case.dtype)
-        tensors |= {
-            "student_bias": bias[: sizes[0]],
-            "teacher_bias": bias[: sizes[1]],
-            "temperature": torch.rand(t, generator=g) + 0.5,
-            "valid_columns": valid,
-        }
-        options |= {"softcap": 2 * case.spread, "teacher_softcap": 2 * case.spread}
-    if case.target:
-        target = torch.randint(17, v, (t,), generator=g)
-        target[torch.rand(t, generator=g) < 0.2] = -100
-        tensors["target"] = target
-    tensors = {k: x.clone(memory_format=torch.contiguous_format).to(device) for k, x in tensors.items()}
-    return Inputs(tensors, options, torch.randn(3, t, generator=g).to(device))
 
 
-def plain(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    target: Tensor | None = None,
-    *,
-    divergence: str,
-    alpha: float,
-    temperature: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    valid_columns: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Compute linear_divergence in plain torch, the reference and yardstick: products in the inputs' dtype, the rest
-    in fp32 (fp64 for fp64)."""
-    columns = min(len(student_weight), len(teacher_weight))
-
-    def log_probabilities(x: Tensor, w: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
-        z = x @ w[:columns].T
-        z = z if z.dtype == torch.float64 else z.float()
-        z = z if bias is None else z + bias[:columns]
-        z = z if cap is None else cap * torch.tanh(z / cap)
-        z = z if temperature is None else z / temperature[:, None]
-        return (z if valid_columns is None else z[:, valid_columns]).log_softmax(-1)
-
-    log_p = log_probabilities(student_hidden, student_weight, student_bias, softcap)
-    with torch.no_grad():
-        log_q = log_probabilities(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
-    local = target
-    if target is not None and valid_columns is not None:
-        local = (valid_columns.cumsum(0) - 1)[target.clamp(min=0)]
-    entropy, teacher_entropy = naive.entropy_of(log_p), naive.entropy_of(log_q)
-    logp, teacher_logp = (None if local is None else naive.sampled(x, local) for x in (log_p, log_q))
-    out = (naive.divergence_of(log_p, log_q, divergence, alpha), entropy, logp, teacher_logp, teacher_entropy)
-    return tuple(x if x is None or target is None else x.masked_fill(target == -100, 0) for x in out)
+def stop(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
-def results(
-    function: Callable[..., Any], inputs: Inputs, dtype: torch.dtype | None = None, **more: Any
-) -> list[Tensor | None]:
-    """Return the outputs, then the gradients of hidden, weight and bias for the upstream gradients. `dtype` converts
-    the inputs first."""
-    tensors = {k: x.to(dtype) if dtype and x.is_floating_point() else x for k, x in inputs.tensors.items()}
-    tensors = {k: x.detach().clone().requires_grad_(k.startswith("student")) for k, x in tensors.items()}
-    out = function(**tensors, **inputs.options, **more)
-    sum((u.to(x.dtype) * x).sum() for u, x in zip(inputs.upstream, out[:3], strict=True) if x is not None).backward()
-    parameters = [tensors.get(f"student_{name}") for name in ("hidden", "weight", "bias")]
-    return [None if x is None else x.detach() for x in out] + [None if x is None else x.grad for x in parameters]
-
-
-def token_loss(upstream: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
-    """Call linear_token_loss with a loss whose gradients by the statistics are `upstream` [3, T]."""
-    keys = ("divergence", "entropy", "logp")
-
-    def loss_fn(stats: Any, rows: Tensor) -> Tensor:
-        return sum(u * x for u, x in zip(rows.T, (getattr(stats, k) for k in keys), strict=True) if x is not None)
-
-    return linear_token_loss(loss_fn, inputs={"rows": upstream.T.contiguous()}, **arguments)
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    """Return the relative error in the 2-norm, or inf if it is not finite."""
-    value = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
-    return value if math.isfinite(value) else math.inf
-
-
-def compare(lane: Lane, name: str, got: list[Tensor | None], inputs: Inputs, case: Case) -> None:
-    reference = results(plain, inputs, torch.float64)
-    single = results(plain, inputs, torch.float32)
-    worst, passed = [], True
-    for label, a, b, d in zip(OUTPUTS, got, reference, single, strict=True):
-        if b is None:
-            continue
-        ours, torchs = error(a, b), error(d, b)
-        bound = 2 * torchs + VALUE_EPS
-        if label.startswith("d "):
-            bound = GRADIENT_BOUND[case.dtype] + (2 * torchs if case.spread > 2 else 0)
-            if lane.device.type == "cpu" and case.dtype == torch.bfloat16:
-                bound *= 2  # the interpreter truncates to bf16 where a GPU rounds
-        passed &= ours <= bound
-        worst.append((ours / bound, f"{label} {ours:.1e} (bound {bound:.1e}, torch {torchs:.1e})"))
-    kl = float(reference[0].mean())
-    lane.check(name, passed, f"worst: {max(worst)[1]}; mean divergence {kl:.1e}")
-
-
-def correctness(lane: Lane, interpreted: bool) -> None:
-    for case in cases(interpreted):
-        if not lane.ready(str(case)):
-            continue
-        with lane.step(str(case)):
-            inputs = make(case, lane.device, interpreted)
-            got = results(linear_divergence, inputs, schedule=case.schedule, backend="triton")
-            compare(lane, str(case), got, inputs, case)
-            if not interpreted or case.kind == "jsd":
-                again = results(linear_divergence, inputs, schedule=case.schedule, backend="triton")
-                equal = all(a is b or torch.equal(a, b) for a, b in zip(got, again, strict=True))
-                lane.check(f"{case}: run to run", equal, "equal to the last bit" if equal else "differs")
-    for kind, schedule, dtype in (
-        ("reverse_kl", "fast", torch.bfloat16),
-        ("jsd", "fast", torch.float32),
-        ("forward_kl", "lean", torch.bfloat16),
-    ):
-        case = Case(kind, schedule, dtype)
-        if not lane.ready(f"token loss {case}"):
-            continue
-        with lane.step(f"token loss {case}"):
-            inputs = make(case, lane.device, interpreted)
-            leaves = {k: x.detach().clone().requires_grad_(k.startswith("student")) for k, x in inputs.tensors.items()}
-            loss, stats = token_loss(inputs.upstream, **leaves, **inputs.options, schedule=schedule, backend="triton")
-            loss.backward()
-            compare(
-                lane,
-                f"token loss {case}",
-                [*stats, leaves["student_hidden"].grad, leaves["student_weight"].grad, None],
-                inputs,
-                case,
-            )
-
-
-def single_model(lane: Lane, interpreted: bool, target: Tensor | None, lean: bool) -> problem.Problem:
-    """Return a problem of a student alone, with logits of standard deviation 30; skips the public functions' checks."""
-    inputs = make(Case("reverse_kl", "lean", torch.bfloat16, spread=30.0), lane.device, interpreted)
-    hidden, weight = inputs.tensors["student_hidden"], inputs.tensors["student_weight"]
-    return problem.Problem(hidden, weight, target=target, lean=lean, triton=True)
-
-
-def recompute(lane: Lane, interpreted: bool) -> None:
-    """Check that the fused gradient recomputes the forward's logits exactly: at a row's largest logit u = z - max is 0
-    to the last bit, so that p is exp(-log S)."""
-    from atod_kernels.triton import backend
-
-    p = single_model(lane, interpreted, None, lean=True)
-    stats = backend.head_statistics(p)
-    t, v = p.tokens, p.columns
-    upstream = torch.zeros(3, t, device=lane.device)
-    upstream[1] = 1  # entropy: the gradient is -p (u - log S + entropy), at u = 0 p (log S - entropy)
-    fused = backend.Fused(p)
-    dz = torch.empty(t, v, device=lane.device)
-    for rows in (slice(0, t // 3), slice(t // 3, t)):  # blocks other than the forward's
-        for columns in (slice(0, v // 2), slice(v // 2, v)):
-            tile = torch.empty_like(
-                dz[rows, columns], memory_format=torch.contiguous_format
-            )  # a buffer of its own: the kernel writes whole rows
-            dz[rows, columns] = fused.gradient(rows, columns, tile, stats, upstream)
-    logits = p.student_hidden.double() @ p.student_weight.double().T
-    at = logits.argmax(1)
-    sure = logits.topk(2).values.diff(dim=1)[:, 0].abs() > 1e-3
-    entropy, log_s = stats[algebra.ENTROPY].double(), stats[algebra.LOG_S].double()
-    expected = (log_s - entropy) * (-log_s).exp()
-    got = dz.gather(1, at[:, None])[:, 0].double()
-    slack = (
-        4e-7 * (log_s.abs() + entropy.abs()) + 1e-9
-    )  # of fp32 in this formula; a logit off by its last bit moves the result by 4e-6 p
-    off = ((got - expected).abs() / slack)[sure].max().item()
-    lane.check(
-        "fused recompute equals its forward",
-        off <= 1,
-        f"{int(sure.sum())} rows, largest difference {off:.2f} of what rounding allows",
-    )
-
-
-def out_of_range(lane: Lane, interpreted: bool) -> None:
-    from atod_kernels.triton import backend
-
-    for lean in (False, True):
-        p = single_model(lane, interpreted, None, lean)
-        target = torch.full((p.tokens,), 1, device=lane.device)
-        target[2], target[3] = p.columns, -100
-        p = single_model(lane, interpreted, target, lean)
-        stats = backend.head_statistics(p)
-        logp = stats[algebra.LOGP].isnan().cpu()
-        upstream = torch.ones(3, p.tokens, device=lane.device)
-        dx, _, _ = backend.head_gradients(p, stats, upstream, True, True, False)
-        passed = bool(logp[2]) and int(logp.sum()) == 1 and not dx[2:4].any() and bool(dx.isfinite().all())
-        lane.check(
-            f"target out of range, {'lean' if lean else 'fast'}",
-            passed,
-            f"NaN in {logp.nonzero()[:, 0].tolist()}, expected [2]; no gradient there",
+def run(part: Part, limit: float, dry: bool, folder: Path) -> dict[str, Any]:
+    """Run a part for at most `limit` seconds; return how it ended and what it found."""
+    out, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
+    command = [sys.executable, str(BENCH / part.command[0]), *part.command[1:], "--out", str(out)]
+    command += ["--seconds", str(max(1.0, limit - 5)), *(["--dry"] if dry else [])]
+    began, status = time.monotonic(), "timed out"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
+        try:
+            code = process.wait(limit)
+            status = {0: "passed", 1: "failed"}.get(code, f"ended with {code}")
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            stop(process)
+    try:
+        found = json.loads(out.read_text())
+    except (OSError, ValueError):
+        found = {}
+        status = "failed" if status == "passed" else status
+    text = log.read_text(errors="replace")
+    print(text, end="", flush=True)
+    ended = {"status": status, "seconds": round(time.monotonic() - began, 1)} | found
+    return ended if status == "passed" else ended | {"tail": text[-2000:]}
 
 
-def turn_kernels(lane: Lane, interpreted: bool) -> None:
-    from atod_kernels.triton import turns as triton_turns
+class Audit:
+    """`aot_audit.py --check` for a Hopper GPU, on a CPU core beside the parts."""
 
-    g = torch.Generator().manual_seed(0)
-    count = 12 if interpreted else 5000
-    lengths = torch.randint(0, 300, (count,), generator=g)
-    lengths[1] = 0
-    offsets = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
-    values, upstream = torch.randn(int(offsets[-1]), generator=g), torch.randn(count, generator=g)
-    there = [x.to(lane.device) for x in (values, offsets, upstream)]
-    for reduce in REDUCTIONS:
-        leaf = values.double().requires_grad_()
-        expected = turns.turn_reduce(leaf, offsets, reduce)
-        expected.backward(upstream.double())
-        got = triton_turns.turn_reduce(there[0], there[1], reduce)
-        dx = triton_turns.turn_reduce_backward(there[2], there[0], there[1], got, reduce)
-        errors = error(got.cpu(), expected.detach()), error(dx.cpu(), leaf.grad)
-        equal = torch.equal(got, triton_turns.turn_reduce(there[0], there[1], reduce))
-        lane.check(
-            f"turn_reduce {reduce}",
-            max(errors) < 1e-6 and equal,
-            f"value {errors[0]:.1e}, gradient {errors[1]:.1e}, run to run {'equal' if equal else 'differs'}",
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "audit.log"
+        command = [sys.executable, str(BENCH / "aot_audit.py"), "--check", "--arch", "sm_90", "--out", ""]
+        self.process = subprocess.Popen(
+            ["nice", "-n", "19", *command],
+            cwd=ROOT,
+            env=environment(),
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-    trajectories = torch.tensor([0, 2, 7, 7, count])
-    d, h, n = torch.rand(count, generator=g), torch.rand(count, generator=g), lengths
-    for budget in ("raw", "mean1"):
-        for fuse in ("softor", "product"):
-            expected = turns.turn_weight_report(d, h, trajectories, turn_lengths=n, budget=budget, fuse=fuse)
-            arguments = [x.to(lane.device) for x in (d, h, trajectories)]
-            lengths = n.to(lane.device) if budget == "mean1" else None
-            options = {
-                "normalise": "minmax",
-                "fuse": fuse,
-                "clip": (0.5, 2.0),
-                "min_turns": 3,
-                "min_disagreement": 0.01,
-            }
-            weights, left, fallback = triton_turns.turn_weights(*arguments, lengths, **options)
-            same = torch.equal(left.cpu(), expected.unweighted) and torch.equal(fallback.cpu(), expected.fallback)
-            off = error(weights.cpu(), expected.weights)
-            lane.check(
-                f"turn_weights {budget} {fuse}",
-                off < 1e-6 and same,
-                f"weights {off:.1e}, flags {'equal' if same else 'differ'}",
-            )
+        self.began = time.monotonic()
+
+    def result(self, wait: float) -> dict[str, Any]:
+        """Return how it ended; it is stopped if it has not within `wait` seconds."""
+        try:
+            code = self.process.wait(max(0.0, wait))
+            status = "passed" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "timed out"
+        stop(self.process)
+        tail = self.log.read_text(errors="replace")[-2000:]
+        found = {"status": status, "seconds": round(time.monotonic() - self.began, 1)}
+        return found if status == "passed" else found | {"tail": tail}
 
 
-def timing(lane: Lane, sizes: str, dtype: torch.dtype) -> None:
-    """Measure the contenders of `head.py` at one shape: ours, the bare products, the installed peers; compiled ones
-    last."""
-    import head
-
-    shape = head.Shape.parse(sizes)
-    inputs = head.make_inputs(shape, "cuda", dtype)
-    found = sorted(
-        head.contenders("cuda").items(),
-        key=lambda item: (item[1].compiled, item[1].role not in ("ours", "floor"), item[1].role != "floor"),
-    )
-    for which in (head.BOTH, head.FORWARD):
-        for name, contender in found:
-            if which not in contender.passes:
-                continue
-            if not lane.ready(f"{name}, {which}"):
-                continue
-            with lane.step(f"{name}, {which}"):
-                try:
-                    loss = contender.load()
-                    milliseconds = sorted(head.samples(loss, inputs, which))
-                    peak = head.peak_cuda(loss, inputs, which)
-                except torch.OutOfMemoryError:
-                    raise ImportError("not enough memory for it") from None
-                finally:
-                    head.clear(inputs)
-                    torch.cuda.empty_cache()
-                row = {
-                    "pass": which,
-                    "contender": name,
-                    "role": contender.role,
-                    "milliseconds": milliseconds[len(milliseconds) // 2],
-                    "peak_mib": peak,
-                }
-                lane.times.append(row)
-                print(f"timed   {name}, {which}: {row['milliseconds']:.1f} ms, {peak:.0f} MiB", flush=True)
+def save(out: Path | None, record: dict[str, Any]) -> None:
+    if out:
+        partial = out.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(out)
 
 
-def table(lane: Lane) -> str:
-    """Return the times relative to the bare products of the same pass, and the failed checks."""
+def chosen(names: str) -> list[Part]:
+    """Return the parts of a comma-separated list, in the lane's order."""
+    wanted = [name.strip() for name in names.split(",")]
+    known = [part.name for part in PARTS]
+    if unknown := [name for name in wanted if name not in known]:
+        raise SystemExit(f"--parts: {unknown[0]!r} is none of {', '.join(known)}")
+    return [part for part in PARTS if part.name in wanted]
+
+
+def summary(record: dict[str, Any]) -> list[str]:
     lines = []
-    for which in dict.fromkeys(row["pass"] for row in lane.times):
-        rows = [row for row in lane.times if row["pass"] == which]
-        floor = min((row["milliseconds"] for row in rows if row["role"] == "floor"), default=math.nan)
-        lines += [f"\n{which:48} {'ms':>8} {'x floor':>8} {'MiB':>8}"]
-        lines += [
-            f"{row['contender']:48} {row['milliseconds']:8.1f} {row['milliseconds'] / floor:8.2f} "
-            f"{row['peak_mib']:8.0f}"
-            for row in rows
-        ]
-    passed = sum(check["passed"] for check in lane.checks)
-    lines.append(
-        f"\nchecks: {passed} of {len(lane.checks)} passed; failures: {len(lane.failures)}; skipped: {len(lane.skipped)}"
-    )
-    lines += [f"  FAILED {text}" for text in lane.failures] + [f"  skipped {text}" for text in lane.skipped]
-    return "\n".join(lines)
+    for name, part in record["parts"].items():
+        checks = part.get("checks", [])
+        good = sum(check["passed"] for check in checks)
+        lines.append(f"{name:20} {part['status']:12} {part['seconds']:7.1f} s  {good} of {len(checks)} checks")
+        lines += [f"  FAILED {text}" for text in part.get("failures", [])]
+        lines += [f"  skipped {text}" for text in part.get("skipped", [])]
+    return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the results as JSON")
+    parser.add_argument("--out", type=Path, help="the results as JSON, written after each part")
+    parser.add_argument("--parts", default=",".join(part.name for part in PARTS), help="some of: %(default)s")
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it ends within this")
-    parser.add_argument(
-        "--shape", default="8192,151936,2048,4096", help="tokens,columns,student_hidden,teacher_hidden of the timing"
-    )
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--interpret", action="store_true", help="the checks alone, tiny, on the CPU")
+    parser.add_argument("--dry", action="store_true", help="every part on a CPU, on small tensors")
+    parser.add_argument("--list", action="store_true", help="show parts and expected numbers, run nothing")
     args = parser.parse_args()
-    if not args.interpret and not torch.cuda.is_available():
-        print("gpu_lane: no GPU that this torch can use; run it on a machine with one, or with --interpret")
+    parts = chosen(args.parts)
+    if args.list:
+        print("\n".join(f"{part.name:20} {part.limit:4.0f} s  {part.what}" for part in parts))
+        print("\n".join(f"{name:48} {e.value:>8g} {e.unit:9} {e.why}" for name, e in EXPECTED.items()))
+        return 0
+    if not args.dry and not torch.cuda.is_available():
+        print("gpu_lane: no GPU that this torch can use; run it on a machine with one, or with --dry")
         return 2
-    if args.interpret:
-        torch.set_num_threads(1)
-        problem.TILE["cpu"] = (16, 48)
-
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # from numpy, for intended infinities and NaN
-    device = torch.device("cpu" if args.interpret else "cuda")
-    started = time.monotonic()
-    lane = Lane(device, started + 60 * args.minutes - 5)
-
-    import triton
-
-    about = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "device": "interpreter" if args.interpret else torch.cuda.get_device_name(),
-    }
-    print(" ".join(f"{k} {v}" for k, v in about.items()), flush=True)
-
-    def finish() -> int:
-        if args.out:
-            record = about | {"seconds": round(time.monotonic() - started, 1), "shape": args.shape, "dtype": args.dtype}
-            record |= {k: v for k, v in asdict(lane).items() if k not in ("device", "deadline")}
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
-        print(table(lane), flush=True)
-        return 1 if lane.failures else 0
-
-    def hung() -> None:
-        lane.failures.append("a step did not end")
-        finish()
-        os._exit(1)
-
-    watchdog = threading.Timer(
-        60 * args.minutes, hung
-    )  # a thread: a hanging kernel blocks the main thread in C, where no signal reaches it
-    watchdog.daemon = True
-    watchdog.start()
-    for name, run in (
-        ("recompute", recompute),
-        ("out of range", out_of_range),
-        ("turns", turn_kernels),
-        ("correctness", correctness),
-    ):
-        if lane.ready(name):
-            with lane.step(name):
-                run(lane, args.interpret)
-    if not args.interpret and lane.ready("times"):
-        with lane.step("times"):
-            timing(lane, args.shape, getattr(torch, args.dtype))
-    watchdog.cancel()
-    return finish()
+    end = time.monotonic() + (60 * args.minutes if not args.dry else DRY * len(parts)) - RESERVE
+    record: dict[str, Any] = {"machine": machine(args.dry), "minutes": args.minutes, "parts": {}}
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        audited = not args.dry and "kernels" in [part.name for part in parts]
+        audit = Audit(folder) if audited else None
+        try:
+            for part in parts:
+                limit = min(DRY if args.dry else part.limit, end - time.monotonic())
+                print(f"== {part.name}: {part.what}, at most {max(0.0, limit):.0f} s", flush=True)
+                if limit < 10:
+                    record["parts"][part.name] = {"status": "no time left", "seconds": 0.0}
+                else:
+                    record["parts"][part.name] = run(part, limit, args.dry, folder)
+                record["seconds"] = round(time.monotonic() - began, 1)
+                save(args.out, record)
+        finally:
+            if audit is not None:
+                record["parts"]["aot_audit"] = audit.result(end - time.monotonic())
+        record["seconds"] = round(time.monotonic() - began, 1)
+        save(args.out, record)
+    print("\n".join([*summary(record), f"all: {record['seconds']:.0f} s"]), flush=True)
+    return int(any(part["status"] != "passed" for part in record["parts"].values()))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from atod_fast.plan.tokens import Step
 from atod_fast.rollout.engines.protocol import Room
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PROMPT = 279  # mean tokens of gpu_step.py's prompts: its settings, SmolLM2's tokenizer, responses of 64 random tokens
+PROMPT = 279  # mean tokens of its prompts: its settings, SmolLM2's tokenizer, responses of 64 random tokens
 PHASES = {"rollout": ["rollout"], "teacher": ["teacher"], "score": ["score"], "update": ["update", "optimiser"]}
 MEASURED = {"update": "train"}  # phases that metrics.jsonl names otherwise
 SIZES = {"4 layers of 256": (256, 4), "8 layers of 512": (512, 8)}

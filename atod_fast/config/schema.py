@@ -137,7 +137,9 @@ class Rollout(Section):
         default="fp32",
         description="precision of the engine's logits: fp32, as the trainer's, or the model's compute precision",
     )
-    enforce_eager: bool = Field(default=False, description="run vLLM without CUDA graphs and torch.compile (vLLM only)")
+    enforce_eager: bool = Field(
+        default=False, description="generate without CUDA graphs, and with vLLM without torch.compile"
+    )
     async_scheduling: Literal["auto", "on", "off"] = Field(
         default="auto", description="schedule vLLM's next step while one runs; auto = vLLM's own choice (vLLM only)"
     )
@@ -181,10 +183,6 @@ class Rollout(Section):
             raise ValueError(
                 f"rollout.tensor_parallel={self.tensor_parallel} is for vLLM; "
                 "set rollout.engine=vllm, or rollout.tensor_parallel=1"
-            )
-        if self.enforce_eager and self.engine != "vllm":
-            raise ValueError(
-                "rollout.enforce_eager=true is for vLLM; set rollout.engine=vllm, or rollout.enforce_eager=false"
             )
         if self.async_scheduling != "auto" and self.engine != "vllm":
             raise ValueError(

@@ -20,16 +20,20 @@ SPACED = (  # closes a message with a space and the end-of-sequence token, as Ll
 )
 
 
-def make_tokenizer(template: str | None = CHATML, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
+CORPUS = [
+    "You are in the middle of a room. Your task is to: put a mug on the desk. go to desk 1, take mug 1 from desk 1"
+] * 3
+
+
+def make_tokenizer(
+    template: str | None = CHATML, eos: str = "<|im_end|>", corpus: list[str] = CORPUS, size: int = 330
+) -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    corpus = [
-        "You are in the middle of a room. Your task is to: put a mug on the desk. go to desk 1, take mug 1 from desk 1"
-    ] * 3
     inner.train_from_iterator(
         corpus,
-        trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+        trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
     )
     inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
     inner.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])

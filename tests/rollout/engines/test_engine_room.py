@@ -189,7 +189,6 @@ def test_the_warning_stands_in_a_dry_run(monkeypatch):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("rollout.enforce_eager=true", "rollout.enforce_eager=true is for vLLM; set rollout.engine=vllm"),
         ("rollout.async_scheduling=off", "rollout.async_scheduling=off is for vLLM; set rollout.engine=vllm"),
         ("rollout.sleep=maybe", 'rollout.sleep = "maybe": expected auto | on | off'),
         ("rollout.head_dtype=bf16", 'rollout.head_dtype = "bf16": expected fp32 | model'),

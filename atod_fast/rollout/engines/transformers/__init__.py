@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from atod_fast.config import Config
 from atod_fast.models import Compute, load_model
 from atod_fast.rollout.engines.protocol import Room, may_sleep, share
+from atod_fast.rollout.engines.transformers.captured import CudaGraphs
 from atod_fast.rollout.engines.transformers.engine import TransformersEngine
 from atod_fast.rollout.engines.transformers.head import compute_logits_in_fp32
 
@@ -51,8 +52,15 @@ class TransformersKind:
         if config.rollout.head_dtype == "fp32":
             compute_logits_in_fp32(model)
         longest = config.rollout.longest
+        captures = device.type == "cuda" and not config.rollout.enforce_eager
         engine = TransformersEngine(
-            model, slots=room.concurrency, max_model_len=longest, device=device, sleeps=room.sleeps
+            model,
+            slots=room.concurrency,
+            max_model_len=longest,
+            device=device,
+            sleeps=room.sleeps,
+            record=CudaGraphs if captures else None,
+            say=say,
         )
         if engine.slower:
             say(engine.slower)

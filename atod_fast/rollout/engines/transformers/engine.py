@@ -8,7 +8,7 @@ joined; every row whose prompt is complete samples a token.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain, takewhile
 
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from atod_fast.errors import GuardError, UserError
 from atod_fast.rollout.engines.protocol import Completion, Request, Sampling, checked
-from atod_fast.rollout.engines.transformers.forward import MakeForward
+from atod_fast.rollout.engines.transformers.captured import CapturedForward, Record
+from atod_fast.rollout.engines.transformers.forward import Forward, MakeForward, SlotForward
 from atod_fast.rollout.engines.transformers.tryout import choose
 
 
@@ -59,7 +60,8 @@ class TransformersEngine:
     most `slots` trajectories hold a cache at a time; requests of others wait until one is released. A pass holds at
     most `pass_tokens` tokens (or one per running slot, if those are more): a longer prompt takes several passes, if the
     forward can split it. `sleeps`: `sleep` frees the cache. `forward` makes the forward passes; without it, the engine
-    takes the fastest that a try-out finds correct (UserError: none is).
+    takes the fastest that a try-out finds correct (UserError: none is). `record`: replay decode steps (captured.py) if
+    the forward allows it; new prompts may then wait some steps for others. `say` gets a line if that ends.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class TransformersEngine:
         pass_tokens: int = 4096,
         sleeps: bool = False,
         forward: MakeForward | None = None,
+        record: Callable[[], Record] | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         limit = getattr(config, "max_position_embeddings", None) or max_model_len
@@ -90,7 +94,10 @@ class TransformersEngine:
             forward = choose(
                 model, max_model_len, lambda candidate, length: small(forward=candidate, max_model_len=length)
             )
-        self._forward = forward(model, slots, max_model_len)
+        made = forward(model, slots, max_model_len)
+        self._forward: Forward = made
+        if record is not None and isinstance(made, SlotForward):
+            self._forward = CapturedForward(made, record, say)
         self.concurrency = slots
         self._sleeps = sleeps
         self._filled = True
@@ -111,6 +118,7 @@ class TransformersEngine:
         self._free = list(range(slots))  # a heap: low slots first keeps the rows of a pass close together
         self._busy: dict[int, Request] = {}  # by slot
         self._filling: list[int] = []  # slots whose prompt is not cached yet, in order of arrival
+        self._waited = 0  # steps for which they have waited
         self._running = np.zeros(slots, bool)
         self._count = np.zeros(slots, np.int64)  # tokens sampled so far
         self._token = np.zeros(slots, np.int64)  # the token to feed next
@@ -181,6 +189,7 @@ class TransformersEngine:
             self._cached[slot] = self._forward.kept(int(self._cached[slot]), shared)
             self._held[slot] = list(request.prompt)
             self._busy[slot] = request
+            self._waited = self._waited if self._filling else 0
             self._filling.append(slot)
             self._count[slot] = 0
             self._uniform[slot] = np.random.Generator(np.random.Philox(key=request.seed)).random(
@@ -197,7 +206,7 @@ class TransformersEngine:
             )
         }
         budget = self._pass_tokens - len(feed)
-        for slot in self._filling:
+        for slot in self._to_fill():
             start = self._cached[slot]
             feed[slot] = self._held[slot][start : start + max(budget, 1) if self._forward.splits else None]
             budget -= len(feed[slot])
@@ -216,6 +225,14 @@ class TransformersEngine:
         drawing = self._running[slots]
         logits = self._forward(slots, starts, counts, ids, drawing)
         return self._advance(slots[drawing], logits) if drawing.any() else []
+
+    def _to_fill(self) -> list[int]:
+        """Return the slots whose prompts the next pass may fill: all, or none while it is better to wait for more."""
+        if len(self._filling) < self._running.sum() and self._waited < self._forward.patience:
+            self._waited += 1
+            return []
+        self._waited = self._forward.patience  # once begun, passes go on until all prompts are filled
+        return self._filling
 
     def _advance(self, slots: np.ndarray, logits: Tensor) -> list[Completion]:
         """Sample the next token of the running `slots` [n] from logits [n, V]; return the completions."""

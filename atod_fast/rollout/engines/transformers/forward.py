@@ -30,6 +30,11 @@ class Forward(Protocol):
     splits: bool  # a prompt may be fed in several passes
 
     @property
+    def patience(self) -> int:
+        """Decode steps for which new prompts should wait for others, as a pass that fills them is much slower."""
+        ...
+
+    @property
     def slower(self) -> str | None:
         """Why it is slower than it could be; None if it is not."""
         ...
@@ -59,6 +64,7 @@ class SlotForward:
     """A `Forward` for full, sliding-window or chunked attention, with rotary or added positions."""
 
     splits = True
+    patience = 0
     slower = None
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
@@ -68,6 +74,8 @@ class SlotForward:
             raise CannotRun(f"layers of {', '.join(sorted({reach.kind for reach in found}))}")
         self._layers = len(found)
         self._model = model
+        self.size = slots, length
+        self.dtype = model.dtype
         model.set_attn_implementation("atod_slots")
         self._slots = Slots(slots, length, found, model.dtype, model.device)
 
@@ -93,6 +101,28 @@ class SlotForward:
             )
         return out.logits[0]
 
+    def decode(self, rows: int, length: int, inputs: Tensor, logits: Tensor) -> Callable[[], None]:
+        """Return what feeds a token to each of the first `rows` slots and writes logits [slots, V], device work alone.
+
+        inputs [3, slots] int64 is read on the device: token, its column below `length`, and 1, or 0 for a slot to
+        leave as it is.
+        """
+        tokens, columns, real = (line[:rows] for line in inputs)
+
+        def work() -> None:
+            every = torch.arange(rows, device=inputs.device)
+            self._slots.place_one_each(columns, real.bool(), length)
+            out = self._model(
+                input_ids=tokens[None],
+                position_ids=columns[None],
+                use_cache=False,
+                logits_to_keep=every,
+                slots=self._slots,
+            )
+            logits[:rows].copy_(out.logits[0])
+
+        return work
+
     def free(self) -> None:
         self._slots.free()
 
@@ -105,6 +135,7 @@ class CacheForward:
     """
 
     splits = False
+    patience = 0
     extends = True
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:

@@ -69,6 +69,7 @@ class Slots:
         self._shape = slots, columns
         self._dtype, self._device = dtype, device
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._real: Tensor | None = None  # [N, 1, 1] bool, tokens to store; None: all
 
     def place(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Set up the next pass; return the columns [N] of its tokens.
@@ -78,12 +79,24 @@ class Slots:
         firsts = counts.cumsum() - counts
         columns = np.arange(counts.sum()) + np.repeat(starts - firsts, counts)
         self._lines = self._tensor(np.repeat(slots, counts)), slice(None), self._tensor(columns)
+        self._real = None
         kinds = np.digitize(counts, _WIDTHS)
         alike = [kinds == kind for kind in np.unique(kinds)]
         self._groups = [
             self._group(slots[rows], starts[rows], counts[rows], firsts[rows], columns.size) for rows in alike
         ]
         return columns
+
+    def place_one_each(self, columns: Tensor, real: Tensor, length: int) -> None:
+        """Set up a pass of one token for each of the first R slots, with nothing that the host must read.
+
+        columns [R] int64: where each token goes, below `length`; real [R] bool: False for a slot that gets no token
+        and stays as it is (its column is then 0).
+        """
+        rows = torch.arange(columns.numel(), device=columns.device)
+        self._lines = rows, slice(None), columns
+        self._real = real[:, None, None]
+        self._groups = [_Group(slice(0, columns.numel()), rows, rows, columns[:, None], length, self._dtype)]
 
     def _group(
         self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, firsts: np.ndarray, total: int
@@ -132,8 +145,8 @@ class Slots:
                 value.new_zeros(slots, kv_heads, columns, value.shape[3]),
             )
         keys, values = self._layers[layer]
-        keys[self._lines] = key[0].transpose(0, 1)
-        values[self._lines] = value[0].transpose(0, 1)
+        self._store(keys, key[0].transpose(0, 1))
+        self._store(values, value[0].transpose(0, 1))
         packed = query[0].transpose(0, 1)
         out = query.new_empty(total + 1, heads, value.shape[3])
         for group in self._groups:
@@ -155,6 +168,10 @@ class Slots:
             attended = attended.view(rows, kv_heads, ratio, width, -1)
             out.index_copy_(0, group.target, attended.permute(0, 3, 1, 2, 4).reshape(rows * width, heads, -1))
         return out[None, :total]
+
+    def _store(self, state: Tensor, new: Tensor) -> None:
+        """Write new [N, kv_heads, dim] into its slots and columns."""
+        state[self._lines] = new if self._real is None else torch.where(self._real, new, state[self._lines])
 
     @property
     def layers(self) -> int:
