@@ -101,7 +101,7 @@ class Letters:
             return self.encode("now " + observation)
         return [CLOSE] * (turns[-1].action[-1] != STOP) + self.encode(observation)
 
-    def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
+    def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
         text = "".join(chr(ord("a") + i % 26) for i in ids[: len(ids) - stopped])
         return text, text.upper(), stopped
 
