@@ -134,8 +134,8 @@ def held_out(env: Environment, split: str, count: int) -> list[int]:
     A mix draws its own: each part's share. Raises UserError if a part has fewer tasks.
     """
     rng = np.random.default_rng(EVALUATION[split])
-    draw = getattr(env, "evaluation_tasks", None)
-    return sorted(draw(count, rng)) if callable(draw) else np.sort(rng.permutation(len(env))[:count]).tolist()
+    draw: Callable[[int, np.random.Generator], list[int]] | None = getattr(env, "evaluation_tasks", None)
+    return sorted(draw(count, rng)) if draw is not None else np.sort(rng.permutation(len(env))[:count]).tolist()
 
 
 def open_split(config: Config, split: str) -> Environment:

@@ -108,7 +108,7 @@ class Mix:
         Raises:
             UserError: as `read_parts` and `check`, or a part is a mix.
         """
-        return _read(options["parts"], {label: table for label, table in options.items() if label != "parts"})
+        return _read(options.get("parts", {}), {label: table for label, table in options.items() if label != "parts"})
 
     @staticmethod
     def usual_of(options: Mapping[str, Any]) -> Usual | None:
