@@ -12,7 +12,7 @@ import torch
 from atod_fast import preflight
 from atod_fast.config import Config
 from atod_fast.config.settings import demo_values_warning, same_tasks, to_toml
-from atod_fast.envs import find
+from atod_fast.envs import usual_of
 from atod_fast.errors import UserError
 from atod_fast.machines import Machines
 from atod_fast.plan.fit import longest_prompt
@@ -93,7 +93,7 @@ def _longest(config: Config, found: preflight.Found) -> Iterator[str]:
 
 def _seconds(config: Config, student: Shape, teacher: Shape | None, runtime: Runtime, on: Machines) -> Iterator[str]:
     """Yield a table of the predicted seconds of a step by phase, of a usual step and of the largest there can be."""
-    usual = getattr(find(config.env.name), "usual", None)
+    usual = usual_of(config.env.name, config.env.options | config.env.train)
     steps = {"usual": usual and usual_step(config, usual), "largest": step_bounds(config)}
     scoring = teacher if config.teacher_scores else None
     found = {name: seconds(config, student, scoring, runtime, on, step) for name, step in steps.items() if step}

@@ -35,7 +35,7 @@ from atod_fast.observe.console import Console
 from atod_fast.plan.room import room_alone
 from atod_fast.plan.shapes import whole_shape_of
 from atod_fast.preflight import check_alike, model_files
-from atod_fast.records import Trajectory, outcomes, success_by_type
+from atod_fast.records import Trajectory, outcomes, success_by_part, success_by_type
 from atod_fast.rollout.actor import dated
 from atod_fast.rollout.engines import make_engine
 from atod_fast.rollout.player import Player
@@ -74,13 +74,14 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
 def summary(trajectories: list[Trajectory]) -> dict:
     """Return the summary of an evaluation.
 
-    That is: success overall and by task type, the mean score if the environment gives scores, mean turns, the share of
-    invalid actions, each episode in task order, and the outcomes as one text of 0 and 1.
+    That is: success overall, by part of a mix and by task type, the mean score if the environment gives scores, mean
+    turns, the share of invalid actions, each episode in task order, and the outcomes as one text of 0 and 1.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     return {
         "tasks": len(trajectories),
         **outcomes(trajectories),
+        **({"success_by_part": parts} if (parts := success_by_part(trajectories)) else {}),
         "success_by_type": success_by_type(trajectories),
         "invalid_actions": sum(not turn.valid for turn in turns) / len(turns) if turns else 0.0,
         "outcomes": "".join("1" if t.success else "0" for t in trajectories),
@@ -132,7 +133,7 @@ def report(arguments: argparse.Namespace, config: Config, trajectories: list[Tra
     score = f", mean score {found['score']:.3f}," if "score" in found else ""
     where = f"{found['tasks']} tasks at temperature {config.eval.temperature:g}"
     print(f"{arguments.model}: success {found['success']:.1%}{score} on {where}")
-    for kind, success in found["success_by_type"].items():
+    for kind, success in sorted((found["success_by_type"] | found.get("success_by_part", {})).items()):
         print(f"  {kind or 'task'}: {success:.1%}")
     invalid, failed = f"{found['invalid_actions']:.1%}", found["failed_environments"]
     print(f"  {found['turns']:.1f} turns an episode, {invalid} of actions invalid, {failed} environments failed")

@@ -5,7 +5,7 @@ Rollouts make trajectories; `batches.py` makes tensors of them for the objective
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ class Trajectory:
     failure: str | None = None  # the environment raised or hung: why
     task_id: str = ""
     task_type: str = ""
+    part: str = ""  # of a mix
     score: float | None = None  # the environment's own score, where it gives one
 
     @property
@@ -74,7 +75,16 @@ def outcomes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Return the success rate of each task type, in alphabetical order. Tasks without a type count as the type ""."""
+    return _success(trajectories, lambda trajectory: trajectory.task_type)
+
+
+def success_by_part(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Return the success rate of each part of a mix, in alphabetical order; empty without parts."""
+    return _success([t for t in trajectories if t.part], lambda trajectory: trajectory.part)
+
+
+def _success(trajectories: Sequence[Trajectory], name: Callable[[Trajectory], str]) -> dict[str, float]:
     solved: dict[str, list[bool]] = {}
     for trajectory in trajectories:
-        solved.setdefault(trajectory.task_type, []).append(trajectory.success)
+        solved.setdefault(name(trajectory), []).append(trajectory.success)
     return {kind: sum(of_kind) / len(of_kind) for kind, of_kind in sorted(solved.items())}

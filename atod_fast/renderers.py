@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from atod_fast.config import Config
 from atod_fast.demo.rendering import compact_renderer
+from atod_fast.envs.mix.env import Mix
 from atod_fast.envs.prompt import prompt_for
-from atod_fast.envs.protocol import Environment
+from atod_fast.envs.protocol import Environment, Prompt
 from atod_fast.errors import UserError
-from atod_fast.rollout.rendering import ChatRenderer, Renderer
+from atod_fast.rollout.rendering import ByPart, ChatRenderer, Renderer
 
 # Values of `atod_renderer` in a tokenizer_config.json.
 RENDERERS: dict[str, Callable[[Config, PreTrainedTokenizerBase, Environment], Renderer]] = {"compact": compact_renderer}
@@ -46,13 +47,30 @@ def make_renderer(
             '"alfworld", "searchqa" or "webshop" to its tokenizer_config.json)'
         )
     rollout = config.rollout
-    return ChatRenderer(
-        tokenizer,
-        prompt_for(config.env.name, env, thinking=rollout.thinking, history=rollout.history),
-        context=rollout.context,
-        thinking=rollout.thinking,
-        prompt_tokens=rollout.prompt_tokens,
-        columns=columns,
-        stop_ids=stop_ids,
-        day=date.fromisoformat(rollout.date) if rollout.date else None,
-    )
+
+    def chat(prompt: Prompt, thinking: bool) -> ChatRenderer:
+        return ChatRenderer(
+            tokenizer,
+            prompt,
+            context=rollout.context,
+            thinking=thinking,
+            prompt_tokens=rollout.prompt_tokens,
+            columns=columns,
+            stop_ids=stop_ids,
+            day=date.fromisoformat(rollout.date) if rollout.date else None,
+        )
+
+    if not isinstance(env, Mix):
+        prompt = prompt_for(config.env.name, env, thinking=rollout.thinking, history=rollout.history)
+        return chat(prompt, rollout.thinking)
+    by_thinking: dict[bool, ChatRenderer] = {}  # templates are large, and are shared by parts that think alike
+    shown: dict[str, Renderer] = {}
+    for label, part in env.parts.items():
+        thinking = rollout.thinking if part.thinking is None else part.thinking
+        history = rollout.history if part.history is None else part.history
+        with part.named():
+            prompt = prompt_for(part.name, env.envs[label], thinking=thinking, history=history)
+        if thinking not in by_thinking:
+            by_thinking[thinking] = chat(prompt, thinking)
+        shown[label] = by_thinking[thinking].worded(prompt)
+    return ByPart(shown)

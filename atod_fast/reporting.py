@@ -20,7 +20,7 @@ from atod_fast.observe import transcripts
 from atod_fast.observe.advice import Advice
 from atod_fast.observe.console import Console
 from atod_fast.observe.metrics import Clock, MetricsLog
-from atod_fast.records import Trajectory, outcomes, success_by_type
+from atod_fast.records import Trajectory, outcomes, success_by_part, success_by_type
 
 # Most task types for which metrics.jsonl has a success rate each; if there are more, a type has only a task or two.
 MOST_TYPES = 20
@@ -113,11 +113,12 @@ class Reporter:
 
 
 def evaluation_metrics(everyone: Sequence[Trajectory], prefix: str) -> dict[str, float]:
-    """Return the outcomes of an evaluation, keys prefixed by `prefix`, with success per task type if types are few."""
+    """Return the outcomes of an evaluation, keys prefixed by `prefix`; success by task type and by part too, if few."""
     found = outcomes(everyone)
     types = {kind: success for kind, success in success_by_type(everyone).items() if kind}
-    if 1 < len(types) <= MOST_TYPES:
-        found |= {f"success/{kind}": success for kind, success in types.items()}
+    for kinds in (types, success_by_part(everyone)):
+        if 1 < len(kinds) <= MOST_TYPES:
+            found |= {f"success/{kind}": success for kind, success in kinds.items()}
     return {prefix + key: value for key, value in found.items()}
 
 
@@ -129,8 +130,9 @@ def rollout_metrics(everyone: Sequence[Trajectory], table: TurnTable) -> dict[st
     sizes = table.offsets.diff()
     found = outcomes(everyone)
     turns = [turn for trajectory in everyone if trajectory.failure is None for turn in trajectory.turns]
-    scores = {"train/score": found["score"]} if "score" in found else {}
-    return scores | {
+    some = {"train/score": found["score"]} if "score" in found else {}
+    some |= {f"train/success/{part}": success for part, success in success_by_part(everyone).items()}
+    return some | {
         "train/success": found["success"],
         "train/reward": float(table.reward.mean()),
         "rollout/failed_environments": found["failed_environments"],

@@ -79,8 +79,8 @@ class Teacher(Section):
 class Env(Section):
     name: str = Field(
         default="alfworld",
-        description="environment: alfworld, webshop, searchqa, gymnasium, openenv, an entry point of group "
-        "atod_fast.envs, or module:Class",
+        description="environment: alfworld, webshop, searchqa, gymnasium, openenv, a mix of several, an entry point of "
+        "group atod_fast.envs, or module:Class",
     )
     max_turns: int = Field(default=12, ge=1, description="most turns of an episode, which ends after them")
     options: dict[str, Any] = Field(

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 
 from atod_fast.config.methods import OBJECTIVES, Level, nest
 from atod_fast.config.schema import Config, Section
-from atod_fast.envs import check, find
+from atod_fast.envs import check, find, parts_of
 from atod_fast.errors import UserError
 
 LARGEST_TINY = 10_000_000  # parameters of a model that the demo's values may fit
@@ -126,18 +126,27 @@ SAME_TASKS = {
 
 
 def same_tasks(config: Config) -> list[str]:
-    """Return a warning for every two splits in use that construct the same environment.
+    """Return a warning for every two splits in use that construct the same environment, or the same part of a mix.
 
     Options left out count as the environment's defaults.
     """
-    parameters = inspect.signature(find(config.env.name)).parameters
-    default = {name: parameter.default for name, parameter in parameters.items()}
-    used = {split: default | config.env.options | getattr(config.env, split) for split in ("train", *config.evaluated)}
+    used = {split: _worlds(config, split) for split in ("train", *config.evaluated)}
     return [
-        f"env.{one} and env.{other} are the same: {meaning}"
+        f"env.{one} and env.{other} are the same{f' in part {label} of the mix' if label else ''}: {meaning}"
         for (one, other), meaning in SAME_TASKS.items()
-        if other in used and used[one] == used[other]
+        for label, world in used.get(other, {}).items()
+        if world == used[one].get(label)
     ]
+
+
+def _worlds(config: Config, split: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return name and options, with defaults, of the environment of a split; of each part of a mix by its label."""
+    parts = parts_of(config.env.name, config.env.options | getattr(config.env, split))
+    found = {}
+    for label, (name, options) in parts.items():
+        parameters = inspect.signature(find(name)).parameters
+        found[label] = name, {key: parameter.default for key, parameter in parameters.items()} | dict(options)
+    return found
 
 
 def check_env(config: Config) -> None:

@@ -52,7 +52,7 @@ class CompactRenderer:
             ids = [*self.stop_ids, *ids]
         return [*ids, self._ids[ACT]]
 
-    def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
+    def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
         """Return the action's text, its command, and whether it is well formed: finished and not empty.
 
         An unfinished action has a command too.

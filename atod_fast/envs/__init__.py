@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from atod_fast.envs.protocol import Environment
+from atod_fast.envs.protocol import Environment, Usual
 from atod_fast.errors import NotHere, UserError
 
 GROUP = "atod_fast.envs"  # entry points through which other packages offer environments
@@ -25,6 +25,7 @@ BUILT_IN = {
     "searchqa": "atod_fast.envs.searchqa.env:SearchQA",
     "gymnasium": "atod_fast.envs.adapters.gymnasium:Gymnasium",
     "openenv": "atod_fast.envs.adapters.openenv:OpenEnv",
+    "mix": "atod_fast.envs.mix.env:Mix",
 }
 
 
@@ -64,7 +65,7 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
 
     Raises:
         UserError: the name or an option is unknown, a required option is missing, or a value is not of the type that
-            the option is annotated with.
+            the option is annotated with; or so it is with a part of a mix.
     """
     factory = find(name)
     try:
@@ -91,7 +92,25 @@ def check(name: str, options: Mapping[str, Any]) -> Any:
         elif options[option] is not parameter.default and not _fits(options[option], hints.get(option)):
             must = _named(hints[option])
             raise UserError(f"env.name={name!r}: {option}={options[option]!r} must be {must}; correct {OPTIONS}")
+    parts_of(name, options)
     return factory
+
+
+def parts_of(name: str, options: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Return name and options of each environment that is played: by label those of a mix, else itself by "".
+
+    Raises:
+        UserError: a part of the mix has a wrong setting, or a wrong name or option of its environment.
+    """
+    if name != "mix":
+        return {"": (name, options)}
+    return {part.label: (part.name, part.options) for part in find(name).described(options)}
+
+
+def usual_of(name: str, options: Mapping[str, Any]) -> Usual | None:
+    """Return the usual sizes of the environment's episodes, or None if it does not say."""
+    factory = find(name)
+    return factory.usual_of(options) if name == "mix" else getattr(factory, "usual", None)
 
 
 def find(name: str) -> Any:

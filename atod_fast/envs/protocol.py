@@ -19,6 +19,7 @@ class Info(TypedDict, total=False):
     task_type: str
     task_id: str
     score: float  # the environment's own metric, if finer than `won`
+    part: str  # of a mix, by which success is reported too
 
 
 class Usual(NamedTuple):
@@ -103,6 +104,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "task_type": lambda name: encodable(str(name)),
     "task_id": lambda name: encodable(str(name)),
     "score": float,
+    "part": lambda name: encodable(str(name)),
 }
 
 

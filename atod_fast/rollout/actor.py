@@ -100,12 +100,11 @@ class Actor:
     def evaluate(self, engine: Engine, split: str = "eval", progress: Progress | None = None) -> list[Trajectory]:
         """Play this rank's share of `eval.tasks` tasks of a split, "eval" or "dev", one episode each.
 
-        Every run has the same tasks and seeds. They are drawn from all tasks, as official games are listed by type.
+        Every run has the same tasks and seeds.
         """
         env, head = self.world(split), EVALUATION[split]
-        drawn = np.sort(np.random.default_rng(head).permutation(len(env))[: self.config.eval.tasks])
         first, engines = self._share(engine)
-        mine = drawn[first::engines].tolist()
+        mine = held_out(env, split, self.config.eval.tasks)[first::engines]
         episodes = [Episode(task, task, 0, seed=_seed(head, task), env_seed=_seed(head, task)) for task in mine]
         return self._play(engine, env, episodes, self.config.eval.temperature, progress)
 
@@ -129,12 +128,22 @@ def deal(groups: int, members: int, engines: int) -> list[list[tuple[int, int]]]
     return [whole[start:stop] for start, stop in pairwise(cuts)]
 
 
+def held_out(env: Environment, split: str, count: int) -> list[int]:
+    """Return the `count` tasks of an evaluation, ascending: drawn from all, as official games are listed by type.
+
+    A mix draws its own: each part's share. Raises UserError if a part has fewer tasks.
+    """
+    rng = np.random.default_rng(EVALUATION[split])
+    draw: Callable[[int, np.random.Generator], list[int]] | None = getattr(env, "evaluation_tasks", None)
+    return sorted(draw(count, rng)) if draw is not None else np.sort(rng.permutation(len(env))[:count]).tolist()
+
+
 def open_split(config: Config, split: str) -> Environment:
     """Open the environment of env.`split`: "train", "eval" or "dev".
 
     Raises:
         UserError: as `make`; or there is no task to train on, none beside a step's for train.resample_flat, or fewer
-            than eval.tasks to evaluate on.
+            than eval.tasks to evaluate on (in a mix: fewer than a part's share of them).
     """
     env = make(config.env.name, **(config.env.options | getattr(config.env, split)))
     try:
@@ -155,6 +164,8 @@ def open_split(config: Config, split: str) -> Environment:
         raise UserError(
             f"eval.tasks={config.eval.tasks} exceeds the {count} tasks of env.{split}; lower it or give more"
         )
+    if split != "train":
+        held_out(env, split, config.eval.tasks)
     return env
 
 

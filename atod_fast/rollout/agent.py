@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atod_fast.config import Config
-from atod_fast.envs.protocol import Environment
+from atod_fast.envs.protocol import Environment, Info
 from atod_fast.envs.text import one_line
 from atod_fast.errors import UserError
 from atod_fast.records import Trajectory, Turn
@@ -132,6 +132,7 @@ class _Play:
     sequence: list[int] = field(default_factory=list)  # context `full`: all tokens so far
     prompt: list[int] = field(default_factory=list)  # of the action being sampled
     observation: str = ""
+    info: Info = field(default_factory=Info)  # of that observation
 
     def __post_init__(self) -> None:
         self.trajectory = Trajectory(
@@ -149,6 +150,7 @@ class _Play:
             turns[-1].accepted = answer.failure is None and bool(answer.info.get("is_action_valid", True))
         else:
             trajectory.task_id, trajectory.task_type = answer.info.get("task_id", ""), answer.info.get("task_type", "")
+            trajectory.part = answer.info.get("part", "")
         trajectory.success = answer.info.get("won", False)
         trajectory.score = answer.info.get("score", trajectory.score)
         if answer.failure is not None or answer.terminated:
@@ -156,7 +158,7 @@ class _Play:
         if answer.truncated or len(turns) == self.config.env.max_turns:
             trajectory.truncated = True
             return None
-        self.observation = answer.observation
+        self.observation, self.info = answer.observation, answer.info
         try:
             self.prompt = self.renderer.prompt(turns, answer.observation, answer.info)
         except Exception as error:  # the user's own prompt may fail on what this environment alone says
@@ -179,7 +181,7 @@ class _Play:
     def act(self, completion: Completion) -> str | None:
         """Record the model's response; return the command for the environment, or None if it cannot be parsed."""
         try:
-            text, command, well_formed = self.renderer.parse(completion.ids, completion.stopped)
+            text, command, well_formed = self.renderer.parse(completion.ids, completion.stopped, self.info)
             if not isinstance(command, str):
                 raise TypeError(f"the command is {type(command).__name__}; text is due")
         except Exception as error:

@@ -7,7 +7,7 @@ the concatenation of both.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from logging import getLogger
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from atod_fast.envs.protocol import Info, Prompt
+from atod_fast.envs.protocol import Info, Prompt, copy_with
 from atod_fast.envs.text import GAP, cut_middle
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
@@ -40,10 +40,11 @@ class Renderer(Protocol):
         """
         ...
 
-    def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
+    def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
         """Return the text of the response `ids`, the command for the environment, and whether the form is valid.
 
-        `stopped`: the last id is a stop token, which is not part of the text.
+        `stopped`: the last id is a stop token, which is not part of the text. `info` belongs to the observation that
+        was answered.
         """
         ...
 
@@ -100,6 +101,10 @@ class ChatRenderer:
             known[[i for i in tokenizer.get_vocab().values() if i < columns]] = True
             self.valid_columns = None if known.all() else known
 
+    def worded(self, prompt: Prompt) -> ChatRenderer:
+        """Return a renderer that differs in who words its messages and parses its responses."""
+        return copy_with(self, _words=prompt)
+
     def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
         admissible = [self._template.quoted(action) for action in info.get("admissible_actions", [])]
         if self._context == "window":
@@ -143,9 +148,37 @@ class ChatRenderer:
             ids = prompt(bisect_left(range(most), True, key=lambda cuts: len(prompt(cuts)) <= self._limit))
         return ids
 
-    def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
+    def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
         text: str = self._tokenizer.decode(  # pyright: ignore[reportAssignmentType]
             list(ids[: len(ids) - stopped]), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         command, valid = self._words.project(self._opened + text)
         return text, command, valid
+
+
+class ByPart:
+    """A `Renderer` of a mix: an episode is shown, and its responses are parsed, by the renderer of its part.
+
+    renderers: {info["part"]: renderer}, at least one, all for the same model.
+    """
+
+    stop_ids: tuple[int, ...]
+    valid_columns: Tensor | None
+
+    def __init__(self, renderers: Mapping[str, Renderer]) -> None:
+        self._renderers = dict(renderers)
+        self.stop_ids = tuple(dict.fromkeys(i for renderer in renderers.values() for i in renderer.stop_ids))
+        self.valid_columns = next(iter(renderers.values())).valid_columns
+
+    def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
+        return self._of(info).prompt(turns, observation, info)
+
+    def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
+        return self._of(info).parse(ids, stopped, info)
+
+    def _of(self, info: Info) -> Renderer:
+        part = info.get("part", "")
+        if part not in self._renderers:
+            known = ", ".join(self._renderers)
+            raise LookupError(f"env.eval has no part {part!r}, only {known}; give every split the same parts")
+        return self._renderers[part]

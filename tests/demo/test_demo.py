@@ -123,13 +123,13 @@ def test_the_world_cannot_speak_in_control_tokens(parts: list[str], rest: str):
 def test_commands_survive_the_round_trip():
     for game in games(1, 40):
         for command in FastAlfWorld(game).admissible:
-            assert renderer().parse(renderer().action(command), stopped=True) == (command, command, True)
+            assert renderer().parse(renderer().action(command), stopped=True, info={}) == (command, command, True)
 
 
 def test_an_unfinished_or_empty_action_is_malformed():
     ids = renderer().action("go to shelf 1")
-    assert renderer().parse(ids[:-1], stopped=False) == ("go to shelf 1", "go to shelf 1", False)
-    assert renderer().parse(ids[-1:], stopped=True) == ("", "", False)
+    assert renderer().parse(ids[:-1], stopped=False, info={}) == ("go to shelf 1", "go to shelf 1", False)
+    assert renderer().parse(ids[-1:], stopped=True, info={}) == ("", "", False)
 
 
 def test_actions_hold_words_and_their_end_and_nothing_else():
@@ -197,7 +197,7 @@ def test_shipped_models_write_actions_and_not_control_tokens(name: str):
     prompt = renderer().prompt([], FastAlfWorld(games(1, 1)[0]).reset(), {})
     with torch.no_grad():
         ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=9)[0, len(prompt) :].tolist()
-    command = renderer().parse(ids, stopped=ids[-1] in renderer().stop_ids)
+    command = renderer().parse(ids, stopped=ids[-1] in renderer().stop_ids, info={})
     assert command[2] and command[1] in FastAlfWorld(games(1, 1)[0]).admissible
 
 

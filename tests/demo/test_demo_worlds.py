@@ -136,7 +136,7 @@ def test_whatever_the_model_says_is_a_command_and_the_world_answers_it(demo: Dem
         st.lists(st.sampled_from(sorted(set(tokens(demo.name)) - {PAD, ACT, EOA, BOS, UNK, CUT})), max_size=6)
     )
     ids = [*(tokens(demo.name).index(word) for word in said), tokens(demo.name).index(EOA)]
-    text, command, formed = renderer(demo.name).parse(ids, stopped=True)
+    text, command, formed = renderer(demo.name).parse(ids, stopped=True, info={})
     assert (text, formed) == (" ".join(said), bool(said))
     observation, _, _, _, info = env.step(command)
     assert isinstance(observation, str) and info["is_action_valid"] in (True, False)

@@ -101,7 +101,7 @@ class Letters:
             return self.encode("now " + observation)
         return [CLOSE] * (turns[-1].action[-1] != STOP) + self.encode(observation)
 
-    def parse(self, ids: Sequence[int], stopped: bool) -> tuple[str, str, bool]:
+    def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
         text = "".join(chr(ord("a") + i % 26) for i in ids[: len(ids) - stopped])
         return text, text.upper(), stopped
 
@@ -122,3 +122,35 @@ class Rooms(Corridor):
 
     def prompt(self, thinking: bool, history: int) -> PlainPrompt:
         return PlainPrompt(thinking, history, "Say something.")
+
+
+class Halls(Rooms):
+    """`Rooms` that are stepped in threads, with a prompt of few words that takes any response as a command."""
+
+    def __init__(self, *, tasks: int = 20) -> None:
+        super().__init__(tasks=tasks)
+        self.instant = False
+
+    def clone(self) -> Halls:
+        return Halls(tasks=self.tasks)
+
+    def prompt(self, thinking: bool, history: int) -> Bare:
+        return Bare()
+
+
+class Bare:
+    """A `Prompt` that shows the observation alone; the command is the response in brackets."""
+
+    def first(self, observation: str, admissible: Sequence[str]) -> str:
+        return observation
+
+    def following(self, observation: str, admissible: Sequence[str]) -> str:
+        return f"next: {observation}"
+
+    def message(
+        self, task_observation: str, history: Sequence[Turn], observation: str, admissible: Sequence[str]
+    ) -> str:
+        return f"{len(history)}: {observation}"
+
+    def project(self, text: str) -> tuple[str, bool]:
+        return f"[{text}]", True

@@ -163,17 +163,18 @@ def test_a_long_observation_loses_its_middle_and_as_little_as_needed(spare, hist
 def test_a_response_s_text_ends_before_its_stop_token():
     renderer = make_renderer()
     ids = TOKENIZER("I see. <action>Go to Desk 1</action>")["input_ids"]
-    assert renderer.parse([*ids, END], True) == ("I see. <action>Go to Desk 1</action>", "go to desk 1", True)
-    assert renderer.parse(ids, False) == ("I see. <action>Go to Desk 1</action>", "go to desk 1", True)
-    text, command, well_formed = renderer.parse(TOKENIZER("just look")["input_ids"], False)
+    assert renderer.parse([*ids, END], True, {}) == ("I see. <action>Go to Desk 1</action>", "go to desk 1", True)
+    assert renderer.parse(ids, False, {}) == ("I see. <action>Go to Desk 1</action>", "go to desk 1", True)
+    text, command, well_formed = renderer.parse(TOKENIZER("just look")["input_ids"], False, {})
     assert (text, command, well_formed) == ("just look", "just look", False)
-    assert renderer.parse([END], True)[0] == ""
+    assert renderer.parse([END], True, {})[0] == ""
 
 
 def test_thinking_may_begin_in_the_template():
     response = TOKENIZER("so it is</think><action>look</action>")["input_ids"]
-    assert make_renderer(tokenizer=make_tokenizer(OPENED), thinking=True).parse(response, False)[1:] == ("look", True)
-    assert make_renderer(thinking=True).parse(response, False)[1:] == ("look", False)
+    opened = make_renderer(tokenizer=make_tokenizer(OPENED), thinking=True)
+    assert opened.parse(response, False, {})[1:] == ("look", True)
+    assert make_renderer(thinking=True).parse(response, False, {})[1:] == ("look", False)
 
 
 def test_the_end_of_a_message_is_its_first_special_token():

@@ -50,7 +50,7 @@ def test_trajectories_hold_what_happened_in_the_order_of_their_episodes(context)
                 and (stopped or len(turn.action) == 6)
             )
             assert STOP not in turn.action[:-1] and not {0, CLOSE} & set(turn.action)
-            assert (turn.text, turn.command) == letters.parse(turn.action, stopped)[:2]
+            assert (turn.text, turn.command) == letters.parse(turn.action, stopped, {})[:2]
             assert (turn.well_formed, turn.accepted) == (stopped, len(turn.command) != 4)
             assert turn.valid == (stopped and len(turn.command) != 4)
         won = len(trajectory.turns[-1].command) > 3

@@ -167,8 +167,8 @@ class Odd(Letters):
             raise KeyError("no such word")
         return {"long": ids * 100, "empty": []}.get(self.trouble, ids)
 
-    def parse(self, ids, stopped):
-        text, command, valid = super().parse(ids, stopped)
+    def parse(self, ids, stopped, info):
+        text, command, valid = super().parse(ids, stopped, info)
         if self.trouble == "unread" and text == self.unread:
             raise ValueError("unreadable")
         return text, None if self.trouble == "no text" and text == self.unread else command, valid

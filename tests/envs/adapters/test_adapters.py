@@ -103,7 +103,7 @@ def test_every_command_of_the_page_says_what_the_program_understands():
 
 
 def test_a_package_offers_its_world_by_an_entry_point(page, tmp_path, monkeypatch):
-    (toml,) = BLOCKS["toml"]
+    toml = BLOCKS["toml"][0]
     installed = tmp_path / "guess-1.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: guess\nVersion: 1\n")
