@@ -119,7 +119,7 @@ def reaches(config) -> list[Reach]:
 
 
 @contextmanager
-def _readable(path: str) -> Iterator[None]:
+def readable(path: str) -> Iterator[None]:
     """Raise UserError, in one line, for what the block raises because a model path cannot be loaded."""
     try:
         yield
@@ -132,7 +132,7 @@ def _readable(path: str) -> Iterator[None]:
 
 def _from_pretrained(loader, path: str, **options):
     """Return `loader.from_pretrained` of a model path. Raises UserError, in one line, if it cannot be loaded."""
-    with _readable(path):
+    with readable(path):
         return loader.from_pretrained(resolve(path), **options)
 
 
@@ -152,7 +152,7 @@ def load_model(
     model = bare_model(path, dtype, attention)
     weights = open_weights(path, model)
     make_buffers(model, device)
-    with _readable(path):
+    with readable(path):
         read(model, model, weights, device)
     return model
 
@@ -199,7 +199,7 @@ def open_weights(path: str, model: PreTrainedModel, *, offline: bool = False) ->
         UserError: a file is missing or damaged, or the model lacks a weight or has one of another shape.
     """
     folder = resolve(path)
-    with _readable(path):
+    with readable(path):
         weights = Weights(weight_files(folder, getattr(model.config, "transformers_weights", None), offline=offline))
     found = inspect(model, weights)
     kind = model.config.model_type

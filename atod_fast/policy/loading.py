@@ -6,7 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from atod_fast.models import Compute, bare_model, open_weights, round_buffers
+from atod_fast.models import Compute, bare_model, open_weights, readable, round_buffers
 from atod_fast.policy.model import CausalPolicy
 from atod_fast.policy.sharding import prefetch, shard
 from atod_fast.weights import make_buffers, read
@@ -79,7 +79,8 @@ def _load(
     if compiled:
         compile_blocks(policy)
     shard(policy, mesh, compute.dtype, offload=offload, gathered=gathered)
-    read(model, policy, weights, torch.device("cpu") if offload else device)
+    with readable(compute.path):
+        read(model, policy, weights, torch.device("cpu") if offload else device)
     for buffer in policy.buffers():  # which are not offloaded
         buffer.data = buffer.data.to(device)
     return policy

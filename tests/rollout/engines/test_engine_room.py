@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -280,6 +282,18 @@ def test_fp32_logits_of_a_wide_head_with_a_bias_are_those_of_one_product():
     exact = torch.nn.functional.linear(hidden.double(), head.weight.double(), head.bias.double())
     found = head(hidden)
     assert found.dtype == torch.float32 and torch.allclose(found.double(), exact, atol=1e-5)
+
+
+def test_a_head_goes_with_its_model(tmp_path):
+    model = load_model(save_model(tmp_path / "model"), torch.bfloat16)
+    compute_logits_in_fp32(model)
+    head = weakref.ref(model.lm_head)
+    gc.disable()
+    try:
+        del model
+        assert head() is None, "no cycle keeps it until the next collection"
+    finally:
+        gc.enable()
 
 
 def test_the_engine_computes_logits_as_configured(tmp_path):

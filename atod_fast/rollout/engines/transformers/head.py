@@ -9,20 +9,13 @@ from transformers import PreTrainedModel
 ROWS = 8192  # rows of the weight that are held in fp32 at a time, where a product cannot accumulate into fp32
 
 
-def compute_logits_in_fp32(model: PreTrainedModel) -> None:
-    """Make the model's head return fp32 logits, from products of its 16-bit weight accumulated in fp32.
+class _Exact(nn.Linear):
+    """A linear layer whose products of 16-bit operands are accumulated and returned in fp32."""
 
-    A head in fp32, or one that is more than a linear layer, computes what it did.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        return
-    plain = head.forward
-
-    def forward(input: Tensor) -> Tensor:
-        weight, bias = head.weight, head.bias
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
         if weight.dtype == torch.float32:
-            return plain(input)
+            return super().forward(input)
         if input.is_cuda:
             flat = input.flatten(0, -2)
             logits = torch.mm(flat, weight.t(), out_dtype=torch.float32).unflatten(0, input.shape[:-1])
@@ -31,4 +24,12 @@ def compute_logits_in_fp32(model: PreTrainedModel) -> None:
             logits = torch.cat(parts, -1)
         return logits if bias is None else logits + bias.float()
 
-    head.forward = forward
+
+def compute_logits_in_fp32(model: PreTrainedModel) -> None:
+    """Make the model's head return fp32 logits, from products of its 16-bit weight accumulated in fp32.
+
+    A head in fp32, or one that is more than a linear layer, computes what it did.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+        head.__class__ = _Exact  # a function in its place would keep the head alive after the model
