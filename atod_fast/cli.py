@@ -131,6 +131,51 @@ def parse_evaluation(argv: Sequence[str], description: str | None) -> tuple[argp
     return arguments, load(arguments.preset, arguments.config, [*own, *chooses_nothing, *arguments.settings])
 
 
+def parse_collection(argv: Sequence[str], description: str | None) -> tuple[argparse.Namespace, Config]:
+    """Return the arguments of a collection and its settings.
+
+    Arguments: model, out, split, n (episodes; None: one for each task), all, overwrite, and plain: whether an expert
+    plays and no student is named, whose tokenizer would render. Raises what `parse` raises.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("atod_fast.collect", description=description, formatter_class=form)
+    parser.add_argument("model", metavar="MODEL|expert", help="as for atod_fast.evaluate; or expert, the environment's")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="n=COUNT | section.key=value",
+        help="n: episodes to play (default: one for each task); the others as for atod_fast.train",
+    )
+    parser.add_argument("--config", type=Path, metavar="TOML", help="settings file, such as a run's config.toml")
+    parser.add_argument("--preset", metavar="NAME", help="named settings, as for atod_fast.train")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSONL", help="file for the conversations")
+    parser.add_argument("--split", choices=("train", "eval", "dev"), default="train", help="tasks to play")
+    parser.add_argument("--all", action="store_true", help="keep episodes without success too")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out if it exists")
+    arguments = parser.parse_intermixed_args(argv)
+    counts = [setting.partition("=")[2] for setting in arguments.settings if setting.startswith("n=")]
+    arguments.settings = [setting for setting in arguments.settings if not setting.startswith("n=")]
+    arguments.n = None
+    for count in counts:
+        if not (count.isdecimal() and int(count) > 0):
+            raise UserError(f"n={count} must be a whole number of at least 1: the episodes to play")
+        arguments.n = int(count)
+    expert = arguments.model == "expert"
+    # No teacher is used, and no split but one.
+    chooses_nothing = ["checkpoint.keep_best=false", "schedule.kappa.kind=linear", "eval.tasks=1"]
+    roles = ["teacher.path=unused"] if expert else [f"{role}.path={arguments.model}" for role in ("student", "teacher")]
+    settings = [*roles, *chooses_nothing, *arguments.settings]
+    arguments.plain = False
+    try:
+        return arguments, load(arguments.preset, arguments.config, settings)
+    except UserError:
+        if not expert:
+            raise
+        config = load(arguments.preset, arguments.config, [*settings, "student.path=unnamed"])
+        arguments.plain = True  # naming a student mends it: none is named
+        return arguments, config
+
+
 def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
     """Answer `--help`, `--version` and the like, and exit, before torch is imported. Leaves errors to `main`."""
     speaks = os.environ.get("RANK", "0") == "0"

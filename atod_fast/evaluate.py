@@ -36,8 +36,9 @@ from atod_fast.plan.room import room_alone
 from atod_fast.plan.shapes import whole_shape_of
 from atod_fast.preflight import check_alike, model_files
 from atod_fast.records import Trajectory, outcomes, success_by_part, success_by_type
-from atod_fast.rollout.actor import dated
+from atod_fast.rollout.actor import Actor, dated
 from atod_fast.rollout.engines import make_engine
+from atod_fast.rollout.engines.protocol import Engine
 from atod_fast.rollout.player import Player
 from atod_fast.run import open_actor
 from atod_fast.runtime import Runtime
@@ -49,6 +50,18 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
     """Play the first `eval.tasks` held-out tasks with `model` at `eval.temperature`. Collective.
 
     Returns all ranks' trajectories on every rank. Raises UserError if the model or the settings cannot be used.
+    """
+    actor, engine = prepare(model, config, console, "eval")
+    ranks.doing("evaluating")
+    console.say(f"{model}: {config.eval.tasks} tasks of {config.env.name}")
+    player = Player(actor.config, progress=console.progress, interrupt=interrupt, say=console.say)
+    return player.play("evaluating", partial(actor.evaluate, engine))
+
+
+def prepare(model: str, config: Config, console: Console, split: str) -> tuple[Actor, Engine]:
+    """Return this rank's actor with env.`split` open, and the engine of `model`. Collective; it starts the ranks.
+
+    Raises UserError if the model or the settings cannot be used.
     """
     device, _ = ranks.start()
     with ranks.together():
@@ -62,13 +75,9 @@ def evaluate(model: str, config: Config, console: Console, interrupt: Interrupt)
     config = dated(config)
     runtime = Runtime.of(config, device, shapes={"student": shape}, ranks=ranks.world_size())
     runtime = replace(runtime, room=room_alone(config, whole_shape_of(skeleton(shape, model)), runtime))
-    actor = open_actor(config, runtime, model, tokenizer, shape.get_text_config().vocab_size, ["eval"])
+    actor = open_actor(config, runtime, model, tokenizer, shape.get_text_config().vocab_size, [split])
     parts = runtime.engine, replace(runtime.student, path=model), device, runtime.room
-    engine = make_engine(config, *parts, say=console.say)
-    ranks.doing("evaluating")
-    console.say(f"{model}: {config.eval.tasks} tasks of {config.env.name}")
-    player = Player(config, progress=console.progress, interrupt=interrupt, say=console.say)
-    return player.play("evaluating", partial(actor.evaluate, engine))
+    return actor, make_engine(config, *parts, say=console.say)
 
 
 def summary(trajectories: list[Trajectory]) -> dict:

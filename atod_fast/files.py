@@ -11,14 +11,19 @@ from typing import TextIO
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
     """Open a temporary file that replaces `path` at the end of the block; on an error, `path` stays unchanged."""
-    partial = path.with_name(path.name + ".partial")
+    unfinished = partial(path)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
             yield file
-        partial.replace(path)
+        unfinished.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
+
+
+def partial(path: Path) -> Path:
+    """Return the temporary file that `replacing` writes before it replaces `path`."""
+    return path.with_name(path.name + ".partial")
 
 
 def write(path: Path, text: str) -> None:

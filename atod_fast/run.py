@@ -62,12 +62,13 @@ def open_actor(
             partial(make_renderer, config, tokenizer, columns, stop_ids=stops),
             rank=ranks.rank(),
             ranks=ranks.world_size(),
+            split=splits[0],
         )
         for split in splits:  # so that errors come before anything is played
             actor.world(split)
     rooms = [runtime.room, runtime.teacher_room] if config.teacher_plays else [runtime.room]
     together = min(room.concurrency for room in rooms)
-    ranks.be_patient(limit(config, runtime.engines, together, instant=actor.world("eval").instant))
+    ranks.be_patient(limit(config, runtime.engines, together, instant=actor.world(splits[0]).instant))
     return actor
 
 

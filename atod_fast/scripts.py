@@ -15,6 +15,11 @@ def evaluate() -> None:
     runpy.run_module("atod_fast.evaluate", run_name="__main__", alter_sys=True)
 
 
+def collect() -> None:
+    """`atod-collect`: the same as `python -m atod_fast.collect`. Exits with its code."""
+    runpy.run_module("atod_fast.collect", run_name="__main__", alter_sys=True)
+
+
 def export() -> None:
     """`atod-export`: the same as `python -m atod_fast.export`. Exits with its code."""
     runpy.run_module("atod_fast.export", run_name="__main__", alter_sys=True)

@@ -20,6 +20,7 @@ from atod_fast.envs.dialect import Dialect
 from atod_fast.envs.protocol import Environment, Info
 from atod_fast.errors import UserError
 from atod_fast.records import Turn
+from atod_fast.rollout.rendering import Message
 
 OBSERVATION_TOKENS = 60  # a longer observation is cut there and ends in CUT
 
@@ -43,14 +44,28 @@ class CompactRenderer:
 
         An action that was cut off is closed first.
         """
-        ids = self._encode(self._dialect.read(observation))
-        if len(ids) > OBSERVATION_TOKENS:
-            ids = [*ids[: OBSERVATION_TOKENS - 1], self._ids[CUT]]
-        if not turns:
-            ids = [self._ids[BOS], *ids]
-        elif tuple(turns[-1].action[-1:]) != self.stop_ids:
+        return self.shown(turns, observation, info)[1]
+
+    def shown(self, turns: Sequence[Turn], observation: str, info: Info) -> tuple[str, list[int]]:
+        """Return the words of the observation, blanks between, and the tokens that `prompt` returns."""
+        words = self._dialect.read(observation)
+        if len(words) > OBSERVATION_TOKENS:
+            words = [*words[: OBSERVATION_TOKENS - 1], CUT]
+        ids = self._asked(words, first=not turns)
+        if turns and tuple(turns[-1].action[-1:]) != self.stop_ids:
             ids = [*self.stop_ids, *ids]
-        return [*ids, self._ids[ACT]]
+        return " ".join(words), ids
+
+    def tokens(self, messages: Sequence[Message], info: Info | None = None) -> list[tuple[list[int], list[int]]]:
+        """Return of each answer of a conversation the tokens before it, and its own with the stop token."""
+        texts = [message["content"].split() for message in messages]
+        return [
+            (self._asked(asked, first=not number), [*self._encode(answered), *self.stop_ids])
+            for number, (asked, answered) in enumerate(zip(texts[::2], texts[1::2], strict=True))
+        ]
+
+    def _asked(self, words: Sequence[str], first: bool) -> list[int]:
+        return [*([self._ids[BOS]] if first else []), *self._encode(words), self._ids[ACT]]
 
     def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
         """Return the action's text, its command, and whether it is well formed: finished and not empty.
@@ -60,7 +75,7 @@ class CompactRenderer:
         words = [self._words[i] for i in ids if i not in self.stop_ids]
         return " ".join(words), self._dialect.command(words), stopped and bool(words)
 
-    def action(self, command: str) -> list[int]:
+    def action(self, command: str, info: Info | None = None) -> list[int]:
         """Return the ids of a command as the model should write it, with the stop token; the inverse of `parse`."""
         return [*self._encode(self._dialect.words(command)), *self.stop_ids]
 

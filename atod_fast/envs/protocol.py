@@ -40,7 +40,8 @@ class Environment(Protocol):
     A chat model needs a method `prompt(thinking: bool, history: int) -> Prompt` too. thinking: rollout.thinking,
     whether the model is asked to think aloud. history: rollout.history, past turns to show with context `window`.
 
-    Its class may have an attribute `usual: Usual`, from which `--dry-run` plans a usual step.
+    Its class may have an attribute `usual: Usual`, from which `--dry-run` plans a usual step, and a method
+    `expert() -> Expert`, which `atod_fast.collect` plays: an expert for the task of the last reset.
     """
 
     instant: bool
@@ -65,10 +66,21 @@ class Environment(Protocol):
         """Release what the episode holds."""
 
 
+class Expert(Protocol):
+    """A scripted player of one episode. It may use hidden state: what the environment does not show to an agent."""
+
+    def act(self, observation: str, info: Info) -> str:
+        """Return the next command, after the observation and the info that the environment has just returned."""
+        ...
+
+
 class Prompt(Protocol):
     """The user's side of a conversation about one kind of environment, and the parser of the model's responses.
 
     Context `window` calls `message` at every turn; context `full` calls `first` once and `following` afterwards.
+
+    It may have a method `response(command: str) -> str`, the response without thinking that gives a command, if that is
+    not `<action>command</action>`.
     """
 
     def message(

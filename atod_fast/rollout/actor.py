@@ -25,6 +25,7 @@ Progress = Callable[[int, int, int, int], None]  # (episodes finished, episodes,
 
 # First word of the seeds of a split's evaluation episodes: equal in every run, so that runs can be paired task by task.
 EVALUATION = {"eval": 0xE7A1, "dev": 0xDE7A}
+COLLECTED = 0xC011  # third word of the seeds of collected episodes
 SPARE = 0x5BA6  # last word of the seed of a step's spare tasks
 
 
@@ -41,13 +42,22 @@ class Actor:
     """Plays this rank's share of every rollout: trajectories of a training step, tasks of an evaluation.
 
     Which rank plays a trajectory changes neither its task nor its seeds. The ranks of one tensor-parallel engine count
-    as one, and the first of them plays. make_renderer gets the environment of env.eval; its renderer serves all splits.
+    as one, and the first of them plays. make_renderer gets the environment of env.`split`; its renderer serves all
+    splits.
     """
 
-    def __init__(self, config: Config, make_renderer: Callable[[Environment], Renderer], *, rank: int, ranks: int):
+    def __init__(
+        self,
+        config: Config,
+        make_renderer: Callable[[Environment], Renderer],
+        *,
+        rank: int,
+        ranks: int,
+        split: str = "eval",
+    ):
         self.config, self.rank, self.ranks = config, rank, ranks
         self._worlds: dict[str, Environment] = {}
-        self.renderer = make_renderer(self.world("eval"))
+        self.renderer = make_renderer(self.world(split))
 
     def world(self, split: str) -> Environment:
         """Return the environment of env.`split`, opened on first use: an evaluation needs env.eval alone."""
@@ -108,13 +118,45 @@ class Actor:
         episodes = [Episode(task, task, 0, seed=_seed(head, task), env_seed=_seed(head, task)) for task in mine]
         return self._play(engine, env, episodes, self.config.eval.temperature, progress)
 
+    def to_collect(self, split: str, count: int) -> list[Episode]:
+        """Return `count` episodes of a split, the same on every rank: all its tasks in a seeded order, and again."""
+        seed, tasks = self.config.train.seed, len(self.world(split))
+        episodes = []
+        for number in range(count):
+            epoch, place = divmod(number, tasks)
+            if not place:
+                order = np.random.default_rng([seed, epoch]).permutation(tasks)
+            own, world = (_seed(seed, number, COLLECTED, last) for last in (0, 1))
+            episodes.append(Episode(int(order[place]), number, 0, seed=own, env_seed=world))
+        return episodes
+
+    def collect(
+        self,
+        engine: Engine,
+        env: Environment,
+        renderer: Renderer,
+        episodes: Sequence[Episode],
+        progress: Progress | None = None,
+    ) -> list[Trajectory]:
+        """Play this rank's share of `episodes` in clones of `env` at rollout.temperature; return their trajectories."""
+        first, engines = self._share(engine)
+        mine = list(episodes[first::engines])
+        return self._play(engine, env, mine, self.config.rollout.temperature, progress, renderer)
+
     def _play(
-        self, engine: Engine, env: Environment, episodes: list[Episode], temperature: float, progress: Progress | None
+        self,
+        engine: Engine,
+        env: Environment,
+        episodes: list[Episode],
+        temperature: float,
+        progress: Progress | None,
+        renderer: Renderer | None = None,
     ) -> list[Trajectory]:
         if isinstance(engine, Lockstep) and not engine.leads:
             engine.follow()
             return []
-        return rollout(engine, env, self.renderer, episodes, self.config, temperature=temperature, progress=progress)
+        renderer = renderer or self.renderer
+        return rollout(engine, env, renderer, episodes, self.config, temperature=temperature, progress=progress)
 
 
 def deal(groups: int, members: int, engines: int) -> list[list[tuple[int, int]]]:

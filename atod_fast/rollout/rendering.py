@@ -7,11 +7,11 @@ the concatenation of both.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from logging import getLogger
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,23 @@ from atod_fast.rollout.template import ChatTemplate
 logger = getLogger(__name__)
 
 
+THOUGHT = "I do what the task needs next."  # of a scripted expert, where thinking is asked for
+
+
+class Message(TypedDict):
+    """A message of a conversation, as chat templates take it."""
+
+    role: str  # "user" or "assistant"
+    content: str
+
+
+def response_to(prompt: Prompt, command: str, thinking: bool) -> str:
+    """Return the response that gives `command` in the form that `prompt` asks for, with a fixed thought if asked to."""
+    own: Callable[[str], str] | None = getattr(prompt, "response", None)
+    text = own(command) if own else f"<action>{command}</action>"
+    return f"<think>\n{THOUGHT}\n</think>\n\n{text}" if thinking else text
+
+
 class Renderer(Protocol):
     """Renders prompts and parses responses for one kind of model. Stateless: equal arguments give equal ids."""
 
@@ -37,6 +54,25 @@ class Renderer(Protocol):
 
         Context `window`: the whole prompt. Context `full`: the tokens since the previous action; if that action was cut
         off without a stop token, they begin by closing its message. `info` belongs to `observation`.
+        """
+        ...
+
+    def shown(self, turns: Sequence[Turn], observation: str, info: Info) -> tuple[str, list[int]]:
+        """Return the text of the user message that `prompt` renders with these arguments, and what `prompt` returns."""
+        ...
+
+    def action(self, command: str, info: Info | None = None) -> list[int]:
+        """Return the ids of a response that gives `command`, the stop token included. `info` as in `parse`.
+
+        `parse` reads it. Raises ValueError if no response does.
+        """
+        ...
+
+    def tokens(self, messages: Sequence[Message], info: Info | None = None) -> list[tuple[list[int], list[int]]]:
+        """Return the tokens of a conversation: of each answer, what the rollout appends before it, and its own.
+
+        messages: alternately of the user, as `shown`, and of the assistant, as `parse` returns texts. Each answer is
+        taken to end with the stop token. `info` names the part of a mix.
         """
         ...
 
@@ -83,7 +119,7 @@ class ChatRenderer:
         day: date | None = None,
     ) -> None:
         self._tokenizer, self._words, self._context, self._limit = tokenizer, prompt, context, prompt_tokens
-        self._cut_told = False
+        self._thinking, self._cut_told = thinking, False
         self._template = ChatTemplate(
             tokenizer, thinking=thinking, day=day or date.today(), continues=context == "full"
         )
@@ -106,18 +142,31 @@ class ChatRenderer:
         return copy_with(self, _words=prompt)
 
     def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
+        return self._rendered(turns, observation, info)[1]
+
+    def shown(self, turns: Sequence[Turn], observation: str, info: Info) -> tuple[str, list[int]]:
+        message, ids = self._rendered(turns, observation, info)
+        return self._template.unquoted(message), ids
+
+    def _rendered(self, turns: Sequence[Turn], observation: str, info: Info) -> tuple[str, list[int]]:
+        """Return the message, with marks, and what `prompt` returns."""
         admissible = [self._template.quoted(action) for action in info.get("admissible_actions", [])]
         if self._context == "window":
             return self._window(turns, observation, admissible)
         observation = self._template.quoted(observation)
         if not turns:
-            return self._template.first(self._words.first(observation, admissible))
-        following = self._template.following(len(turns), self._words.following(observation, admissible))
+            message = self._words.first(observation, admissible)
+            return message, self._template.first(message)
+        message = self._words.following(observation, admissible)
+        following = self._template.following(len(turns), message)
         closed = turns[-1].action[-1:] == following[:1]
-        return following[closed:]
+        return message, following[closed:]
 
-    def _window(self, turns: Sequence[Turn], observation: str, admissible: list[str]) -> list[int]:
-        """Return the whole prompt, cut as little as needed to fit; longer than the limit if no cut suffices."""
+    def _window(self, turns: Sequence[Turn], observation: str, admissible: list[str]) -> tuple[str, list[int]]:
+        """Return the message and the whole prompt, cut as little as needed to fit.
+
+        It is longer than the limit if no cut suffices.
+        """
         quoted = self._template.quoted
         task = quoted(turns[0].observation if turns else observation)
         history = [
@@ -125,15 +174,19 @@ class ChatRenderer:
             for turn in turns
         ]
 
-        def prompt(cuts: int) -> list[int]:
-            """Return the prompt after `cuts` cuts: of the oldest observations, then of the current one's characters."""
+        def prompt(cuts: int) -> tuple[str, list[int]]:
+            """Return message and prompt after `cuts` cuts.
+
+            They are of the oldest observations, then of the current one's characters.
+            """
             past = [replace(turn, observation=GAP) for turn in history[:cuts]] + history[cuts:]
             kept = len(observation) - max(cuts - len(turns), 0)
             # Cut the middle: environments state the task at the beginning or at the end.
             shown = cut_middle(observation, kept)
-            return self._template.first(self._words.message(task, past, quoted(shown), admissible))
+            message = self._words.message(task, past, quoted(shown), admissible)
+            return message, self._template.first(message)
 
-        ids = prompt(0)
+        message, ids = prompt(0)
         if len(ids) > self._limit:
             if not self._cut_told:
                 self._cut_told = True
@@ -145,13 +198,47 @@ class ChatRenderer:
                     len(ids),
                 )
             most = len(turns) + len(observation)
-            ids = prompt(bisect_left(range(most), True, key=lambda cuts: len(prompt(cuts)) <= self._limit))
+            cuts = bisect_left(range(most), True, key=lambda cuts: len(prompt(cuts)[1]) <= self._limit)
+            message, ids = prompt(cuts)
+        return message, ids
+
+    def action(self, command: str, info: Info | None = None) -> list[int]:
+        text = response_to(self._words, command, self._thinking or bool(self._opened))
+        ids = self._answer(text.removeprefix(self._opened).removeprefix("\n" if self._opened else ""))
+        _, read, valid = self.parse(ids, True, info or Info())
+        if read != command or not valid:
+            raise ValueError(f"the prompt's project reads {read!r} from a response that gives {command!r}")
         return ids
 
-    def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
-        text: str = self._tokenizer.decode(  # pyright: ignore[reportAssignmentType]
-            list(ids[: len(ids) - stopped]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    def tokens(self, messages: Sequence[Message], info: Info | None = None) -> list[tuple[list[int], list[int]]]:
+        found: list[tuple[list[int], list[int]]] = []
+        for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+            message = self._template.requoted(asked["content"])
+            if found and self._context == "full":
+                following = self._template.following(len(found), message)
+                ids = following[found[-1][1][-1:] == following[:1] :]
+            else:
+                ids = self._template.first(message)
+            found.append((ids, self._answer(answered["content"])))
+        return found
+
+    def _answer(self, text: str) -> list[int]:
+        """Return the ids of an answer, with what ends it."""
+        ids = self._template.answer(self._template.requoted(text))
+        if text.startswith(" ") and self._decoded(ids) != text:
+            # Some tokenizers put a blank before every text that they encode.
+            shorter = self._template.answer(self._template.requoted(text[1:]))
+            ids = shorter if self._decoded(shorter) == text else ids
+        end = self._template.end
+        return [*ids, self.stop_ids[0] if end is None else end]
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(  # pyright: ignore[reportReturnType]
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+    def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
+        text = self._decoded(ids[: len(ids) - stopped])
         command, valid = self._words.project(self._opened + text)
         return text, command, valid
 
@@ -172,6 +259,15 @@ class ByPart:
 
     def prompt(self, turns: Sequence[Turn], observation: str, info: Info) -> list[int]:
         return self._of(info).prompt(turns, observation, info)
+
+    def shown(self, turns: Sequence[Turn], observation: str, info: Info) -> tuple[str, list[int]]:
+        return self._of(info).shown(turns, observation, info)
+
+    def action(self, command: str, info: Info | None = None) -> list[int]:
+        return self._of(info or Info()).action(command, info)
+
+    def tokens(self, messages: Sequence[Message], info: Info | None = None) -> list[tuple[list[int], list[int]]]:
+        return self._of(info or Info()).tokens(messages, info)
 
     def parse(self, ids: Sequence[int], stopped: bool, info: Info) -> tuple[str, str, bool]:
         return self._of(info).parse(ids, stopped, info)

@@ -61,6 +61,7 @@ class ChatTemplate:
         self._tokenizer, self._backend, self._thinking = tokenizer, backend, thinking
         self._noon = datetime.combine(day, time(12))
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         # Added tokens of white space alone (spaces, line breaks) are ordinary text to the model.
         self._control = {text: i for text, i in added.items() if text.strip(" \n\r\t\u2581")}
         self._names = {i: text for text, i in self._control.items()}
@@ -122,6 +123,28 @@ class ChatTemplate:
         if end is None:
             raise ValueError(f"the chat template writes nothing that ends answer {answers}")
         return self._encode(text[end.start() :])
+
+    def answer(self, text: str) -> list[int]:
+        """Return the tokens of an answer, without what ends it. `text` is as for `first`."""
+        return self._encode(text)
+
+    def unquoted(self, message: str) -> str:
+        """Return `message` with its marks replaced by the control tokens that they stand for."""
+        mark, _ = MARKS
+        return re.sub(mark, lambda found: self._names.get(int(found[1]), ""), message)
+
+    def requoted(self, message: str) -> str:
+        """Return an unquoted message with its special tokens marked, which no prompt's own words spell.
+
+        Other control tokens, such as `<think>`, are taken for words of the prompt.
+        """
+        text = RESERVED.sub("\ufffd", message)
+
+        def mark(found: re.Match[str]) -> str:
+            token = self._control[found[0]]
+            return QUOTED.format(token) if token in self._special else found[0]
+
+        return self._spelled.sub(mark, text)
 
     def _render(self, messages: list[str]) -> str:
         """Return what the template writes for `messages`, alternately of the user and the assistant."""

@@ -59,7 +59,11 @@ def test_list_presets_names_each(capsys):
 
 
 @pytest.mark.parametrize(
-    "call", ["train --help", "train --list-presets", "train --version", "evaluate --help", "evaluate --version"]
+    "call",
+    [
+        *("train --help", "train --list-presets", "train --version"),
+        *("evaluate --help", "evaluate --version", "collect --help", "collect --version"),
+    ],
 )
 def test_what_only_prints_imports_neither_torch_nor_transformers(call):
     program, flag = call.split()

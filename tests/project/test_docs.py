@@ -43,6 +43,14 @@ def test_every_evaluation_command_is_understood(page, arguments, tmp_path, monke
     cli.parse_evaluation(here, None)
 
 
+@pytest.mark.parametrize(("page", "arguments"), commands("atod_fast.collect"))
+def test_every_collecting_command_is_understood(page, arguments, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text("[train]\nsteps = 3\n")
+    here = [str(config) if argument.endswith("config.toml") else argument for argument in arguments]
+    cli.parse_collection(here, None)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_names_or_links_to_exists(page):
     text = FENCE.sub("", PAGES[page])

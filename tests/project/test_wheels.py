@@ -144,7 +144,8 @@ def test_the_console_scripts_are_those_of_the_modules(wheels, env):
     for name in SOURCES:
         install(env, first(wheels, name))
     version = first(wheels, "atod_fast").name.split("-")[1]
-    for script, module in (("atod-train", "train"), ("atod-evaluate", "evaluate"), ("atod-export", "export")):
+    for module in ("train", "evaluate", "collect", "export"):
+        script = f"atod-{module}"
         assert run(env, script, "--version") == f"atod_fast {version}\n"
         assert run(env, script, "--help") == run(env, "python", "-m", f"atod_fast.{module}", "--help")
     remove(env, "atod_fast")

@@ -8,6 +8,7 @@ from random import Random
 
 from atod_fast.envs.alfworld.engine import NOTHING_HAPPENS, FastAlfWorld
 from atod_fast.envs.alfworld.env import AlfWorld
+from atod_fast.envs.alfworld.expert import TREATMENT as CHANGES
 from atod_fast.envs.alfworld.game import Game
 from atod_fast.envs.dialect import Dialect, Player
 
@@ -16,12 +17,7 @@ _BOILERPLATE = re.compile(r"-= welcome.*?=-|you arrive at .*?\. |looking quickly
 _DROPPED = frozenset("a the you and of it to next in on see is around middle room are from using some".split())
 
 # Task type -> the action its object needs before it is put down, and the fact that this was done.
-TREATMENT = {
-    "pick_and_place_simple": None,
-    "pick_clean_then_place_in_recep": ("cleanobject", "isclean"),
-    "pick_heat_then_place_in_recep": ("heatobject", "ishot"),
-    "pick_cool_then_place_in_recep": ("coolobject", "iscool"),
-}
+TREATMENT = {"pick_and_place_simple": None, **CHANGES}
 
 
 def compact(observation: str) -> list[str]:

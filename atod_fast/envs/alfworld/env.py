@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from atod_fast.envs.alfworld.engine import FastAlfWorld
+from atod_fast.envs.alfworld.expert import AlfWorldExpert
 from atod_fast.envs.alfworld.game import Game
 from atod_fast.envs.alfworld.generator import SMALL_TASK_TYPES, TASK_TYPES, Spec, generate
 from atod_fast.envs.alfworld.loader import SPLITS, find_games, playable, read_file, split_folder, task_id
@@ -127,6 +128,12 @@ class AlfWorld:
 
     def prompt(self, thinking: bool, history: int) -> AlfWorldPrompt:
         return AlfWorldPrompt(thinking, history)
+
+    def expert(self) -> AlfWorldExpert:
+        """Return a scripted player of the game of the last reset. Raises UserError with engine="textworld"."""
+        if not isinstance(self.engine, FastAlfWorld):
+            raise UserError("alfworld's expert sees the state of the game, which TextWorld hides; set engine='fast'")
+        return AlfWorldExpert(self.engine)
 
     def close(self) -> None:
         if isinstance(self.engine, TextWorldEngine):

@@ -13,6 +13,7 @@ from atod_fast.envs.options import choice, goes_with, whole
 from atod_fast.envs.protocol import Info, Usual, copy_with
 from atod_fast.envs.searchqa.bm25 import Bm25
 from atod_fast.envs.searchqa.client import HttpRetriever
+from atod_fast.envs.searchqa.expert import SearchQAExpert
 from atod_fast.envs.searchqa.generator import generate as generate_world
 from atod_fast.envs.searchqa.prompt import SearchPrompt
 from atod_fast.envs.searchqa.questions import Question, read_questions
@@ -135,6 +136,10 @@ class SearchQA:
 
     def prompt(self, thinking: bool, history: int) -> SearchPrompt:
         return SearchPrompt(thinking, history)
+
+    def expert(self) -> SearchQAExpert:
+        """Return a scripted player of the question of the last reset."""
+        return SearchQAExpert(self.question)
 
     def close(self) -> None:
         self._asked = None

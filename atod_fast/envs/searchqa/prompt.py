@@ -64,6 +64,10 @@ class SearchPrompt:
     def following(self, observation: str, admissible: Sequence[str]) -> str:
         return observation or _AGAIN
 
+    def response(self, command: str) -> str:
+        """Return the response that gives `command`: the command itself, which has its tags."""
+        return command
+
     def project(self, text: str) -> tuple[str, bool]:
         """Return the first <search> block, else the first <answer> block, else ""; and whether the form is right.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from atod_fast.envs.options import choice, goes_with, whole
 from atod_fast.envs.protocol import Info, Usual, copy_with
+from atod_fast.envs.webshop.expert import WebShopExpert
 from atod_fast.envs.webshop.generator import SCALES
 from atod_fast.envs.webshop.goals import SPLITS, Goal
 from atod_fast.envs.webshop.nouns import TAGGERS, tagger
@@ -129,6 +130,10 @@ class WebShop:
 
     def prompt(self, thinking: bool, history: int) -> WebShopPrompt:
         return WebShopPrompt(thinking, history)
+
+    def expert(self) -> WebShopExpert:
+        """Return a scripted player of the goal of the last reset."""
+        return WebShopExpert(self.goal)
 
     def close(self) -> None:
         self._visit = None
