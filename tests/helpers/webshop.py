@@ -13,7 +13,7 @@ from helpers.paths import DATA, ROOT
 
 RECORDED = ROOT / "tests" / "envs" / "webshop" / "data"
 ITEMS, ATTRIBUTES, HUMAN = (RECORDED / f"{name}.json" for name in ("items", "attributes", "human"))
-REAL = DATA / "products_1000.jsonl.xz"
+REAL = DATA / "webshop_products_1000.jsonl.xz"
 WORDS = json.loads((RECORDED / "words.json").read_text(encoding="utf-8"))
 COLOURS = WORDS["colours"]
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the 1,000-product set in shared/data")
@@ -21,7 +21,7 @@ needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the 1,000-produ
 
 @lru_cache
 def real() -> WebShop:
-    return WebShop(products=REAL, attributes=DATA / "items_ins_v2_1000.json", nouns="heuristic")
+    return WebShop(products=REAL, attributes=DATA / "webshop_items_ins_v2_1000.json", nouns="heuristic")
 
 
 @lru_cache
