@@ -51,8 +51,8 @@ def describe(config: Config, ranks: int, node: int | None = None, on: Machines |
     step = step_bounds(config)
     lines += [
         f"a step: {config.train.tasks_per_step} tasks x {config.train.group_size} = "
-        f"{step.trajectories:,} trajectories of {step.turns:,} turns",
-        f"        {step.rows:,} rows of {step.tokens:,} tokens, "
+        f"{step.trajectories:,} trajectories with {step.turns:,} turns in all",
+        f"        {step.rows:,} rows with {step.tokens:,} tokens in all, "
         f"{step.action_tokens:,} of them actions, in {step.updates:,} updates",
     ]
     if rounds := config.train.resample_flat:

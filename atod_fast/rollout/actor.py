@@ -234,5 +234,5 @@ def check_failures(trajectories: list[Trajectory], limit: float, label: str) -> 
         more = "" if len(failures) == len(trajectories) else ", or raise guard.failed_environments"
         raise EnvironmentsLost(
             f"{label}: {len(failures)} of {len(trajectories)} environments failed, first with: {failures[0]}; "
-            f"mend what env.* points to{more}"
+            f"correct the environment or its options (env.*){more}"
         )

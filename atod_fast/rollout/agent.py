@@ -9,6 +9,7 @@ batch. Training and evaluation use the same loop.
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -26,6 +27,7 @@ from atod_fast.rollout.pool import Answer, Pool
 from atod_fast.rollout.rendering import Renderer
 
 logger = logging.getLogger(__name__)
+_MESSAGE = re.compile(r": .*(?= \([^()]+:\d+\)$)")  # of an error that says where it was raised
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +79,9 @@ def rollout(
     def end(play: _Play) -> None:
         nonlocal live, finished
         trajectory = play.trajectory
-        # One warning per message: the trajectories themselves hold all failures.
-        if trajectory.failure is not None and trajectory.failure not in failures:
-            failures.add(trajectory.failure)
+        # One warning for each error of a line of code: the trajectories themselves hold all failures.
+        if trajectory.failure is not None and (kind := _MESSAGE.sub("", trajectory.failure)) not in failures:
+            failures.add(kind)
             logger.warning(
                 "task %d, turn %d: the trajectory failed: %s",
                 trajectory.task,

@@ -7,12 +7,15 @@ answer, and is not used again.
 from __future__ import annotations
 
 import math
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from atod_fast.envs.protocol import Environment, Info, known_facts
 from atod_fast.envs.text import encodable, one_line
@@ -60,11 +63,11 @@ class Pool:
         try:
             world = self._worlds[key] = self._idle.pop() if self._idle else self._env.clone()
         except (Exception, SystemExit) as error:
-            self._answers.put(Answer(key, failure=one_line(error)))
+            self._answers.put(Answer(key, failure=_reason(error)))
             return
 
         def reset() -> Answer:
-            observation, info = world.reset(seed, task)
+            observation, info = _parts(world.reset(seed, task), "reset", "observation, info")
             return _answer(key, observation, info)
 
         self._start(key, reset)
@@ -73,7 +76,8 @@ class Pool:
         """Send `action` to the environment of episode `key`."""
 
         def step() -> Answer:
-            observation, reward, terminated, truncated, info = world.step(action)
+            reply = _parts(world.step(action), "step", "observation, reward, terminated, truncated, info")
+            observation, reward, terminated, truncated, info = reply
             return _answer(key, observation, info, float(reward), bool(terminated), bool(truncated))
 
         world = self._worlds[key]
@@ -131,6 +135,15 @@ class Pool:
         return [self._answers.get() for _ in range(self._answers.qsize())]
 
 
+def _parts(reply: Any, call: str, due: str) -> Sequence[Any]:
+    """Return an environment's reply. Raises TypeError unless it has the parts that are `due`."""
+    count = due.count(",") + 1
+    if not isinstance(reply, tuple | list) or len(reply) != count:
+        what = f"{len(reply)} values" if isinstance(reply, tuple | list) else type(reply).__name__
+        raise TypeError(f"{call} returned {what}; {count} are due: {due}")
+    return reply
+
+
 def _answer(
     key: int, observation: str, info: Info, reward: float = 0.0, terminated: bool = False, truncated: bool = False
 ) -> Answer:
@@ -151,7 +164,14 @@ def _attempt(key: int, action: Callable[[], Answer], world: Environment) -> Answ
         return action()
     except (Exception, SystemExit) as error:
         _close(world)
-        return Answer(key, failure=one_line(error))
+        return Answer(key, failure=_reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error on one line, with the file and line where the environment raised it."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if at.filename == __file__ else f" ({os.path.basename(at.filename)}:{at.lineno})"
+    return one_line(error) + where
 
 
 def _close(world: Environment) -> None:

@@ -64,8 +64,8 @@ def test_a_step_most_of_which_is_lost_stops_the_run_and_loses_nothing_else(tmp_p
     run(tmp_path / "step", *lost, code=3)
     out, err = capsys.readouterr()
     assert (
-        "step 2: 5 of 8 environments failed, first with: ConnectionError: the retriever is down; "
-        "mend what env.* points to" in err
+        "step 2: 5 of 8 environments failed, first with: ConnectionError: the retriever is down (flaky.py:" in err
+        and "; correct the environment or its options (env.*)" in err
     )
     assert "saved after step 1; go on with" in out and (tmp_path / "step/checkpoints/step_000001").is_dir()
     run(tmp_path / "tolerant", *lost, "guard.failed_environments=0.7")
