@@ -247,4 +247,4 @@ def test_an_environment_that_exits_or_cannot_be_cloned_fails_its_trajectory_alon
     left = {t.task: t.failure for t in play(Leaves()) if t.failure}
     assert left.keys() == {4} and left[4].startswith("SystemExit: 0 (")
     lost = {t.task: t.failure for t in play(Uncloned()) if t.failure}
-    assert lost and set(lost.values()) == {"OSError: no more"} and len(lost) < 10
+    assert 0 < len(lost) < 10 and all(reason.startswith("OSError: no more (") for reason in lost.values())
