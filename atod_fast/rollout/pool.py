@@ -20,6 +20,8 @@ from typing import Any
 from atod_fast.envs.protocol import Environment, Info, known_facts
 from atod_fast.envs.text import encodable, one_line
 
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -168,9 +170,9 @@ def _attempt(key: int, action: Callable[[], Answer], world: Environment) -> Answ
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error on one line, with the file and line where the environment raised it."""
+    """Return an error on one line, with the file and line where it was raised, if that is not in this package."""
     at = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if at.filename == __file__ else f" ({os.path.basename(at.filename)}:{at.lineno})"
+    where = "" if at.filename.startswith(_PACKAGE) else f" ({os.path.basename(at.filename)}:{at.lineno})"
     return one_line(error) + where
 
 
