@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from atod_fast.config.settings import load
+from atod_fast.machines import parse
 from atod_fast.models import skeleton
 from atod_fast.plan import fit
 from atod_fast.plan.choices import choose
@@ -29,7 +30,8 @@ def plan():
 
     def planned(config) -> list[Item]:
         models = {"student": configs[config.student.path], "teacher": configs[config.teacher.path]}
-        runtime = replace(Runtime.of(config, CUDA, shapes=models, ranks=8), memory=SMALL)
+        runtime = Runtime.of(config, CUDA, shapes=models, ranks=8, elsewhere=parse("8xh100"))
+        runtime = replace(runtime, memory=SMALL)
         models = shapes[config.student.path], shapes[config.teacher.path]
         return list(memory(config, *models, choose(config, *models, runtime, recomputes=True, packs=True)))
 
