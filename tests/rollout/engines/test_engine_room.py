@@ -97,9 +97,9 @@ def test_a_cache_gets_no_more_than_the_plan_leaves_and_room_for_one_sequence(mon
 
 def test_an_engine_stays_awake_with_half_the_cache_but_not_with_less(monkeypatch):
     """Sequences that do not fit wait; typical ones are much shorter than the greatest length."""
-    found = [room(monkeypatch, preset="searchqa-1.7b", gib=gib) for gib in (79.2, 30, 24, 20)]
+    found = [room(monkeypatch, preset="searchqa-1.7b", gib=gib) for gib in (79.2, 33, 24, 20)]
     assert [one.sleeps for one in found] == [False, False, True, True]
-    asleep = [room(monkeypatch, "rollout.sleep=on", preset="searchqa-1.7b", gib=gib) for gib in (79.2, 30, 24, 20)]
+    asleep = [room(monkeypatch, "rollout.sleep=on", preset="searchqa-1.7b", gib=gib) for gib in (79.2, 33, 24, 20)]
     for one, other in zip(found, asleep, strict=True):
         assert one == other if one.sleeps else other.cache_bytes > one.cache_bytes >= other.cache_bytes / 2
 
