@@ -118,6 +118,10 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 
 def takes(field: Schema) -> str:
     """What a key takes, in words: `integer ≥ 1`, the choices of an enumeration."""
+    if "anyOf" in field:
+        return ", ".join(map(takes, field["anyOf"]))
+    if "const" in field:
+        return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{choice}`" for choice in field["enum"])
     if field["type"] == "array":
