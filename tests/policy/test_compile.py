@@ -68,6 +68,7 @@ def learnt(student: str, teacher: str, attention: str, cases: list[str]) -> list
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "varlen"])
 def test_compiled_blocks_learn_what_eager_ones_do(folders, attention):
     """Student and teacher on two ranks, whose blocks are gathered, recomputed and compiled."""

@@ -39,6 +39,7 @@ def expected(*parts: str) -> set[str]:
     return {name for name in EXPECTED if name.startswith(parts) and not name.endswith(NOT_DRY)}
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu_and_measures_what_is_expected(monkeypatch, tmp_path):
     parts = dry(monkeypatch, tmp_path, "kernels,varlen,decode,step,questions")
     assert all(part["checks"] for part in parts.values())
@@ -67,6 +68,7 @@ lane.check("early", True, "found before the end")
 """
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_or_dies_loses_only_itself(monkeypatch, tmp_path):
     ends = {"hangs": "time.sleep(600)", "dies": "os.abort()", "fails": "sys.exit(1)", "ends": "sys.exit(lane.finish())"}
     parts = []
