@@ -1,4 +1,4 @@
-"""`--dry-run`: whether the run would start, the resolved settings, and the tokens and memory of a step.
+"""`--dry-run`: whether the run would start, the resolved settings, and the tokens, memory and seconds of a step.
 
 The output is TOML with the plan in comments: `--dry-run > my.toml` is a start for your own settings file.
 """

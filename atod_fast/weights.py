@@ -157,10 +157,9 @@ class Weights:
 
 def _pickled(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file that torch.save wrote, mapped into memory unless its format is too old for that."""
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     mapped = is_zipfile(file)
     try:
-        held = torch.load(file, mmap=mapped, **options)
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (UnpicklingError, EOFError):
         held = None
     if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):

@@ -33,7 +33,7 @@ from atod_fast.plan.shapes import shape_of
 from atod_fast.policy import attention
 from atod_fast.policy.export import export
 from atod_fast.policy.layout import Logits
-from atod_fast.policy.loading import load_student
+from atod_fast.policy.loading import load_student, load_teacher
 from atod_fast.policy.model import CausalPolicy, Comparison, HeadJob, TeacherHead
 from atod_fast.policy.packing import collate
 from atod_fast.policy.resync import stream_weights
@@ -376,7 +376,7 @@ def teach(path: str, load: Callable[[], PreTrainedModel]) -> None:
         close("a teacher's log-probs", student(other, job).teacher_logp, expected)
         _, mesh = ranks.start()
         settings = load_settings(None, None, [f"teacher.path={path}", "teacher.compute_dtype=bf16"])
-        half = LocalTeacher(Runtime.of(settings, CPU).teacher, mesh, offload=False)
+        half = LocalTeacher(load_teacher(Runtime.of(settings, CPU).teacher, mesh, offload=False))
         alike("log-probs", half.logp(batch, HeadJob(batch.target, 0.7)), expected, 0.98)
         with half.head() as whole:
             job = job._replace(teacher=Comparison(half.hidden(batch), whole))

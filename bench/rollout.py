@@ -34,6 +34,7 @@ from atod_fast import ranks
 from atod_fast.batches import rows
 from atod_fast.config import Config
 from atod_fast.models import load_config, load_tokenizer
+from atod_fast.policy.loading import load_teacher
 from atod_fast.policy.model import HeadJob
 from atod_fast.policy.packing import collate
 from atod_fast.policy.teacher.local import LocalTeacher
@@ -168,7 +169,7 @@ class Scorer:
     """Computes the teacher's log-probs of trajectories in micro-batches."""
 
     def __init__(self, config: Config, mesh, device: torch.device):
-        self.teacher = LocalTeacher(Runtime.of(config, device).teacher, mesh, offload=False)
+        self.teacher = LocalTeacher(load_teacher(Runtime.of(config, device).teacher, mesh, offload=False))
         self.config = config
 
     def __call__(self, trajectories: list[Trajectory]) -> None:

@@ -33,7 +33,7 @@ from atod_fast.objective import (
     response_means,
     token_signals,
 )
-from atod_fast.policy.loading import load_student
+from atod_fast.policy.loading import load_student, load_teacher
 from atod_fast.policy.model import Comparison, HeadJob, Loss
 from atod_fast.policy.packing import collate, join, partition
 from atod_fast.policy.sharding import reduce_between_copies, reshard
@@ -83,7 +83,7 @@ class Learner:
         self.teacher: Teacher | None = None
         if runtime.teacher is not None:
             how |= {"offload": config.teacher.offload, "gathered": runtime.gathered}
-            self.teacher = LocalTeacher(runtime.teacher, mesh, **how)
+            self.teacher = LocalTeacher(load_teacher(runtime.teacher, mesh, **how))
         # Fused: torch's default updates DTensors one by one, five times slower for a small model.
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(),

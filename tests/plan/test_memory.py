@@ -12,31 +12,12 @@ from atod_fast.models import load_config, skeleton
 from atod_fast.plan import memory, shapes, tokens
 from atod_fast.rollout.engines.vllm.limits import BLOCK
 from atod_fast.runtime import Runtime
+from helpers.planned import SMALL, qwen3, tiny_models
 
 CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def qwen3(**sizes) -> Qwen3Config:
-    common = {
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 40960,
-    }
-    return Qwen3Config(**common | sizes)
-
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 50,
-}
 PUBLISHED = {  # total parameters of the published checkpoints
     596_049_920: qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
     4_022_468_096: qwen3(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
@@ -59,12 +40,7 @@ PUBLISHED = {  # total parameters of the published checkpoints
 
 @pytest.fixture
 def tiny(tmp_path) -> list[str]:
-    """Overrides that name two folders with nothing but a config.json."""
-    overrides = []
-    for role, hidden in (("student", 64), ("teacher", 96)):
-        qwen3(**SMALL | {"hidden_size": hidden, "max_position_embeddings": 1024}).save_pretrained(tmp_path / role)
-        overrides.append(f"{role}.path={tmp_path / role}")
-    return overrides
+    return tiny_models(tmp_path)
 
 
 def shape_of(config) -> shapes.Shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from transformers import Qwen3Config
 
 from atod_fast.cli import parse
 from atod_fast.config.settings import load
@@ -13,38 +12,12 @@ from atod_fast.models import load_config, skeleton
 from atod_fast.plan.memory import PHASES
 from atod_fast.plan.shapes import shape_of
 from atod_fast.rollout.engines.vllm import limits as vllm_limits
-
-
-def qwen3(**sizes) -> Qwen3Config:
-    common = {
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 40960,
-    }
-    return Qwen3Config(**common | sizes)
-
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 50,
-}
+from helpers.planned import tiny_models
 
 
 @pytest.fixture
 def tiny(tmp_path) -> list[str]:
-    """Overrides that name two folders with nothing but a config.json."""
-    overrides = []
-    for role, hidden in (("student", 64), ("teacher", 96)):
-        qwen3(**SMALL | {"hidden_size": hidden, "max_position_embeddings": 1024}).save_pretrained(tmp_path / role)
-        overrides.append(f"{role}.path={tmp_path / role}")
-    return overrides
+    return tiny_models(tmp_path)
 
 
 def test_heads_that_cannot_be_shared_and_a_vllm_that_is_not_here(tiny, monkeypatch):

@@ -7,30 +7,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from atod_fast.batches import Batch
-from atod_fast.models import Compute
-from atod_fast.policy.loading import load_teacher
 from atod_fast.policy.model import CausalPolicy, HeadJob, TeacherHead
 from atod_fast.policy.sharding import reshard, sharded
 
 
 class LocalTeacher:
-    """A `Teacher` sharded over the ranks with FSDP2. The options are those of `load_teacher`."""
+    """A `Teacher` that is a policy sharded over the ranks with FSDP2, as `load_teacher` returns one."""
 
-    def __init__(
-        self,
-        compute: Compute,
-        mesh: DeviceMesh,
-        *,
-        offload: bool,
-        liger: bool = False,
-        gathered: bool = False,
-        compiled: bool = False,
-    ):
-        how = {"liger": liger, "gathered": gathered, "compiled": compiled}
-        self.policy: CausalPolicy = load_teacher(compute, mesh, offload=offload, **how)
+    def __init__(self, policy: CausalPolicy):
+        self.policy = policy
         self.columns, self.packs = self.policy.parts.head.weight.shape[0], self.policy.packs
 
     @torch.no_grad()
